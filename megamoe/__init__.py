@@ -1,0 +1,25 @@
+"""MegaMoE: a fused expert-parallel mixture-of-experts layer. Imports without a GPU and without CuTe
+DSL.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "InvalidExpertError": "megamoe.faults",
+    "KernelConfig": "megamoe.config",
+    "LaunchTimeout": "megamoe.faults",
+    "MegaMoE": "megamoe.module",
+    "MegaMoEError": "megamoe.faults",
+    "MoEConfig": "megamoe.config",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """Public names are imported on first use: `workspace` reads `megamoe.config` before the module
+    can exist.
+    """
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'megamoe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

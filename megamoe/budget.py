@@ -1,0 +1,98 @@
+"""Shared-memory, barrier and register arithmetic of the megakernel, derived from the configurations
+alone.
+
+One function gives the shared-memory map in bytes; the kernel allocates exactly this and `check`
+refuses what does not fit, so a mistake fails the build with its numbers and not the launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe.config import KernelConfig, MoEConfig
+
+SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
+REGISTERS_PER_TRIPLE = (
+    504  # 168 x 3: setmaxnreg values of three warpgroups may not add up to more, or the CTA hangs
+)
+PASS_BYTES = 16 * 128  # one epilogue pass of a math warp: 16 rows x 64 bf16
+QUEUE_SLOTS = 4  # tiles handed over ahead of the math warps
+QUEUE_WORDS = 8  # int32 per handed-over tile
+FLAG_WORDS = 4
+NUM_PULL_BUFFERS = 2  # pieces per dispatch warp: one loading, one being stored
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes and arrival counts of one CTA."""
+
+    a_stage_bytes: int
+    b_stage_bytes: int
+    staging_bytes: int
+    piece_bytes: int
+    pull_bytes: int
+    count_words: int
+    num_barriers: int
+    full_arrivals: int  # per stage: the token loader and the weight loader
+    empty_arrivals: int  # per stage: every math warp
+    queue_empty_arrivals: int  # per tile: the token loader and every math warp
+    total_bytes: int
+
+
+def piece_bytes(row_bytes: int, limit: int) -> int:
+    """Largest divisor of a token row that is a multiple of 16 bytes and at most `limit`."""
+    return max(size for size in range(16, min(row_bytes, limit) + 1, 16) if row_bytes % size == 0)
+
+
+def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
+    """The budget; see `check` for what must hold."""
+    item = config.recipe.token_bytes
+    a_stage = kernel.block_m * kernel.block_k * item
+    b_stage = kernel.block_n * kernel.block_k * item
+    staging = kernel.num_math_warps * PASS_BYTES
+    piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
+    pull = kernel.num_dispatch_warps * NUM_PULL_BUFFERS * piece
+    barriers = (
+        2 * kernel.num_stages + 2 * QUEUE_SLOTS + kernel.num_dispatch_warps * NUM_PULL_BUFFERS
+    )
+    words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
+    total = (
+        kernel.num_stages * (a_stage + b_stage) + staging + pull + 8 * barriers + 4 * words + 1024
+    )
+    return Budget(
+        a_stage_bytes=a_stage,
+        b_stage_bytes=b_stage,
+        staging_bytes=staging,
+        piece_bytes=piece,
+        pull_bytes=pull,
+        count_words=config.experts_per_rank,
+        num_barriers=barriers,
+        full_arrivals=2,
+        empty_arrivals=kernel.num_math_warps,
+        queue_empty_arrivals=1 + kernel.num_math_warps,
+        total_bytes=total,
+    )
+
+
+def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
+    """The budget, or ValueError naming the field that does not fit."""
+    budget = budget_of(config, kernel)
+    if budget.total_bytes > SHARED_MEMORY_BYTES:
+        raise ValueError(
+            f"num_stages={kernel.num_stages} with {config.experts_per_rank} experts per rank needs "
+            f"{budget.total_bytes} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
+        )
+    if 3 * 4 * config.num_experts > budget.staging_bytes:
+        raise ValueError(
+            f"num_experts={config.num_experts} is too large: counting needs 12 bytes of shared "
+            "memory per expert, "
+            f"{budget.staging_bytes} are free before the roles start"
+        )
+    registers = kernel.frontend_registers + kernel.num_math_warpgroups * kernel.math_registers
+    if registers > REGISTERS_PER_TRIPLE:
+        raise ValueError(
+            f"frontend_registers={kernel.frontend_registers} and "
+            f"math_registers={kernel.math_registers} add up to "
+            f"{registers} > {REGISTERS_PER_TRIPLE}: setmaxnreg would hang"
+        )
+    return budget

@@ -1,0 +1,170 @@
+"""The problem (`MoEConfig`), the kernel's shape (`KernelConfig`) and the one legality function,
+`supports`.
+
+Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E / W local experts,
+H hidden size, I intermediate size. Both configurations are frozen and hold integers only, so they
+key caches.
+
+Neighbours: everything reads them; this module reads only `precision`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megamoe.precision import Precision, precision_of
+
+MAX_RANKS = 72
+MAX_TOP_K = 16
+#: Signed 32-bit counters and codes must hold W * T * K slots.
+MAX_ROUTED_SLOTS = 2**31 - 2
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One expert-parallel MoE layer; `max_tokens_per_rank` bounds T on every rank."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    max_tokens_per_rank: int
+    num_ranks: int = 1
+    precision: str = "bf16"
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.num_experts // self.num_ranks
+
+    @property
+    def max_slots_per_rank(self) -> int:
+        """Routed tokens that one rank can send: T * K."""
+        return self.max_tokens_per_rank * self.top_k
+
+    @property
+    def recipe(self) -> Precision:
+        return precision_of(self.precision)
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Tiles, stages, roles and schedule of the megakernel; the defaults are the measured SM90
+    choice.
+
+    block_m, block_n, block_k: the CTA tile. `block_m` is also the unit of readiness, the pool
+    block.
+    num_stages: depth of the shared-memory ring of A and B tiles.
+    num_dispatch_warps: warps that pull tokens; with two loader warps they form the front-end
+    warpgroup.
+    pull_chunk_bytes: largest piece of a token row in flight per pull buffer.
+    num_pull_buffers: pieces in flight per dispatch warp.
+    frontend_registers, math_registers: setmaxnreg values of the front-end and of each math
+    warpgroup.
+    group_blocks: pool blocks of one expert whose tiles share a weight tile in L2 (a schedule unit).
+    lag_waves: FC2 of a unit trails its FC1 by about this many tiles per CTA.
+    pool_blocks: pool blocks held at once (the ring); None takes what the worst routing needs, up to
+    384.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    num_stages: int = 4
+    num_dispatch_warps: int = 2
+    pull_chunk_bytes: int = 3584
+    num_pull_buffers: int = 2
+    frontend_registers: int = 88
+    math_registers: int = 208
+    group_blocks: int = 8
+    lag_waves: int = 2
+    pool_blocks: int | None = None
+
+    @property
+    def num_math_warpgroups(self) -> int:
+        return self.block_m // 64
+
+    @property
+    def num_math_warps(self) -> int:
+        return 4 * self.num_math_warpgroups
+
+    @property
+    def num_threads(self) -> int:
+        return 128 * (1 + self.num_math_warpgroups)
+
+
+DEFAULT_POOL_BLOCKS = 384
+
+
+def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
+    """Pool blocks of the worst routing: every slot of every rank lands here and every expert pads a
+    block.
+    """
+    return config.num_ranks * config.max_slots_per_rank // kernel.block_m + config.experts_per_rank
+
+
+def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
+    """Blocks of the pool ring (R)."""
+    worst = max_pool_blocks(config, kernel)
+    return min(worst, kernel.pool_blocks or DEFAULT_POOL_BLOCKS)
+
+
+def select(config: MoEConfig, **overrides) -> KernelConfig:
+    """The kernel configuration for `config`: the defaults, a group that fits the ring, then
+    `overrides`.
+    """
+    kernel = replace(KernelConfig(), **overrides)
+    ring = pool_blocks(config, kernel)
+    return replace(kernel, group_blocks=min(kernel.group_blocks, ring))
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} must be an integer")
+    if value < low or (high is not None and value > high):
+        bound = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name}={value} must be {bound}")
+
+
+def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
+    """Raise ValueError, naming field and value, unless the layer can run with this
+    configuration.
+    """
+    precision_of(config.precision)
+    _check_integer("num_ranks", config.num_ranks, 1, MAX_RANKS)
+    _check_integer("num_experts", config.num_experts, 1)
+    _check_integer("top_k", config.top_k, 1, MAX_TOP_K)
+    _check_integer("hidden_size", config.hidden_size, 1)
+    _check_integer("intermediate_size", config.intermediate_size, 1)
+    _check_integer("max_tokens_per_rank", config.max_tokens_per_rank, 1)
+    if config.num_experts % config.num_ranks:
+        raise ValueError(
+            f"num_experts={config.num_experts} is not divisible by num_ranks={config.num_ranks}"
+        )
+    for name in ("hidden_size", "intermediate_size"):
+        if getattr(config, name) % 128:
+            raise ValueError(f"{name}={getattr(config, name)} is not a multiple of 128")
+    if config.num_ranks * config.max_slots_per_rank > MAX_ROUTED_SLOTS:
+        raise ValueError(
+            f"max_tokens_per_rank={config.max_tokens_per_rank} is too large: "
+            f"num_ranks * max_tokens_per_rank * top_k must be <= {MAX_ROUTED_SLOTS}"
+        )
+    kernel = kernel or select(config)
+    if kernel.block_m != 128 or kernel.block_n != 256:
+        raise ValueError(
+            f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
+            "use 128 x 256"
+        )
+    if kernel.block_k * config.recipe.token_bytes != 128:
+        raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {config.recipe.token}")
+    if kernel.pool_blocks is not None and kernel.pool_blocks < 1:
+        raise ValueError(f"pool_blocks={kernel.pool_blocks} must be >= 1")
+    if kernel.num_dispatch_warps + 2 != 4:
+        raise ValueError(
+            f"num_dispatch_warps={kernel.num_dispatch_warps} must be 2 "
+            "(with two loader warps: one warpgroup)"
+        )
+    if not 1 <= kernel.group_blocks <= pool_blocks(config, kernel):
+        raise ValueError(
+            f"group_blocks={kernel.group_blocks} must be in "
+            f"1..{pool_blocks(config, kernel)} (the pool ring)"
+        )

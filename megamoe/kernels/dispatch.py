@@ -1,0 +1,270 @@
+"""Dispatch: count and publish what this rank sends, then pull what it receives.
+
+`count` runs on the whole CTA before the roles split: histogram of topk_idx, slots by atomics,
+routed records into the owners' tables, count records, and the barrier after which every rank may
+pull. `pull` is the dispatch role: one thread per dispatch warp moves token rows peer -> shared ->
+pool by bulk copies and publishes each row.
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
+
+from megamoe import faults, schedule
+from megamoe.kernels import sync
+from megamoe.kernels.launch import Launch, address, peer_address
+from megamoe.kernels.ptx import (
+    bulk_load,
+    bulk_store,
+    global_ptr,
+    load_global_v2,
+    store_global,
+    store_global_v2,
+)
+from workspace import wire
+from workspace.layout import GRID_COUNTED, GRID_DISPATCHED
+
+arch = cute.arch
+
+ROLE = faults.ROLE_COUNT
+
+
+@cute.jit
+def read_expert(launch: Launch, entry, report: Constexpr) -> Int32:
+    """Expert of routed entry `entry` = token * K + k, or -1 if the slot is masked or its id is
+    invalid.
+    """
+    experts = launch.shape.config.num_experts
+    expert = Int32(0)
+    valid = Int32(1)
+    if launch.wide_idx == 1:
+        wide = global_ptr(launch.topk_idx + Int64(entry) * 8, Int64, 8)[0]
+        expert = Int32(wide)
+        if wide < -1 or wide >= experts:
+            valid = Int32(0)
+    else:
+        expert = global_ptr(launch.topk_idx + Int64(entry) * 4)[0]
+        if expert < -1 or expert >= experts:
+            valid = Int32(0)
+    if valid == 0:
+        if const_expr(report):
+            if sync.claim(launch, sync.REPORTED_WORD):
+                sync.write_record(launch, faults.BAD_EXPERT, ROLE, 0, entry, Int32(experts), expert)
+        expert = Int32(-1)
+    return expert
+
+
+@cute.jit
+def segment_offsets(launch: Launch, totals, offsets):
+    """One warp: exclusive prefix of `totals` (int32 in global memory) over all experts, into shared
+    `offsets`.
+    """
+    experts = launch.shape.config.num_experts
+    lane = launch.thread % 32
+    carry = Int32(0)
+    for start in range(0, experts, 32):
+        expert = start + lane
+        own = Int32(0)
+        if expert < experts:
+            own = arch.load(totals + expert, Int32, sem="relaxed", scope="gpu")
+        inclusive = own
+        for step in range_constexpr(5):
+            below = arch.shuffle_sync_up(inclusive, offset=1 << step, mask_and_clamp=0)
+            if lane >= (1 << step):
+                inclusive += below
+        if expert < experts:
+            offsets[expert] = carry + inclusive - own
+        carry += arch.shuffle_sync(inclusive, 31)
+
+
+@cute.jit
+def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexpr):
+    """Whole CTA: publish what this rank sends, pass the barrier, and leave rows per local expert in
+    `received`.
+
+    `scratch` is shared memory for 3 * E words. If the barrier fails, `received` is all zero, so
+    that every role of the CTA agrees that there is nothing to do.
+    """
+    shape = launch.shape
+    experts, local = shape.config.num_experts, shape.experts
+    slots, top_k, ranks = (
+        shape.config.max_slots_per_rank,
+        shape.config.top_k,
+        shape.config.num_ranks,
+    )
+    histogram, base, offsets = scratch, scratch + experts, scratch + 2 * experts
+    totals = global_ptr(address(launch, "expert_send_count"))
+    entries = launch.num_tokens * top_k
+    first = launch.cta * threads + launch.thread
+    stride = launch.num_ctas * threads
+
+    for expert in range(launch.thread, experts, threads):
+        histogram[expert] = Int32(0)
+    arch.sync_threads()
+    for entry in range(first, entries, stride):
+        expert = read_expert(launch, entry, True)
+        if expert >= 0:
+            arch.atomic_add(histogram + expert, Int32(1))
+    arch.sync_threads()
+    for expert in range(launch.thread, experts, threads):
+        mine = histogram[expert]
+        reserved = Int32(0)
+        if mine > 0:
+            reserved = arch.atomic_add(totals + expert, mine, sem="relaxed", scope="gpu")
+        base[expert] = reserved
+        histogram[expert] = Int32(0)
+
+    sync.grid_sync(launch, flag_smem, GRID_COUNTED, ROLE, 0, threads)
+    if launch.thread < 32:
+        segment_offsets(launch, totals, offsets)
+    arch.sync_threads()
+
+    for entry in range(first, entries, stride):
+        expert = read_expert(launch, entry, False)
+        if expert >= 0:
+            owner = expert // local
+            running = arch.atomic_add(histogram + expert, Int32(1))
+            position = offsets[expert] - offsets[owner * local] + base[expert] + running
+            weight = global_ptr(launch.topk_weights + Int64(entry) * 4)[0]
+            record = (
+                peer_address(launch, "routed_record", owner, launch.rank)
+                + Int64(position) * wire.ROUTED_RECORD_BYTES
+            )
+            store_global_v2(record, entry, weight)
+    if launch.cta == 0:
+        for expert in range(launch.thread, experts, threads):
+            owner = expert // local
+            total = arch.load(totals + expert, Int32, sem="relaxed", scope="gpu")
+            record = peer_address(launch, "expert_recv_count", owner, launch.rank)
+            record += Int64(expert % local) * wire.COUNT_RECORD_BYTES
+            store_global_v2(record, total, offsets[expert] - offsets[owner * local])
+
+    sync.nvlink_barrier(
+        launch, flag_smem, launch.thread, GRID_DISPATCHED, epoch + 1, ROLE, 0, threads
+    )
+    counts = global_ptr(address(launch, "expert_recv_count"))
+    for expert in range(launch.thread, local, threads):
+        total = Int32(0)
+        if flag_smem[0] == 1:
+            for rank in range(ranks):
+                total += counts[(rank * local + expert) * 2]
+        received[expert] = total
+    arch.sync_threads()
+    assert slots  # the table is indexed by the allocated maximum, never by this launch's T
+
+
+@cute.jit
+def finish_store(launch: Launch, unpublished) -> Int32:
+    """Wait in full for the thread's bulk stores; publish the row whose last piece they held.
+    Returns "none".
+    """
+    arch.cp_async_bulk_wait_group(0)
+    if unpublished >= 0:
+        sync.signal(launch, "l1_arrival_count", unpublished)
+    return Int32(-1)
+
+
+@cute.jit
+def store_piece(buffers, barriers, piece, target, piece_bytes: Constexpr, num_buffers: Constexpr):
+    """Wait for the load of `piece` and start its store to `target`."""
+    slot = piece % num_buffers
+    arch.mbarrier_wait(barriers + slot, (piece // num_buffers) % 2)
+    bulk_store(target, buffers + slot * piece_bytes, piece_bytes)
+
+
+@cute.jit
+def pull(
+    launch: Launch,
+    received,
+    buffers,
+    barriers,
+    worker,
+    num_workers,
+    piece_bytes: Constexpr,
+    num_buffers: Constexpr,
+):
+    """Dispatch role, one thread: pull rows `worker`, `worker` + `num_workers`, ... of the dense
+    order.
+
+    A row moves in pieces through two buffers: while one piece is loading, the one before is being
+    stored. A row is published when the store of its last piece has completed, during the next row.
+    Before a wait for a ring slot the
+    pipeline is drained: the slot may depend on the row that is still unpublished.
+    """
+    shape = launch.shape
+    block_m, local, ranks = shape.kernel.block_m, shape.experts, shape.config.num_ranks
+    row_bytes = shape.token_row_bytes
+    pieces = row_bytes // piece_bytes
+    counts = global_ptr(address(launch, "expert_recv_count"))
+    free = schedule.slot_free_target(shape.fc2_columns, shape.kernel.num_math_warps)
+
+    piece = Int32(0)  # pieces loaded so far
+    loading = Int32(0)  # 1 while piece - 1 is loaded but not stored
+    target = Int64(0)  # where it goes
+    completes = Int32(-1)  # pool block whose row it completes, or -1
+    unpublished = Int32(-1)  # pool block of a row that is stored but not published, or -1
+
+    row = Int32(worker)
+    position = schedule.seek_pull(
+        schedule.PullWalk(Int32(0), Int32(0), Int32(0)), row, received, local, block_m
+    )
+    while position.expert < local:
+        index = row - position.first_row
+        source, turn = schedule.pick_source(counts, position.expert * 2, local * 2, ranks, index)
+        offset = counts[(source * local + position.expert) * 2 + 1]
+        record = (
+            address(launch, "routed_record", source)
+            + Int64(offset + turn) * wire.ROUTED_RECORD_BYTES
+        )
+        slot, weight = load_global_v2(record)
+        block = position.first_block + index // block_m
+        ring_row = schedule.ring_row(block, shape.ring, block_m) + index % block_m
+
+        if block >= shape.ring:
+            freed = global_ptr(address(launch, "fc2_done_counter", block - shape.ring))
+            if arch.load(freed, Int32, sem="relaxed", scope="gpu") < free:
+                unpublished = finish_store(launch, unpublished)
+                if loading == 1:
+                    store_piece(buffers, barriers, piece - 1, target, piece_bytes, num_buffers)
+                    loading = Int32(0)
+                    unpublished = finish_store(launch, completes)
+            sync.wait_for(
+                launch, "fc2_done_counter", block - shape.ring, 0, free, faults.ROLE_DISPATCH, "gpu"
+            )
+
+        store_global(address(launch, "l1_topk_weights_buffer", ring_row), weight)
+        code = wire.encode_source(source, slot, shape.config.max_slots_per_rank)
+        store_global(address(launch, "token_src_metadata", ring_row), code)
+
+        token = slot // shape.config.top_k
+        origin = launch.x + Int64(token) * row_bytes
+        if source != launch.rank:
+            origin = peer_address(launch, "input_token_buffer", source, token)
+        destination = address(launch, "l1_token_buffer", ring_row)
+        for part in range(pieces):
+            unpublished = finish_store(launch, unpublished)
+            buffer = piece % num_buffers
+            arch.mbarrier_arrive_and_expect_tx(barriers + buffer, piece_bytes)
+            bulk_load(
+                buffers + buffer * piece_bytes,
+                origin + Int64(part) * piece_bytes,
+                barriers + buffer,
+                piece_bytes,
+            )
+            if loading == 1:
+                store_piece(buffers, barriers, piece - 1, target, piece_bytes, num_buffers)
+                unpublished = completes
+            piece += 1
+            loading = Int32(1)
+            target = destination + Int64(part) * piece_bytes
+            completes = Int32(-1)
+            if part == pieces - 1:
+                completes = block
+        row += num_workers
+        position = schedule.seek_pull(position, row, received, local, block_m)
+
+    unpublished = finish_store(launch, unpublished)
+    if loading == 1:
+        store_piece(buffers, barriers, piece - 1, target, piece_bytes, num_buffers)
+        unpublished = finish_store(launch, completes)

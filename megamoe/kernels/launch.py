@@ -1,0 +1,109 @@
+"""What every role of one launch knows: the static problem and the addresses of this rank.
+
+`Launch` mixes Python constants (configuration, layout) with traced values (addresses, rank, token
+count). It is built once at the top of the kernel and never reassigned. Region addresses come from
+the region table alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cutlass import Int32, Int64
+
+from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks
+from megamoe.kernels.ptx import global_ptr
+from megamoe.schedule import ceil_div
+from workspace.layout import SYMMETRIC, Layout
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Integers that follow from the configuration, named as the protocol names them."""
+
+    config: MoEConfig
+    kernel: KernelConfig
+    layout: Layout
+
+    @property
+    def experts(self) -> int:
+        return self.config.experts_per_rank
+
+    @property
+    def ring(self) -> int:
+        return pool_blocks(self.config, self.kernel)
+
+    @property
+    def max_blocks(self) -> int:
+        return max_pool_blocks(self.config, self.kernel)
+
+    @property
+    def fc1_columns(self) -> int:
+        return ceil_div(2 * self.config.intermediate_size, self.kernel.block_n)
+
+    @property
+    def fc2_columns(self) -> int:
+        return ceil_div(self.config.hidden_size, self.kernel.block_n)
+
+    @property
+    def token_row_bytes(self) -> int:
+        return self.config.hidden_size * self.config.recipe.token_bytes
+
+    @property
+    def hidden_row_bytes(self) -> int:
+        return self.config.intermediate_size * self.config.recipe.token_bytes
+
+    @property
+    def output_row_bytes(self) -> int:
+        return self.config.hidden_size * self.config.recipe.output_bytes
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one rank, as its roles see it. Addresses are Int64 bytes valid on this GPU."""
+
+    shape: Shape
+    symmetric_base: Int64
+    local_base: Int64
+    peers: Int64  # int64 [W]: symmetric base of every rank
+    x: Int64  # token [T, H]
+    topk_idx: Int64  # int32 or int64 [T, K]
+    topk_weights: Int64  # float32 [T, K]
+    y: Int64  # output [T, H]
+    record: Int64  # host-visible error record
+    timeout_ns: Int64
+    rank: Int32
+    num_tokens: Int32
+    wide_idx: Int32  # 1 if topk_idx holds int64
+    num_ctas: Int32
+    cta: Int32
+    thread: Int32
+
+
+# Functions, not methods: the DSL would carry an object whose method is called in a loop through
+# that loop.
+
+
+def address(launch: Launch, name: str, index=0, word: int = 0):
+    """Address of row `index` of a region of this rank, plus `word` int32 words."""
+    region = launch.shape.layout[name]
+    base = launch.symmetric_base if region.space == SYMMETRIC else launch.local_base
+    return base + region_offset(region, index, word)
+
+
+def peer_base(launch: Launch, rank):
+    """Base of the symmetric space of `rank`."""
+    return global_ptr(launch.peers + Int64(rank) * 8, Int64, 8)[0]
+
+
+def peer_address(launch: Launch, name: str, rank, index=0, word: int = 0):
+    """Address of row `index` of a symmetric region of `rank`."""
+    region = launch.shape.layout[name]
+    assert region.space == SYMMETRIC, name
+    return peer_base(launch, rank) + region_offset(region, index, word)
+
+
+def region_offset(region, index, word: int):
+    """Byte offset of row `index` (first axis) of a region within its space."""
+    row_bytes = region.num_bytes // region.shape[0]
+    return Int64(region.offset + 4 * word) + Int64(index) * row_bytes

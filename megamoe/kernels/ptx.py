@@ -1,0 +1,120 @@
+"""Thin names for single instructions, and typed pointers from 64-bit addresses.
+
+Nothing here knows the layer. Addresses are Int64 bytes; multiply in Int64 before adding (pools pass
+2 GiB).
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8
+from cutlass.experimental import primitives as prims
+
+arch = cute.arch
+
+LOG2_E = 1.4426950408889634
+
+
+def global_ptr(address, dtype=Int32, align=4):
+    """Typed global pointer to a byte address (own or peer memory)."""
+    return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
+
+
+def store_global(address, word):
+    """One Int32. A call, because the DSL takes every name inside a subscript target for an assigned
+    variable.
+    """
+    global_ptr(address)[0] = word
+
+
+def load_global_v4(address):
+    """16 bytes as four Int32."""
+    return arch.inline_ptx(
+        "ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[global_ptr(address, Int32, 16)],
+    )
+
+
+def store_global_v4(address, words):
+    arch.inline_ptx(
+        "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[global_ptr(address, Int32, 16), *words],
+    )
+
+
+def store_global_v2(address, first, second):
+    """8 bytes in one store, so that a record is never seen half written."""
+    arch.inline_ptx(
+        "st.global.v2.b32 [{$r0}], {{$r1}, {$r2}};",
+        read_only_args=[global_ptr(address, Int32, 8), first, second],
+    )
+
+
+def load_global_v2(address):
+    return arch.inline_ptx(
+        "ld.global.v2.b32 {{$w0}, {$w1}}, [{$r0}];",
+        write_only_types=[Int32] * 2,
+        read_only_args=[global_ptr(address, Int32, 8)],
+    )
+
+
+def load_shared_v4(pointer):
+    return arch.inline_ptx(
+        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[pointer],
+    )
+
+
+def store_shared(pointer, word):
+    arch.inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[pointer, word])
+
+
+def pack_bf16x2(low, high):
+    """Two float32 rounded to nearest even, `low` in the lower half."""
+    return arch.inline_ptx(
+        "cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[high, low],
+    )
+
+
+def unpack_bf16x2(word):
+    """(low, high) of two bf16 as float32."""
+    return (
+        prims.mov_b32(word << 16, target_type=Float32),
+        prims.mov_b32(word & Int32(-65536), target_type=Float32),
+    )
+
+
+def as_float(word):
+    return prims.mov_b32(word, target_type=Float32)
+
+
+def silu(x):
+    return x * arch.rcp_approx(1.0 + arch.exp2(-LOG2_E * x))
+
+
+def bulk_load(shared, address, barrier, num_bytes):
+    """Asynchronous copy of `num_bytes` (multiple of 16) from global or peer memory; completes on
+    `barrier`.
+    """
+    source = global_ptr(address, Uint8, 16)
+    prims.cp_async_bulk_shared_cluster_global(
+        shared.to_llvm_ptr(), source.to_llvm_ptr(), barrier.to_llvm_ptr(), num_bytes
+    )
+
+
+def bulk_store(address, shared, num_bytes):
+    """Asynchronous copy to global memory as a bulk group of its own; the issuing thread must wait
+    for it.
+    """
+    target = global_ptr(address, Uint8, 16)
+    prims.cp_async_bulk_global_shared_cta(target.to_llvm_ptr(), shared.to_llvm_ptr(), num_bytes)
+    arch.cp_async_bulk_commit_group()
+
+
+def global_timer():
+    """Nanoseconds; the same clock on every CTA of a GPU."""
+    return Int64(arch.globaltimer())

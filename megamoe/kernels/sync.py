@@ -1,0 +1,193 @@
+"""Waiting and signalling: bounded waits, the error record, and the barrier over all ranks.
+
+Flags, one line each (who writes -> who waits, target, scope, who resets):
+  grid_sync_counter      every CTA -> all CTAs / the last arriver, C, gpu, clean-up
+  nvlink_barrier_signal  last CTA of every rank -> all CTAs of all ranks, epoch + i, sys, never
+  l1_arrival_count       dispatch warps -> load_tokens, rows of the block, gpu, clean-up
+  fc1_done_counter       math warps -> load_tokens, tiles x warps, gpu, clean-up
+  fc2_done_counter       math warps and cleaner -> dispatch warps, tiles x warps + 1, gpu, clean-up
+Waits inside a CTA (mbarriers, named barriers) depend only on warps whose own waits are bounded, so
+they end too.
+
+Counters are compared by signed difference: epochs may wrap.
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Boolean, Constexpr, Int32
+
+from megamoe import faults
+from megamoe.kernels.launch import Launch, address, peer_address
+from megamoe.kernels.ptx import global_ptr, global_timer
+
+arch = cute.arch
+
+#: Polls between two looks at the clock and the abort flag.
+POLLS_PER_CHECK = 64
+#: Words of `abort_flag`: the abort itself, and "this launch has reported an invalid expert".
+ABORT_WORD, REPORTED_WORD = 0, 1
+
+
+@cute.jit
+def write_record(
+    launch: Launch, status: Constexpr, role: Constexpr, region: Constexpr, index, expected, seen
+):
+    """Write the host-visible record, status last."""
+    fields = {
+        faults.RANK: launch.rank,
+        faults.ROLE: Int32(role),
+        faults.REGION: Int32(region),
+        faults.INDEX: index,
+        faults.EXPECTED: expected,
+        faults.SEEN: seen,
+        faults.CTA: launch.cta,
+    }
+    for word in fields:
+        arch.store(
+            global_ptr(launch.record + 4 * word), Int32(fields[word]), sem="relaxed", scope="sys"
+        )
+    arch.store(
+        global_ptr(launch.record + 4 * faults.STATUS), Int32(status), sem="release", scope="sys"
+    )
+
+
+@cute.jit
+def claim(launch: Launch, word: Constexpr) -> Boolean:
+    """True for the first thread of the rank that sets this word of `abort_flag`."""
+    flag = global_ptr(address(launch, "abort_flag", 0, word))
+    return arch.atomic_cas(flag, cmp=Int32(0), val=Int32(1), sem="acq_rel", scope="gpu") == 0
+
+
+@cute.jit
+def aborted(launch: Launch) -> Boolean:
+    flag = global_ptr(address(launch, "abort_flag", 0, ABORT_WORD))
+    return arch.load(flag, Int32, sem="relaxed", scope="gpu") != 0
+
+
+@cute.jit
+def wait_for(
+    launch: Launch,
+    name: Constexpr,
+    index,
+    word: Constexpr,
+    expected,
+    role: Constexpr,
+    scope: Constexpr,
+) -> Int32:
+    """Wait until word `word` of row `index` of a region reaches `expected`, then acquire; 1, or 0
+    if the launch aborts.
+
+    Polls relaxed, because an acquire on every poll would flush L1; the one acquire at the end
+    orders what follows.
+    """
+    flag = global_ptr(address(launch, name, index, word))
+    seen = arch.load(flag, Int32, sem="relaxed", scope=scope)
+    ok = Int32(1)
+    if seen - expected < 0:
+        deadline = global_timer() + launch.timeout_ns
+        polls = Int32(0)
+        while seen - expected < 0 and ok == 1:
+            seen = arch.load(flag, Int32, sem="relaxed", scope=scope)
+            if polls % POLLS_PER_CHECK == 0:
+                if aborted(launch):
+                    ok = Int32(0)
+                elif global_timer() > deadline:
+                    ok = Int32(0)
+                    if claim(launch, ABORT_WORD):
+                        region = launch.shape.layout.index(name)
+                        write_record(
+                            launch, faults.TIMED_OUT, role, region, Int32(index), expected, seen
+                        )
+            polls += 1
+    arch.load(flag, Int32, sem="acquire", scope=scope)
+    return ok
+
+
+@cute.jit
+def signal(launch: Launch, name: Constexpr, index):
+    """Add 1 to a counter of this rank with gpu-scope release.
+
+    Precondition: the caller's earlier writes, and those of threads it has synchronised with, are
+    what is released; bulk copies must have been waited for in full.
+    """
+    arch.red(
+        global_ptr(address(launch, name, index)),
+        Int32(1),
+        op="add",
+        dtype="s32",
+        sem="release",
+        scope="gpu",
+    )
+
+
+@cute.jit
+def cta_barrier(barrier_id: Constexpr, num_threads: Constexpr):
+    arch.barrier(barrier_id=barrier_id, number_of_threads=num_threads)
+
+
+@cute.jit
+def grid_sync(
+    launch: Launch,
+    flag_smem,
+    which: Constexpr,
+    role: Constexpr,
+    barrier_id: Constexpr,
+    threads: Constexpr,
+):
+    """Barrier over the CTAs of this rank; `flag_smem[0]` becomes 0 if the wait failed."""
+    cta_barrier(barrier_id, threads)
+    if launch.thread == 0:
+        counter = global_ptr(address(launch, "grid_sync_counter", which))
+        arch.red(counter, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
+        if wait_for(launch, "grid_sync_counter", which, 0, launch.num_ctas, role, "gpu") == 0:
+            flag_smem[0] = Int32(0)
+    cta_barrier(barrier_id, threads)
+
+
+@cute.jit
+def nvlink_barrier(
+    launch: Launch,
+    flag_smem,
+    thread,
+    which: Constexpr,
+    target,
+    role: Constexpr,
+    barrier_id: Constexpr,
+    threads: Constexpr,
+):
+    """Barrier over all CTAs of all ranks with sys-scope release/acquire; `flag_smem[0]` becomes 0
+    if it failed.
+
+    The last CTA of a rank to arrive signals every rank, one thread per peer. A CTA that has aborted
+    does not arrive, so peers never take an unfinished rank for a finished one. `flag_smem[1]` is
+    scratch.
+    """
+    ranks = launch.shape.config.num_ranks
+    cta_barrier(barrier_id, threads)
+    if thread == 0:
+        last = Int32(0)
+        if flag_smem[0] == 1:
+            if not aborted(launch):
+                arch.fence_acq_rel_sys()
+                counter = global_ptr(address(launch, "grid_sync_counter", which))
+                arrived = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+                if arrived == launch.num_ctas - 1:
+                    last = Int32(1)
+        flag_smem[1] = last
+    cta_barrier(barrier_id, threads)
+    if thread < ranks:
+        if flag_smem[1] == 1:
+            remote = global_ptr(peer_address(launch, "nvlink_barrier_signal", thread, launch.rank))
+            arch.red(remote, Int32(1), op="add", dtype="s32", sem="release", scope="sys")
+        if wait_for(launch, "nvlink_barrier_signal", thread, 0, target, role, "sys") == 0:
+            flag_smem[0] = Int32(0)
+    cta_barrier(barrier_id, threads)
+
+
+@cute.jit
+def read_epoch(launch: Launch) -> Int32:
+    """Epoch of the barriers at the start of this launch; nobody changes it before the clean-up."""
+    return arch.load(
+        global_ptr(address(launch, "nvlink_barrier_counter")), Int32, sem="relaxed", scope="gpu"
+    )

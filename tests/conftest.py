@@ -1,0 +1,42 @@
+"""What a test needs of the machine: a marker skips it, with the reason, where that is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+# Kernels compile for Hopper on any machine; without this the DSL asks the driver.
+os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
+
+NO_GPU = "needs a CUDA GPU (sm_90), none is visible"
+NO_DSL = "needs nvidia-cutlass-dsl, which is not installed"
+
+
+def have_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def have_dsl() -> bool:
+    return importlib.util.find_spec("cutlass") is not None
+
+
+def pytest_collection_modifyitems(items):
+    missing = {
+        "gpu": None if have_gpu() else pytest.mark.skip(reason=NO_GPU),
+        "compile": None if have_dsl() else pytest.mark.skip(reason=NO_DSL),
+    }
+    for item in items:
+        for marker, skip in missing.items():
+            if skip is not None and item.get_closest_marker(marker):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU of a test; skips like the `gpu` marker where there is none."""
+    if not have_gpu():
+        pytest.skip(NO_GPU)
+    return torch.device("cuda", torch.cuda.current_device())

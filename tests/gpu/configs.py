@@ -1,0 +1,34 @@
+"""Configurations of the GPU tests: one list, so that their kernels can be built ahead of time on
+another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+from megamoe.config import MoEConfig
+
+
+def _fields(num_experts, top_k, hidden, intermediate, tokens, ranks, **kernel) -> dict:
+    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks)
+    return {**dataclasses.asdict(config), "kernel": kernel}
+
+
+SMALL = {f"small{ranks}": _fields(16, 4, 512, 256, 256, ranks) for ranks in (1, 2, 4, 8)}
+EDGE = {
+    "narrow": _fields(4, 2, 128, 128, 64, 2),  # one K block pair, a tile wider than H
+    "odd_hidden": _fields(8, 16, 384, 384, 96, 4),  # H is not a multiple of the tile, K = 16
+    "one_expert_per_rank": _fields(8, 1, 256, 128, 300, 8),
+    "many_experts": _fields(384, 6, 256, 128, 64, 2),
+    "tiny_ring": _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, group_blocks=2),
+    "one_block_ring": _fields(8, 4, 256, 256, 256, 4, pool_blocks=1, group_blocks=1),
+}
+STRESS = {f"stress{ranks}": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=12) for ranks in (2, 8)}
+CONFIGS = {**SMALL, **EDGE, **STRESS}
+
+if (
+    __name__ == "__main__"
+):  # python -m tests.gpu.configs > list.json; python -m megamoe.compile --list list.json --out DIR
+    json.dump(list(CONFIGS.values()), sys.stdout)

@@ -1,0 +1,134 @@
+"""Shared by the GPU tests: a module with random weights per configuration, fresh inputs, and the
+oracle's bound.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from megamoe import MegaMoE, reference
+from tests.gpu.configs import CONFIGS
+from tests.routing import make_routing
+
+#: The kernel's error against exact arithmetic may be this multiple of the error of the same
+#: rounding points alone.
+ERROR_FACTOR = 1.2
+TIMEOUT_S = 5.0
+
+
+def exact_float32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@functools.cache
+def weights_of(experts: int, hidden: int, intermediate: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator("cuda").manual_seed(experts + hidden + intermediate)
+    w13 = (
+        torch.randn(experts, 2 * intermediate, hidden, device="cuda", generator=rng) * hidden**-0.5
+    )
+    w2 = (
+        torch.randn(experts, hidden, intermediate, device="cuda", generator=rng)
+        * intermediate**-0.5
+    )
+    return w13.bfloat16(), w2.bfloat16()
+
+
+def make_moe(name: str, **options) -> MegaMoE:
+    """A fresh module of a configuration of `configs`, weights loaded."""
+    fields = dict(CONFIGS[name])
+    kernel = fields.pop("kernel")
+    moe = MegaMoE(
+        world=fields.pop("num_ranks"),
+        device="cuda",
+        timeout_s=options.pop("timeout_s", TIMEOUT_S),
+        kernel_dir=os.environ.get("MEGAMOE_KERNEL_DIR"),
+        kernel_options=kernel,
+        **fields,
+        **options,
+    )
+    moe.load_weights(
+        *weights_of(fields["num_experts"], fields["hidden_size"], fields["intermediate_size"])
+    )
+    return moe
+
+
+@functools.cache
+def shared_moe(name: str) -> MegaMoE:
+    """The same module for all tests that only run forwards: state that leaks between launches
+    shows.
+    """
+    return make_moe(name)
+
+
+def inputs_of(moe: MegaMoE, routing: str, seed: int, tokens: int | None = None, dtype=torch.int64):
+    """(xs, ids, weights) per rank on the GPU, fresh for every seed."""
+    config = moe.config
+    tokens = config.max_tokens_per_rank if tokens is None else tokens
+    routed = make_routing(routing, config.num_ranks, tokens, config.top_k, config.num_experts, seed)
+    rng = torch.Generator("cuda").manual_seed(seed)
+    ids = [idx.to("cuda", dtype) for idx in routed[0]]
+    weights = [weight.cuda() for weight in routed[1]]
+    xs = [
+        torch.randn(idx.shape[0], config.hidden_size, device="cuda", generator=rng).bfloat16()
+        for idx in ids
+    ]
+    return xs, ids, weights
+
+
+def forward(moe: MegaMoE, xs, ids, weights) -> list[torch.Tensor]:
+    """A forward as per-rank lists whatever the world size; outputs are poisoned first and
+    cloned.
+    """
+    for output in moe._backend.outputs:
+        output.fill_(float("nan"))
+    single = moe.num_ranks == 1
+    out = moe(xs[0], ids[0], weights[0]) if single else moe(xs, ids, weights)
+    moe.synchronize()
+    return [y.clone() for y in ([out] if single else out)]
+
+
+def poison(moe: MegaMoE) -> None:
+    """Overwrite every data region with NaN (0xFF bytes); only counters, padding and barriers keep
+    their values.
+    """
+    for rank in moe.workspace.local_ranks:
+        views = moe.workspace.regions(rank)
+        for name, region in moe.layout.regions.items():
+            if region.kind == "data":
+                views[name].view(torch.uint8).fill_(0xFF)
+
+
+def expected_of(moe: MegaMoE, xs, ids, weights, rounding: bool) -> list[torch.Tensor]:
+    """The oracle per rank, on the GPU."""
+    exact_float32()
+    w13, w2 = weights_of(
+        moe.config.num_experts, moe.config.hidden_size, moe.config.intermediate_size
+    )
+    return [
+        reference.moe_forward(x, idx, weight.nan_to_num(), w13, w2, rounding=rounding)
+        for x, idx, weight in zip(xs, ids, weights, strict=True)
+    ]
+
+
+def assert_correct(moe: MegaMoE, outputs, xs, ids, weights) -> None:
+    """Every rank's output is as close to exact arithmetic as the same rounding points allow."""
+    exact = expected_of(moe, xs, ids, weights, rounding=False)
+    rounded = expected_of(moe, xs, ids, weights, rounding=True)
+    for rank, (out, truth, oracle) in enumerate(zip(outputs, exact, rounded, strict=True)):
+        error, bound = reference.relative_error(out, truth), reference.relative_error(oracle, truth)
+        assert error <= ERROR_FACTOR * bound, f"rank {rank}: error {error:.2e}, oracle {bound:.2e}"
+
+
+def assert_at_rest(moe: MegaMoE) -> None:
+    """Everything that resets is zero, and every barrier word holds the same epoch."""
+    for rank in moe.workspace.local_ranks:
+        assert not moe.workspace.reset_view(rank).any(), (
+            f"rank {rank} left counters or padding metadata behind"
+        )
+        views = moe.workspace.regions(rank)
+        epoch = views["nvlink_barrier_counter"][0]
+        assert (views["nvlink_barrier_signal"][:, 0] == epoch).all()
+        assert not views["abort_flag"].any()

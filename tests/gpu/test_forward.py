@@ -1,0 +1,80 @@
+"""The kernel against the oracle: hard routing on 1, 2, 4 and 8 virtual ranks, poisoned memory, odd
+shapes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.gpu.configs import EDGE, SMALL
+from tests.gpu.harness import (
+    assert_at_rest,
+    assert_correct,
+    forward,
+    inputs_of,
+    make_moe,
+    poison,
+    shared_moe,
+)
+from tests.routing import ROUTINGS
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("name", [*SMALL, *EDGE])
+def test_forward_matches_the_oracle(name, routing):
+    moe = shared_moe(name)
+    poison(moe)
+    inputs = inputs_of(moe, routing, seed=hash((name, routing)) % 1000)
+    assert_correct(moe, forward(moe, *inputs), *inputs)
+    assert_at_rest(moe)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 127, 128, 129, 255])
+@pytest.mark.parametrize("name", SMALL)
+def test_token_counts(name, tokens):
+    moe = shared_moe(name)
+    poison(moe)
+    inputs = inputs_of(moe, "uniform", seed=tokens, tokens=tokens)
+    assert_correct(moe, forward(moe, *inputs), *inputs)
+    assert_at_rest(moe)
+
+
+@pytest.mark.parametrize("name", ["small1", "small8", "tiny_ring"])
+def test_two_runs_are_bit_identical(name):
+    moe = shared_moe(name)
+    inputs = inputs_of(moe, "skewed", seed=11)
+    first = forward(moe, *inputs)
+    for _ in range(5):
+        poison(moe)
+        assert all(torch.equal(a, b) for a, b in zip(first, forward(moe, *inputs), strict=True))
+
+
+def test_int32_and_int64_indices_agree():
+    moe = shared_moe("small2")
+    xs, ids, weights = inputs_of(moe, "masked", seed=3)
+    wide = forward(moe, xs, ids, weights)
+    narrow = forward(moe, xs, [idx.int() for idx in ids], weights)
+    assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 13, 33])
+def test_any_number_of_sms_gives_the_same_bits(num_sms):
+    moe = shared_moe("small4")
+    inputs = inputs_of(moe, "uniform", seed=5)
+    expected = forward(moe, *inputs)
+    few = make_moe("small4", num_sms=num_sms)
+    assert all(torch.equal(a, b) for a, b in zip(expected, forward(few, *inputs), strict=True))
+
+
+def test_input_buffer_needs_no_copy():
+    moe = shared_moe("small2")
+    xs, ids, weights = inputs_of(moe, "uniform", seed=8)
+    expected = forward(moe, xs, ids, weights)
+    poison(moe)
+    staged = [moe.input_buffer(rank)[: x.shape[0]].copy_(x) for rank, x in enumerate(xs)]
+    assert all(
+        torch.equal(a, b) for a, b in zip(expected, forward(moe, staged, ids, weights), strict=True)
+    )

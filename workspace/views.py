@@ -1,0 +1,91 @@
+"""Workspace: an allocation seen through its layout, as cached typed tensors.
+
+`regions(rank)` builds every view once and returns the same objects afterwards, so a forward
+allocates nothing and a CUDA graph that captured them stays valid for the life of the workspace.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from workspace.layout import LOCAL, SYMMETRIC, Layout, Region
+from workspace.peers import peer_table
+from workspace.symmetric import Allocation, allocate
+
+
+def view_of(span: torch.Tensor, region: Region) -> torch.Tensor:
+    """The typed view of `region` in the bytes of its space."""
+    return span[region.offset : region.end].view(getattr(torch, region.dtype)).view(region.shape)
+
+
+class Workspace:
+    """Memory of all ranks of one process for one layout.
+
+    Attributes: `layout`, `allocation`, `device`. Raises whatever the allocator raises when memory
+    is short.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device | str = "cpu",
+        allocation: Allocation | None = None,
+    ):
+        self.layout = layout
+        self.device = torch.device(device)
+        self.allocation = allocation or allocate(layout, self.device)
+        self._views: dict[int, dict[str, torch.Tensor]] = {}
+
+    @property
+    def local_ranks(self) -> list[int]:
+        return self.allocation.local_ranks
+
+    @property
+    def reset_bytes(self) -> int:
+        """Bytes of one rank that are zero again between launches."""
+        return self.layout.reset_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that one rank holds."""
+        return self.layout.total_bytes
+
+    def regions(self, rank: int = 0) -> dict[str, torch.Tensor]:
+        """Typed views of every region of `rank`; the same objects on every call."""
+        if rank not in self._views:
+            spaces = self.allocation.spaces[rank]
+            self._views[rank] = {
+                name: view_of(spaces[region.space], region)
+                for name, region in self.layout.regions.items()
+            }
+        return self._views[rank]
+
+    @cached_property
+    def peer_tables(self) -> dict[int, torch.Tensor]:
+        """Per local rank: the int64 [W] table of symmetric bases on that rank's device."""
+        return {
+            rank: peer_table(self.allocation, self.allocation.spaces[rank][LOCAL].device)
+            for rank in self.local_ranks
+        }
+
+    def reset_view(self, rank: int = 0) -> torch.Tensor:
+        """The one contiguous span (uint8) of everything that resets."""
+        begin, end = self.layout.reset_span
+        return self.allocation.spaces[rank][LOCAL][begin:end]
+
+    def recover(self) -> None:
+        """Zero counters, padding metadata and the barrier header of every local rank, as at
+        allocation.
+
+        Only for after a failed launch, while no launch runs on any rank.
+        """
+        begin, end = self.layout.header_span
+        for rank in self.local_ranks:
+            self.reset_view(rank).zero_()
+            self.allocation.spaces[rank][SYMMETRIC][begin:end].zero_()
+
+    def describe(self) -> str:
+        """Bytes by region and kind, as a table a person can read."""
+        return self.layout.describe()

@@ -1,0 +1,37 @@
+"""The bytes that cross between ranks, beside the token rows themselves.
+
+- routed record (8 bytes, source -> owner): ``slot`` int32 = token * K + k on the source, ``weight``
+  float32.
+- count record (8 bytes, source -> owner): ``count`` int32 rows for one expert, ``offset`` int32 of
+  its first record.
+- source code (int32, `token_src_metadata`): 0 for a row that pads a block, else 1 + rank *
+  max_slots + slot.
+- combine row: H outputs at `combine_output[token][k]` of the source rank, addressed by the slot.
+
+Owns these encodings; the kernel and the emulator call the same functions.
+"""
+
+from __future__ import annotations
+
+from megamoe import dsl
+
+ROUTED_RECORD_BYTES = 8
+COUNT_RECORD_BYTES = 8
+
+#: Source code of a row that only pads a pool block.
+PADDING = 0
+
+
+@dsl.jit
+def encode_source(rank, slot, max_slots):
+    return 1 + rank * max_slots + slot
+
+
+@dsl.jit
+def source_rank(code, max_slots):
+    return (code - 1) // max_slots
+
+
+@dsl.jit
+def source_slot(code, max_slots):
+    return (code - 1) % max_slots
