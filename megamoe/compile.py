@@ -1,13 +1,12 @@
 """Compiled kernels: a tensor-free key, a disk cache, ahead-of-time building and loading.
 
 A kernel is one shared library per configuration. Building needs nvidia-cutlass-dsl and a C
-compiler, but no GPU;
-loading needs neither: the library exports a flat C entry that takes plain integers, and finds the
-CUDA runtime that torch has already loaded. `load` looks in `kernel_dir`, then in the cache, and
-builds into the cache if it can.
+compiler, but no GPU; loading needs neither: the library exports a flat C entry that takes plain
+integers, and finds the CUDA runtime that torch has already loaded. `load` looks in `kernel_dir`,
+then in the cache, and builds into the cache if it can.
 
-    python -m megamoe.compile --arch sm_90a --out kernels --num-experts 256 --top-k 8 --hidden-size
-        7168 \ --intermediate-size 2048 --max-tokens-per-rank 8192 --num-ranks 8
+    python -m megamoe.compile --arch sm_90a --out kernels --num-experts 256 --top-k 8
+        --hidden-size 7168 --intermediate-size 2048 --max-tokens-per-rank 8192 --num-ranks 8
 """
 
 from __future__ import annotations
@@ -281,8 +280,11 @@ class Launcher:
         for name, value in arguments.items():
             self.values[name].value = value
 
-    def __call__(self, stream: int) -> None:
-        """Enqueue the launch on `stream`. Raises RuntimeError if CUDA refuses it."""
+    def __call__(self, stream: int, **arguments: int) -> None:
+        """Set `arguments` and enqueue the launch on `stream` (a raw handle), whose device must be
+        current. Raises RuntimeError if CUDA refuses it.
+        """
+        self.set(**arguments)
         self.values["stream"].value = stream
         self._entry(self._packed, self._count)
         if self.values["status"].value:

@@ -17,7 +17,7 @@ from megamoe.precision import Precision, precision_of
 MAX_RANKS = 72
 MAX_TOP_K = 16
 #: Signed 32-bit counters and codes must hold W * T * K slots.
-MAX_ROUTED_SLOTS = 2**31 - 2
+MAX_ROUTED_SLOTS = 2**30
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class KernelConfig:
     num_dispatch_warps: warps that pull tokens; with two loader warps they form the front-end
     warpgroup.
     pull_chunk_bytes: largest piece of a token row in flight per pull buffer.
-    num_pull_buffers: pieces in flight per dispatch warp.
     frontend_registers, math_registers: setmaxnreg values of the front-end and of each math
     warpgroup.
     group_blocks: pool blocks of one expert whose tiles share a weight tile in L2 (a schedule unit).
@@ -72,7 +71,6 @@ class KernelConfig:
     num_stages: int = 4
     num_dispatch_warps: int = 2
     pull_chunk_bytes: int = 3584
-    num_pull_buffers: int = 2
     frontend_registers: int = 88
     math_registers: int = 208
     group_blocks: int = 8
@@ -93,6 +91,23 @@ class KernelConfig:
 
 
 DEFAULT_POOL_BLOCKS = 384
+#: Smallest legal value of the integer fields of `KernelConfig` that have no stricter rule.
+KERNEL_MINIMA = {
+    "num_stages": 2,
+    "pull_chunk_bytes": 16,
+    "frontend_registers": 24,
+    "math_registers": 24,
+    "group_blocks": 1,
+    "lag_waves": 0,
+}
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} must be an integer")
+    if value < low or (high is not None and value > high):
+        bound = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name}={value} must be {bound}")
 
 
 def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
@@ -104,6 +119,8 @@ def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
 
 def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
     """Blocks of the pool ring (R)."""
+    if kernel.pool_blocks is not None:
+        _check_integer("pool_blocks", kernel.pool_blocks, 1)
     worst = max_pool_blocks(config, kernel)
     return min(worst, kernel.pool_blocks or DEFAULT_POOL_BLOCKS)
 
@@ -115,14 +132,6 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
     kernel = replace(KernelConfig(), **overrides)
     ring = pool_blocks(config, kernel)
     return replace(kernel, group_blocks=min(kernel.group_blocks, ring))
-
-
-def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name}={value!r} must be an integer")
-    if value < low or (high is not None and value > high):
-        bound = f">= {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name}={value} must be {bound}")
 
 
 def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
@@ -149,6 +158,9 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
             f"num_ranks * max_tokens_per_rank * top_k must be <= {MAX_ROUTED_SLOTS}"
         )
     kernel = kernel or select(config)
+    pool_blocks(config, kernel)
+    for field, low in KERNEL_MINIMA.items():
+        _check_integer(field, getattr(kernel, field), low)
     if kernel.block_m != 128 or kernel.block_n != 256:
         raise ValueError(
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
@@ -156,8 +168,6 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
         )
     if kernel.block_k * config.recipe.token_bytes != 128:
         raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {config.recipe.token}")
-    if kernel.pool_blocks is not None and kernel.pool_blocks < 1:
-        raise ValueError(f"pool_blocks={kernel.pool_blocks} must be >= 1")
     if kernel.num_dispatch_warps + 2 != 4:
         raise ValueError(
             f"num_dispatch_warps={kernel.num_dispatch_warps} must be 2 "

@@ -8,6 +8,7 @@ together).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -187,6 +188,8 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={str(device)!r} is not supported; use 'cuda' or 'cpu'")
+    if device.type == "cpu":
+        return torch.device("cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
@@ -267,7 +270,9 @@ class _OnGpu:
         self.records = torch.zeros(
             config.num_ranks, faults.RECORD_WORDS, dtype=torch.int32
         ).pin_memory()
-        self.status = self.records[:, faults.STATUS]
+        # Plain loads: a forward looks at every status and must not pay for a tensor operation.
+        words = ctypes.c_int32 * faults.RECORD_WORDS
+        self.status = [words.from_address(row.data_ptr()) for row in self.records]
         with torch.cuda.device(moe.device):
             self.streams = [torch.cuda.Stream() for _ in ranks] if len(ranks) > 1 else []
             self.fork = torch.cuda.Event()
@@ -292,22 +297,25 @@ class _OnGpu:
             launcher.set(w13=gate_up.data_ptr(), w2=down.data_ptr())
 
     def forward(self, xs, ids, weights) -> list[torch.Tensor]:
-        if self.status.any() and not torch.cuda.is_current_stream_capturing():
+        failed = any(record[faults.STATUS] for record in self.status)
+        if failed and not torch.cuda.is_current_stream_capturing():
             self.synchronize()
-        with torch.cuda.device(self.device):
-            current = torch.cuda.current_stream()
-            if not self.streams:
-                self._launch(0, xs[0], ids[0], weights[0], current)
-            else:
-                self.fork.record(current)
-                for rank, stream in enumerate(self.streams):
-                    stream.wait_event(self.fork)
-                    with torch.cuda.stream(stream):
-                        self._stage(rank, xs[rank])
-                        self._launch(rank, xs[rank], ids[rank], weights[rank], stream)
-                        self.joins[rank].record(stream)
-                for join in self.joins:
-                    current.wait_event(join)
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.forward(xs, ids, weights)
+        current = torch.cuda.current_stream()
+        if not self.streams:
+            self._launch(0, xs[0], ids[0], weights[0], current.cuda_stream)
+        else:
+            self.fork.record(current)
+            for rank, stream in enumerate(self.streams):
+                stream.wait_event(self.fork)
+                with torch.cuda.stream(stream):
+                    self._stage(rank, xs[rank])
+                    self._launch(rank, xs[rank], ids[rank], weights[rank], stream.cuda_stream)
+                    self.joins[rank].record(stream)
+            for join in self.joins:
+                current.wait_event(join)
         return [output[: x.shape[0]] for output, x in zip(self.outputs, xs, strict=True)]
 
     def _stage(self, rank: int, x: torch.Tensor) -> None:
@@ -316,16 +324,15 @@ class _OnGpu:
         if x.data_ptr() != staged.data_ptr():
             staged.copy_(x)
 
-    def _launch(self, rank: int, x, idx, weight, stream) -> None:
-        launcher = self.launchers[rank]
-        launcher.set(
+    def _launch(self, rank: int, x, idx, weight, stream: int) -> None:
+        self.launchers[rank](
+            stream,
             x=x.data_ptr(),
             topk_idx=idx.data_ptr(),
             topk_weights=weight.data_ptr(),
             num_tokens=x.shape[0],
             wide_idx=int(idx.dtype == torch.int64),
         )
-        launcher(stream.cuda_stream)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

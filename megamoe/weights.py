@@ -42,12 +42,25 @@ def check_weights(
         check_tensor(name, tensor, shape, getattr(torch, config.recipe.weight), device)
 
 
+def fits(tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """True if `tensor` passes `check_tensor`, in about a microsecond: every forward asks."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.shape == shape
+        and tensor.dtype == dtype
+        and tensor.device == device
+        and tensor.is_contiguous()
+    )
+
+
 def check_tensor(
     name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """Raise ValueError, naming field and value, unless `tensor` has this shape, dtype and device
     and is contiguous.
     """
+    if fits(tensor, shape, dtype, device):
+        return
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != tuple(shape):

@@ -1,4 +1,4 @@
-"""An emulated layer for tests: workspace, emulator, fresh random inputs, and the comparison with the oracle."""
+"""An emulated layer for tests: workspace, emulator, random inputs, comparison with the oracle."""
 
 from __future__ import annotations
 

@@ -20,6 +20,17 @@ def global_ptr(address, dtype=Int32, align=4):
     return cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=align)
 
 
+def load_acquire(pointer, scope):
+    """Acquire load whose value nobody needs. Inline, because the compiler was seen to drop
+    `arch.load(sem="acquire")` with an unused result (4.8.1), and with it the ordering.
+    """
+    return arch.inline_ptx(
+        f"ld.acquire.{scope}.global.b32 {{$w0}}, [{{$r0}}];",
+        write_only_types=[Int32],
+        read_only_args=[pointer],
+    )
+
+
 def store_global(address, word):
     """One Int32. A call, because the DSL takes every name inside a subscript target for an assigned
     variable.
@@ -93,7 +104,7 @@ def as_float(word):
 
 
 def silu(x):
-    return x * arch.rcp_approx(1.0 + arch.exp2(-LOG2_E * x))
+    return x * arch.rcp_approx(1.0 + cute.math.exp2(-LOG2_E * x, fastmath=True))
 
 
 def bulk_load(shared, address, barrier, num_bytes):

@@ -19,7 +19,7 @@ from cutlass import Boolean, Constexpr, Int32
 
 from megamoe import faults
 from megamoe.kernels.launch import Launch, address, peer_address
-from megamoe.kernels.ptx import global_ptr, global_timer
+from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
 
 arch = cute.arch
 
@@ -100,7 +100,7 @@ def wait_for(
                             launch, faults.TIMED_OUT, role, region, Int32(index), expected, seen
                         )
             polls += 1
-    arch.load(flag, Int32, sem="acquire", scope=scope)
+    load_acquire(flag, scope)
     return ok
 
 

@@ -15,10 +15,9 @@ pytestmark = pytest.mark.gpu
 
 def launch_only(moe, ranks, xs, ids, weights):
     """Start the launches of some ranks, as if the others had died."""
-    stream = torch.cuda.current_stream()
     for rank in ranks:
-        moe._backend._launch(rank, xs[rank], ids[rank], weights[rank], moe._backend.streams[rank])
-    return stream
+        stream = moe._backend.streams[rank].cuda_stream
+        moe._backend._launch(rank, xs[rank], ids[rank], weights[rank], stream)
 
 
 @pytest.mark.parametrize("missing", [0, 3])

@@ -234,7 +234,8 @@ class MegaMoEKernel:
                     mine = warp * NUM_PULL_BUFFERS
                     pull(
                         launch, received, buffers + mine * budget.piece_bytes, pull_barriers + mine,
-                        worker, num_ctas * config.num_dispatch_warps, budget.piece_bytes, NUM_PULL_BUFFERS,
+                        worker, num_ctas * config.num_dispatch_warps, budget.piece_bytes,
+                        NUM_PULL_BUFFERS,
                     )  # fmt: skip
             elif warp == WARP_LOAD_WEIGHTS:
                 self.load_weights(

@@ -1,0 +1,7 @@
+"""Measurement: `python -m perf sweep` times the layer, checks it against the oracle and writes
+result rows.
+
+One module per concern: `cases` (what is run), `timing` (how it is timed), `roofline` (what bounds
+it), `baselines` (what it is compared with), `results` (how it is kept), `sweep` (the command that
+joins them), `options` (command lines).
+"""

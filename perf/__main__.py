@@ -1,0 +1,43 @@
+"""The command line, `python -m perf <command> ...`.
+
+A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from perf import sweep
+from perf.options import Parser, nearest
+
+#: A new command is a new row.
+COMMANDS = {"sweep": sweep}
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    top = Parser(prog="python -m perf", description="Measure the MoE layer.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        module.add_options(command)
+        command.set_defaults(run=module.run, fail=command.error)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status. Bad arguments: one line on stderr, SystemExit(2)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    top = parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        top.error(f"{argv[0]!r} is not a command; {nearest(argv[0], COMMANDS)}")
+    args = top.parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        args.fail(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

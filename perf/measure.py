@@ -1,0 +1,174 @@
+"""Running a plan: the layer and its baseline on the same inputs, checked against the oracle.
+
+The output that is checked is that of the last timed call, so a wrong result cannot hide behind a
+fast time. Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import megamoe
+from megamoe import reference
+from perf.baselines import BASELINES
+from perf.cases import Case, Inputs, make_inputs, make_weights
+from perf.plan import Plan
+from perf.results import Row
+from perf.roofline import Roofline, Work, roofline_of, work_of
+from perf.timing import Times, measure
+
+MEGAMOE = "megamoe"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one implementation did at one token count; None is what was not measured."""
+
+    case: Case
+    mode: str
+    impl: str
+    times: Times
+    work: Work
+    roofline: Roofline | None  # None where the time is no GPU's
+    error: float | None
+    nvlink_bytes: int | None = None  # counted by the emulator
+    reset_bytes: int | None = None
+    workspace_bytes: int | None = None
+    config: str = ""
+
+    def row(self, where: dict[str, object]) -> Row:
+        """The result row of this point, measured at `where` (`results.environment`)."""
+        case, us = self.case, self.times.us_median
+        optional = {
+            "reset_bytes": self.reset_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "error_rel": self.error,
+        }
+        if self.roofline:
+            optional |= {
+                "tflops": self.work.tflops(us),
+                "roofline_us": self.roofline.us,
+                "roofline_bound": self.roofline.bound,
+                "roofline_share": self.roofline.share(us),
+            }
+        return Row(
+            **where,
+            num_ranks=case.num_ranks,
+            ranks_per_gpu=case.ranks_per_gpu,
+            model=case.model.name,
+            hidden=case.model.hidden,
+            intermediate=case.model.intermediate,
+            num_experts=case.model.num_experts,
+            top_k=case.model.top_k,
+            tokens=case.tokens,
+            precision=case.precision,
+            routing=case.routing,
+            mode=self.mode,
+            impl=self.impl,
+            us_min=self.times.us_min,
+            us_median=us,
+            us_p95=self.times.us_p95,
+            **{name: value for name, value in optional.items() if value is not None},
+            config=self.config,
+        )
+
+
+def oracle(
+    inputs: Sequence[Inputs], w13: torch.Tensor, w2: torch.Tensor, precision: str
+) -> list[torch.Tensor]:
+    """The expected output of every rank, with true float32 products on the inputs' device."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return [
+        reference.moe_forward(i.x, i.topk_idx, i.topk_weights, w13, w2, precision) for i in inputs
+    ]
+
+
+def largest_error(
+    outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor] | None
+) -> float | None:
+    """The largest relative error of a rank; None without an expected output."""
+    if expected is None:
+        return None
+    pairs = zip(outputs, expected, strict=True)
+    return max(reference.relative_error(out, want) for out, want in pairs)
+
+
+def describe(kernel: object, num_sms: int | None) -> str:
+    """The kernel's configuration in one cell: name=value, spaces between."""
+    values = {**dataclasses.asdict(kernel), "num_sms": num_sms}
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+class Runner:
+    """Weights, the layer and the baseline of a plan, made once; `points(tokens)` measures them."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        case = plan.case
+        self.w13, self.w2 = make_weights(case, plan.device)
+        self.moe = megamoe.MegaMoE(
+            num_experts=case.model.num_experts,
+            top_k=case.model.top_k,
+            hidden_size=case.model.hidden,
+            intermediate_size=case.model.intermediate,
+            max_tokens_per_rank=plan.max_tokens,
+            world=case.num_ranks,
+            precision=case.precision,
+            device=str(plan.device),
+            num_sms=plan.num_sms,
+            kernel_dir=plan.kernel_dir,
+        )
+        self.moe.load_weights(self.w13, self.w2)
+        self.baseline = None
+        if plan.baseline:
+            masked = case.routing == "masked"
+            self.baseline = BASELINES[plan.baseline](self.w13, self.w2, masked=masked)
+
+    def points(self, tokens: int) -> Iterator[Point]:
+        """The layer, then the baseline: same inputs, mode and repetitions."""
+        plan, case = self.plan, self.plan.case.with_tokens(tokens)
+        inputs = make_inputs(case, plan.device)
+        work = work_of(case, [i.topk_idx for i in inputs])
+        roofline = None if plan.emulated else roofline_of(work)
+        expected = oracle(inputs, self.w13, self.w2, case.precision) if plan.verify else None
+        columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
+        single = case.num_ranks == 1
+
+        arguments = [column[0] for column in columns] if single else columns
+        times, output = self._measure(lambda: self.moe(*arguments), self.moe.synchronize)
+        yield Point(
+            case=case,
+            mode=plan.mode,
+            impl=MEGAMOE,
+            times=times,
+            work=work,
+            roofline=roofline,
+            error=largest_error([output] if single else output, expected),
+            nvlink_bytes=self.moe.nvlink_bytes if plan.emulated else None,
+            reset_bytes=self.moe.workspace.reset_bytes,
+            workspace_bytes=self.moe.workspace.total_bytes,
+            config=describe(self.moe.kernel_config, self.moe.num_sms),
+        )
+        if self.baseline is None:
+            return
+        joined = [torch.cat(column) for column in columns]
+        times, output = self._measure(lambda: self.baseline(*joined), lambda: None)
+        yield Point(
+            case=case,
+            mode=plan.mode,
+            impl=plan.baseline,
+            times=times,
+            work=work,
+            roofline=roofline,
+            error=largest_error(output.split(tokens), expected),
+        )
+
+    def _measure(
+        self, call: Callable[[], object], check: Callable[[], object]
+    ) -> tuple[Times, object]:
+        plan = self.plan
+        return measure(call, plan.device, plan.mode, plan.reps, plan.warmup, check)

@@ -1,0 +1,105 @@
+"""Command-line pieces shared by the commands: a parser whose errors are one line, and the types of
+option values.
+
+Every message about a bad value names the option and the value and offers the nearest valid choices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+MAX_TOKENS = 1 << 20
+
+
+def nearest(value: str, choices: Iterable[object]) -> str:
+    """What to offer instead of `value`: similar names or the closest numbers, else all choices."""
+    names = [str(choice) for choice in choices]
+    if value.lstrip("-").isdigit() and all(name.isdigit() for name in names):
+        near = sorted(names, key=lambda name: abs(int(name) - int(value)))[:2]
+    else:
+        near = difflib.get_close_matches(value.lower(), names, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, exit status 2, and suggestions for unknown options."""
+
+    def __init__(self, *args, **kwargs):
+        self.option_names: list[str] = []
+        self.commands = None
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *args, **kwargs):
+        action = super().add_argument(*args, **kwargs)
+        self.option_names.extend(name for name in action.option_strings if name.startswith("--"))
+        return action
+
+    def add_subparsers(self, **kwargs):
+        self.commands = super().add_subparsers(**kwargs)
+        return self.commands
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = self.commands.choices[parsed.command] if self.commands else self
+            option = unknown[0].split("=")[0]
+            command.error(f"unknown argument {option}; {nearest(option, command.option_names)}")
+        return parsed
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+    """Option type: one of these names."""
+    names = list(choices)
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; {nearest(text, names)}")
+        return text
+
+    return parse
+
+
+def integer(
+    low: int = 1, high: int | None = None, choices: Iterable[int] | None = None
+) -> Callable[[str], int]:
+    """Option type: an integer in low..high, or one of `choices`."""
+    allowed = None if choices is None else list(choices)
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if allowed is not None and value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; {nearest(text, allowed)}")
+        if value < low or (high is not None and value > high):
+            bound = f">= {low}" if high is None else f"in {low}..{high}"
+            raise argparse.ArgumentTypeError(f"{value} must be {bound}")
+        return value
+
+    return parse
+
+
+def token_counts(text: str) -> list[int]:
+    """Option type: `1,8,64`, or `1:4096` (doubling, both ends included), or a mix of both."""
+    number = integer(1, MAX_TOKENS)
+    counts: list[int] = []
+    for part in text.split(","):
+        first, colon, last = part.partition(":")
+        begin = number(first)
+        end = number(last) if colon else begin
+        if end < begin:
+            raise argparse.ArgumentTypeError(f"{part!r} counts down; did you mean {end}:{begin}?")
+        while begin < end:
+            counts.append(begin)
+            begin *= 2
+        counts.append(end)
+    return list(dict.fromkeys(counts))

@@ -1,0 +1,169 @@
+"""The result row: its columns, how a CSV file of them grows row by row, and how it is read.
+
+The header of a file is fixed for ever by COLUMNS, so that rows of different months can be read
+together. A file with another header is refused before anything is measured. Neighbours: `sweep`
+makes rows; readers use `load`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import subprocess
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
+    measured.
+
+    date: UTC. dirty: 1 if tracked files differed from `commit`. tokens: per rank. tflops: useful,
+    per GPU. error_rel: relative L2 error against the oracle, largest over ranks. *_bytes: of one
+    rank's workspace.
+    """
+
+    date: str
+    commit: str
+    dirty: int | str
+    gpu: str
+    driver: str
+    torch: str
+    dsl: str
+    num_ranks: int
+    ranks_per_gpu: int
+    model: str
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    tokens: int
+    precision: str
+    routing: str
+    mode: str
+    impl: str
+    us_min: float
+    us_median: float
+    us_p95: float
+    tflops: float | str = ""
+    roofline_us: float | str = ""
+    roofline_bound: str = ""
+    roofline_share: float | str = ""
+    error_rel: float | str = ""
+    reset_bytes: int | str = ""
+    workspace_bytes: int | str = ""
+    config: str = ""
+
+    def cells(self) -> list[str]:
+        return [_cell(getattr(self, column)) for column in COLUMNS]
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def _cell(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+class ResultsFile:
+    """A CSV file that rows are appended to; ValueError if `path` has another header."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"{self.path} is a directory, expected a CSV file")
+        if self.path.exists() and self.path.stat().st_size:
+            with self.path.open(newline="") as file:
+                _check_header(self.path, next(csv.reader(file), []))
+
+    def append(self, row: Row) -> None:
+        """Write one row, with the header first in a new file, and close the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writerow(COLUMNS)
+            writer.writerow(row.cells())
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    if tuple(header) == COLUMNS:
+        return
+    missing = [column for column in COLUMNS if column not in header]
+    unknown = [column for column in header if column not in COLUMNS]
+    detail = (
+        f"missing {missing}, unknown {unknown}"
+        if missing or unknown
+        else "the columns are in another order"
+    )
+    raise ValueError(f"{path} has another header: {detail}")
+
+
+def load(*paths: str | Path):
+    """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added."""
+    import pandas
+
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    frames = [pandas.DataFrame(columns=[*COLUMNS, "file"])] if not files else []
+    for file in files:
+        frame = pandas.read_csv(file, dtype={"commit": str, "driver": str, "config": str})
+        _check_header(file, list(frame.columns))
+        frames.append(frame.assign(file=file.name))
+    return pandas.concat(frames, ignore_index=True)
+
+
+def _output_of(*command: str) -> str | None:
+    """First line that a command prints, or None if it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else None
+
+
+def source_version() -> tuple[str, int | str]:
+    """(commit, dirty) from git, else from MEGAMOE_COMMIT=<commit>[-dirty], else unknown."""
+    commit = _output_of("git", "rev-parse", "HEAD")
+    if commit:
+        changes = _output_of("git", "status", "--porcelain", "--untracked-files=no")
+        return commit, "" if changes is None else int(bool(changes))
+    stated = os.environ.get("MEGAMOE_COMMIT", "")
+    if not stated:
+        return "unknown", ""
+    return stated.removesuffix("-dirty"), int(stated.endswith("-dirty"))
+
+
+def _dsl_version() -> str:
+    try:
+        return importlib.metadata.version("nvidia-cutlass-dsl")
+    except importlib.metadata.PackageNotFoundError:
+        return "aot"  # kernels were compiled ahead of time
+
+
+def _driver_version() -> str:
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return _output_of(*query) or "unknown"
+
+
+def environment(device: torch.device | str) -> dict[str, object]:
+    """The columns of a row that say when, from what source and where it was measured."""
+    commit, dirty = source_version()
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu emulation",
+        "driver": _driver_version() if on_gpu else "",
+        "torch": torch.__version__,
+        "dsl": _dsl_version(),
+    }

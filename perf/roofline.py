@@ -1,0 +1,120 @@
+"""What the hardware allows: the work of one routing, and the least time that it can take.
+
+Work is counted from the real `topk_idx`, per GPU, masked slots left out; ranks that share a GPU add
+up there.
+- math: 6 * routed tokens * H * I, the multiply-adds of FC1 (2I columns) and FC2.
+- hbm: the weights of the touched experts once, each token's input and routing once and its output
+  once. Rows held between dispatch, FC1, FC2 and combine can stay in the cache and are left out.
+- nvlink: for every routed token whose expert lives on another GPU one row there and one back. Ranks
+  on one GPU send nothing. A link carries both directions at once, so the larger of received and
+  sent counts.
+
+The bound is the slowest of the three on the busiest GPU: a lower bound, as if they overlapped
+fully.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megamoe.precision import ITEM_BYTES
+from perf.cases import Case
+
+#: Measured on H200 SXM, torch 2.11 + CUDA 13.0: cuBLAS BF16 GEMM on random data; HBM copy, read
+#: plus write; peer pull by SM loads, all ranks at once, per GPU and direction.
+BF16_GEMM_TFLOPS = 780.0
+HBM_TBPS = 4.3
+NVLINK_PULL_GBPS = 330.0
+
+ROUTE_BYTES = ITEM_BYTES["int32"] + ITEM_BYTES["float32"]  # expert id and router weight of a slot
+
+MATH, HBM, NVLINK = "math", "hbm", "nvlink"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Per GPU: useful FLOPs, HBM bytes, and NVLink bytes in the busier direction."""
+
+    flops: tuple[int, ...]
+    hbm_bytes: tuple[int, ...]
+    nvlink_bytes: tuple[int, ...]
+
+    @property
+    def flops_per_gpu(self) -> float:
+        """Useful FLOPs of an average GPU."""
+        return sum(self.flops) / len(self.flops)
+
+    def tflops(self, us: float) -> float:
+        """Useful TFLOP/s per GPU when the layer takes `us` microseconds."""
+        return self.flops_per_gpu / us / 1e6
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The lower bound in microseconds, what sets it, and the time of each ceiling."""
+
+    us: float
+    bound: str
+    us_by_ceiling: dict[str, float]
+
+    def share(self, us: float) -> float:
+        """Part of the bound that a time of `us` reaches: 1 is the roofline."""
+        return self.us / us
+
+
+def routed_counts(case: Case, topk_idx: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int64 [W, E] on the CPU: routed tokens from every rank to every expert."""
+    assert len(topk_idx) == case.num_ranks, (len(topk_idx), case.num_ranks)
+    rows = [
+        torch.bincount(idx[idx >= 0].flatten().long().cpu(), minlength=case.model.num_experts)
+        for idx in topk_idx
+    ]
+    return torch.stack(rows)
+
+
+def work_of(case: Case, topk_idx: Sequence[torch.Tensor]) -> Work:
+    """The work of this routing. Rank r lives on GPU r modulo the number of GPUs."""
+    model, recipe = case.model, case.config(case.tokens).recipe
+    counts_WE = routed_counts(case, topk_idx)
+    gpu_of_rank = torch.arange(case.num_ranks) % case.num_gpus
+    gpu_of_expert = gpu_of_rank.repeat_interleave(case.experts_per_rank)
+
+    # Rows from the GPU of the tokens to the GPU of the experts.
+    gpus = range(case.num_gpus)
+    rows_GG = torch.zeros(case.num_gpus, case.num_gpus, dtype=torch.int64)
+    touched_G = torch.zeros(case.num_gpus, dtype=torch.int64)
+    for gpu in gpus:
+        owned_WE = counts_WE[:, gpu_of_expert == gpu]
+        rows_GG[:, gpu].index_add_(0, gpu_of_rank, owned_WE.sum(dim=1))
+        touched_G[gpu] = (owned_WE.sum(dim=0) > 0).sum()
+    tokens_G = [sum(idx.shape[0] for idx in topk_idx[gpu :: case.num_gpus]) for gpu in gpus]
+
+    expert_bytes = 3 * model.hidden * model.intermediate * ITEM_BYTES[recipe.weight]
+    token_bytes = (
+        model.hidden * (recipe.token_bytes + recipe.output_bytes) + model.top_k * ROUTE_BYTES
+    )
+    away_GG = rows_GG - torch.diag(rows_GG.diagonal())
+    into, out_of = away_GG.sum(dim=0), away_GG.sum(dim=1)
+    received = model.hidden * (into * recipe.token_bytes + out_of * recipe.output_bytes)
+    sent = model.hidden * (out_of * recipe.token_bytes + into * recipe.output_bytes)
+    return Work(
+        flops=tuple((6 * model.hidden * model.intermediate * rows_GG.sum(dim=0)).tolist()),
+        hbm_bytes=tuple(
+            int(touched_G[gpu]) * expert_bytes + tokens_G[gpu] * token_bytes for gpu in gpus
+        ),
+        nvlink_bytes=tuple(torch.maximum(received, sent).tolist()),
+    )
+
+
+def roofline_of(work: Work) -> Roofline:
+    """The bound of `work` on H200."""
+    us = {
+        MATH: max(work.flops) / (BF16_GEMM_TFLOPS * 1e6),
+        HBM: max(work.hbm_bytes) / (HBM_TBPS * 1e6),
+        NVLINK: max(work.nvlink_bytes) / (NVLINK_PULL_GBPS * 1e3),
+    }
+    bound = max(us, key=us.__getitem__)
+    return Roofline(us[bound], bound, us)

@@ -1,0 +1,119 @@
+"""How a call is timed: CUDA events around each repetition, eager or a replayed graph; or a clock.
+
+A repetition is timed on the GPU, between two events of the current stream. A pause is queued first,
+so that the host is ahead of the GPU and a graph replay's time holds no host latency; an eager call
+that needs more host time than GPU time shows that, as it does in use. All ranks of the process run
+in one call, so a time is the maximum over them. The output that is returned is the one of the last
+timed repetition: what was timed is what gets verified.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+EAGER, GRAPH = "eager", "graph"
+MODES = (EAGER, GRAPH)
+
+#: GPU clock cycles of the pause, about 2 ms: longer than the host takes to queue the repetitions
+#: that follow.
+HEAD_START_CYCLES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of every repetition."""
+
+    us: tuple[float, ...]
+
+    @property
+    def us_min(self) -> float:
+        return min(self.us)
+
+    @property
+    def us_median(self) -> float:
+        return median(self.us)
+
+    @property
+    def us_p95(self) -> float:
+        """The smallest repetition that at least 95 % of the repetitions do not exceed."""
+        return sorted(self.us)[-(-95 * len(self.us) // 100) - 1]
+
+
+def _time_cpu(call: Callable[[], object], repetitions: int) -> tuple[Times, object]:
+    us, output = [], None
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        output = call()
+        us.append((time.perf_counter() - begin) * 1e6)
+    return Times(tuple(us)), output
+
+
+def _time_cuda(call: Callable[[], object], repetitions: int) -> tuple[Times, object]:
+    begins = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
+    output = None
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    for begin, end in zip(begins, ends, strict=True):
+        begin.record()
+        output = call()
+        end.record()
+    torch.cuda.synchronize()
+    return Times(tuple(b.elapsed_time(e) * 1e3 for b, e in zip(begins, ends, strict=True))), output
+
+
+def capture(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """`call`, which has run before, as a CUDA graph, and the output that a replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+    return graph, output
+
+
+def measure(
+    call: Callable[[], object],
+    device: torch.device | str,
+    mode: str = EAGER,
+    repetitions: int = 20,
+    warmup: int = 3,
+    check: Callable[[], object] = lambda: None,
+) -> tuple[Times, object]:
+    """Times of `call` and the output of its last repetition.
+
+    `check` runs after the first call on a GPU and at the end: it should wait for the device and
+    raise what a launch reported, so that a failing call is not repeated.
+    """
+    assert mode in MODES and repetitions >= 1, (mode, repetitions)
+    if torch.device(device).type == "cpu":
+        assert mode == EAGER, "a CUDA graph needs a GPU"
+        for _ in range(warmup):
+            call()
+        times, output = _time_cpu(call, repetitions)
+        check()
+        return times, output
+    call()
+    check()
+    if mode == GRAPH:
+        graph, captured = capture(call)
+
+        def replay() -> object:
+            graph.replay()
+            return captured
+
+        call = replay
+    for _ in range(warmup):
+        call()
+    times, output = _time_cuda(call, repetitions)
+    check()
+    return times, output

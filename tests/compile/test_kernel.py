@@ -1,0 +1,88 @@
+"""Every variant compiles to sm_90a as it must: registers, spills, WGMMA, TMA, scopes of flags."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from megamoe.config import MoEConfig, select
+from tests.compile.sass import compile_kernel
+from tests.gpu.configs import CONFIGS
+
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
+
+MODELS = {
+    "pro_ep1": MoEConfig(384, 6, 7168, 3072, 64, 1),
+    "pro_ep8": MoEConfig(384, 6, 7168, 3072, 32768, 8),
+    "flash_ep4": MoEConfig(256, 6, 4096, 2048, 8192, 4),
+    "v3_ep1": MoEConfig(32, 8, 7168, 2048, 4096, 1),
+    "mimo_ep8": MoEConfig(384, 8, 6144, 2048, 4096, 8),
+    "wide_ep72": MoEConfig(288, 8, 7168, 2048, 1024, 72),
+}
+
+
+def variants() -> list:
+    params = []
+    for name, config in MODELS.items():
+        params.append(pytest.param(config, select(config), id=name))
+    for name in ("small8", "odd_hidden", "narrow", "one_block_ring"):
+        fields = dict(CONFIGS[name])
+        kernel = fields.pop("kernel")
+        config = MoEConfig(**fields)
+        params.append(pytest.param(config, select(config, **kernel), id=name))
+    return params
+
+
+@pytest.fixture(scope="module")
+def compiled_v3(tmp_path_factory):
+    config = MODELS["v3_ep1"]
+    return compile_kernel(config, select(config), tmp_path_factory.mktemp("v3"))
+
+
+@pytest.mark.parametrize(("config", "kernel"), variants())
+def test_variant(config, kernel, tmp_path, capfd):
+    built = compile_kernel(config, kernel, tmp_path)
+    remarks = "".join(capfd.readouterr())
+    assert "Used 168 registers" in remarks  # the ptxas report is really there to be read
+    assert "0 bytes spill stores, 0 bytes spill loads" in remarks
+    assert not re.search(r"C75\d\d|serializ", remarks), "WGMMA was serialised or setmaxnreg dropped"
+    assert re.search(r"REG:168 STACK:0 ", built.resources)
+    assert built.count("STL") == built.count("LDL") == 0
+    assert built.count("USETMAXREG") == 2
+    # One K block peeled, one in the loop: block_k / 16 instructions each, of the full tile width.
+    assert len(re.findall(r"HGMMA\.64x256x16\.F32\.BF16", built.sass)) == 2 * kernel.block_k // 16
+    assert built.count("UTMALDG") == 4  # A and B of FC1 and FC2
+    assert built.count("UBLKCP") >= 2  # bulk pull and bulk store
+
+
+def test_remote_flags_use_system_scope(compiled_v3):
+    """What peers poll is released at sys scope; a gpu-scope release loses rows over NVLink."""
+    ptx = re.sub(r"[ \t]+", " ", compiled_v3.ptx)
+    assert re.search(r"red\.release\.sys\.global\.add\.s32", ptx)
+    assert re.search(r"fence\.acq_rel\.sys", ptx)
+    assert not re.search(r"red\.relaxed\.sys", ptx)
+
+
+def test_every_wait_acquires_in_its_scope(compiled_v3):
+    """Two barriers over all ranks at sys scope; the grid sync, the ring slot, FC1's and FC2's rows
+    at gpu scope. The compiler must not drop one because its value is unused."""
+    ptx = re.sub(r"[ \t]+", " ", compiled_v3.ptx)
+    assert len(re.findall(r"ld\.acquire\.sys\.global", ptx)) == 2
+    assert len(re.findall(r"ld\.acquire\.gpu\.global", ptx)) == 4
+
+
+def test_bulk_stores_are_waited_for_in_full(compiled_v3):
+    """`.read` waits only promise that shared memory may be reused, not that the row has arrived."""
+    waits = re.findall(r"cp\.async\.bulk\.wait_group(\S*)", compiled_v3.ptx)
+    assert waits
+    assert ".read" not in "".join(waits)
+
+
+def test_every_tma_read_follows_a_proxy_fence(compiled_v3):
+    assert len(re.findall(r"fence\.proxy\.async\.global", compiled_v3.ptx)) >= 3
+
+
+def test_no_multicast(compiled_v3):
+    assert "multimem" not in compiled_v3.ptx
+    assert "multicast" not in compiled_v3.ptx

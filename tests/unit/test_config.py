@@ -1,0 +1,229 @@
+"""What is legal, and that a refusal names the field and the value."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from megamoe.config import (
+    DEFAULT_POOL_BLOCKS,
+    MAX_RANKS,
+    MAX_ROUTED_SLOTS,
+    MAX_TOP_K,
+    KernelConfig,
+    MoEConfig,
+    max_pool_blocks,
+    pool_blocks,
+    select,
+    supports,
+)
+from megamoe.precision import ITEM_BYTES, PRECISIONS, precision_of
+
+GOOD = MoEConfig(32, 4, 256, 256, 64, num_ranks=8)
+
+MODELS = {
+    "v3": (256, 8, 7168, 2048),
+    "pro": (384, 6, 7168, 3072),
+    "flash": (256, 6, 4096, 2048),
+    "mimo": (384, 8, 6144, 2048),
+    "mixtral": (8, 2, 4096, 14336),
+}
+
+
+def with_(**fields):
+    return dataclasses.replace(GOOD, **fields)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 128, 8192, 32768])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", MODELS)
+def test_models_are_supported(model, world, tokens):
+    config = MoEConfig(*MODELS[model], tokens, num_ranks=world)
+    supports(config)
+    supports(config, select(config))
+
+
+BAD_FIELDS = [
+    ("precision", "fp4"),
+    ("precision", "BF16"),
+    ("precision", ""),
+    ("num_ranks", 0),
+    ("num_ranks", -1),
+    ("num_ranks", MAX_RANKS + 1),
+    ("num_ranks", 2.0),
+    ("num_ranks", True),
+    ("num_experts", 0),
+    ("num_experts", -8),
+    ("num_experts", "32"),
+    ("num_experts", 33),
+    ("num_experts", 4),
+    ("top_k", 0),
+    ("top_k", -1),
+    ("top_k", MAX_TOP_K + 1),
+    ("top_k", None),
+    ("hidden_size", 0),
+    ("hidden_size", -128),
+    ("hidden_size", 64),
+    ("hidden_size", 129),
+    ("hidden_size", 7168.0),
+    ("intermediate_size", 0),
+    ("intermediate_size", 200),
+    ("intermediate_size", -256),
+    ("intermediate_size", False),
+    ("max_tokens_per_rank", 0),
+    ("max_tokens_per_rank", -3),
+    ("max_tokens_per_rank", 1.5),
+    ("max_tokens_per_rank", MAX_ROUTED_SLOTS),
+]
+
+
+@pytest.mark.parametrize("field,value", BAD_FIELDS)
+def test_bad_field_is_named_with_its_value(field, value):
+    with pytest.raises(ValueError) as error:
+        supports(with_(**{field: value}))
+    assert f"{field}={value!r}" in str(error.value)
+
+
+BAD_KERNELS = [
+    ("block_m", 64),
+    ("block_m", 256),
+    ("block_n", 128),
+    ("block_k", 128),
+    ("block_k", 32),
+    ("pool_blocks", 0),
+    ("pool_blocks", -4),
+    ("num_dispatch_warps", 1),
+    ("num_dispatch_warps", 3),
+    ("group_blocks", 0),
+    ("group_blocks", -1),
+    ("group_blocks", 100),
+]
+
+
+@pytest.mark.parametrize("field,value", BAD_KERNELS)
+def test_bad_kernel_field_is_named_with_its_value(field, value):
+    with pytest.raises(ValueError) as error:
+        supports(GOOD, dataclasses.replace(select(GOOD), **{field: value}))
+    assert f"{field}={value}" in str(error.value)
+
+
+def test_precision_message_lists_the_choices():
+    with pytest.raises(ValueError, match="bf16"):
+        precision_of("int3")
+
+
+def test_indivisible_experts_name_both_fields():
+    with pytest.raises(ValueError, match="num_experts=33.*num_ranks=8"):
+        supports(with_(num_experts=33))
+
+
+@pytest.mark.parametrize("world", [1, 8, 72])
+def test_slot_limit_is_exact(world):
+    """The largest T passes, and one more is refused: signed 32-bit codes hold W * T * K slots."""
+    most = MAX_ROUTED_SLOTS // (world * 4)
+    config = MoEConfig(72, 4, 128, 128, most, num_ranks=world)
+    supports(config)
+    assert world * most * 4 <= 2**31 - 2
+    with pytest.raises(ValueError, match=f"max_tokens_per_rank={most + 1}"):
+        supports(dataclasses.replace(config, max_tokens_per_rank=most + 1))
+
+
+def test_group_must_fit_the_ring():
+    """A unit larger than the ring could never start: the stream would run FC2 before FC1."""
+    kernel = select(GOOD, pool_blocks=4)
+    assert kernel.group_blocks == 4
+    supports(GOOD, kernel)
+    with pytest.raises(ValueError, match="group_blocks=5"):
+        supports(GOOD, dataclasses.replace(kernel, group_blocks=5))
+
+
+def test_top_k_may_exceed_the_experts():
+    """A token may name one expert in several slots."""
+    supports(MoEConfig(1, 4, 128, 128, 8))
+
+
+# --- derived numbers
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_derived_counts(model, world):
+    experts, top_k, hidden, intermediate = MODELS[model]
+    config = MoEConfig(experts, top_k, hidden, intermediate, 100, num_ranks=world)
+    assert config.experts_per_rank * world == experts
+    assert config.max_slots_per_rank == 100 * top_k
+    assert config.recipe is PRECISIONS["bf16"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_max_pool_blocks_covers_every_routing(seed):
+    """No split of all W * T * K slots over the local experts needs more pool blocks."""
+    rng = random.Random(seed)
+    world, top_k = rng.choice([1, 2, 8]), rng.randint(1, 8)
+    local, tokens = rng.randint(1, 40), rng.randint(1, 400)
+    config = MoEConfig(local * world, top_k, 128, 128, tokens, num_ranks=world)
+    kernel = KernelConfig()
+    rows = world * tokens * top_k
+    for _ in range(20):
+        cuts = sorted(rng.choices(range(rows + 1), k=local - 1))
+        counts = [b - a for a, b in zip([0, *cuts], [*cuts, rows], strict=True)]
+        blocks = sum(-(-count // kernel.block_m) for count in counts)
+        assert blocks <= max_pool_blocks(config, kernel)
+    assert max_pool_blocks(config, kernel) <= -(-rows // kernel.block_m) + local
+
+
+@pytest.mark.parametrize(
+    "tokens,asked,expected",
+    [
+        (64, None, 20),
+        (64, 8, 8),
+        (64, 1000, 20),
+        (32768, None, DEFAULT_POOL_BLOCKS),
+        (32768, 500, 500),
+    ],
+)
+def test_pool_ring(tokens, asked, expected):
+    config = with_(max_tokens_per_rank=tokens)
+    assert max_pool_blocks(config, KernelConfig()) == 8 * tokens * 4 // 128 + 4
+    assert pool_blocks(config, KernelConfig(pool_blocks=asked)) == expected
+
+
+def test_select_applies_overrides_and_fits_the_group():
+    kernel = select(GOOD, num_stages=3, lag_waves=5, group_blocks=2)
+    assert (kernel.num_stages, kernel.lag_waves, kernel.group_blocks) == (3, 5, 2)
+    tiny = MoEConfig(1, 1, 128, 128, 1)
+    assert select(tiny).group_blocks == pool_blocks(tiny, select(tiny)) == 1
+    with pytest.raises(TypeError):
+        select(GOOD, no_such_field=1)
+
+
+def test_configurations_are_frozen_keys():
+    assert with_() == GOOD and hash(GOOD) == hash(with_())
+    assert hash(KernelConfig()) == hash(select(with_(max_tokens_per_rank=8192)))
+    for config, field in ((GOOD, "top_k"), (KernelConfig(), "block_m")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field, 1)
+
+
+def test_default_kernel_is_consistent():
+    kernel = KernelConfig()
+    assert kernel.num_math_warpgroups * 64 == kernel.block_m
+    assert kernel.num_math_warps == 8
+    assert kernel.num_threads == 384
+    # setmaxnreg: the register file of one CTA of 384 threads
+    assert kernel.frontend_registers + 2 * kernel.math_registers <= 504
+    assert kernel.frontend_registers % 8 == kernel.math_registers % 8 == 0
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_rows(name):
+    torch = pytest.importorskip("torch")
+    recipe = precision_of(name)
+    assert recipe.name == name
+    for dtype in (recipe.token, recipe.weight, recipe.output):
+        assert getattr(torch, dtype).itemsize == ITEM_BYTES[dtype]
+    assert recipe.token_bytes == ITEM_BYTES[recipe.token]
+    assert recipe.output_bytes == ITEM_BYTES[recipe.output]
+    assert recipe.mma_k * recipe.token_bytes == 32

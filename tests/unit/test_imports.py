@@ -1,0 +1,198 @@
+"""Imports flow one way, and the package imports where CuTe DSL is not installed."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("megamoe", "workspace", "perf")
+
+#: From the bottom up: a module imports from its own layer or from layers before it.
+LAYERS = [
+    {"megamoe.dsl", "megamoe.precision"},
+    {"megamoe.config"},
+    {"megamoe.budget", "megamoe.schedule", "megamoe.reference", "megamoe.weights",
+     "workspace.layout", "workspace.wire"},
+    {"megamoe.faults", "workspace.peers", "workspace.symmetric", "workspace.views", "workspace"},
+    {"megamoe.kernels", "megamoe.emulator"},
+    {"megamoe.compile"},
+    {"megamoe.module"},
+    {"megamoe"},
+    {"perf"},
+]  # fmt: skip
+
+#: Only these may know CuTe DSL.
+DSL_MODULES = ("megamoe.dsl", "megamoe.kernels", "megamoe.compile")
+
+#: A module (or a package as a whole) that must not import another, whatever the layers say.
+FORBIDDEN = [
+    ("megamoe.emulator", "megamoe.kernels"),
+    ("megamoe.kernels", "megamoe.emulator"),
+    ("megamoe.reference", "megamoe.kernels"),
+    ("megamoe.reference", "megamoe.emulator"),
+    ("megamoe.reference", "workspace"),
+    ("megamoe.reference", "megamoe.schedule"),
+    ("megamoe.kernels", "megamoe.reference"),
+]
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def part_of(module: str, whole: str) -> bool:
+    return module == whole or module.startswith(whole + ".")
+
+
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """Dotted names of everything that a module imports, at any depth of its source."""
+    names = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} line {node.lineno}: write imports in full"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                names.add(full if full in SOURCES else node.module)
+    return frozenset(names)
+
+
+def ours(names: Iterable[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] in PACKAGES}
+
+
+def layer_of(module: str) -> int:
+    best = None
+    for level, modules in enumerate(LAYERS):
+        for whole in modules:
+            # `megamoe` and `workspace` stand for their __init__ alone, other packages for all.
+            exact = whole in ("megamoe", "workspace")
+            if module == whole or (not exact and part_of(module, whole)):
+                best = level
+    assert best is not None, f"{module} has no layer: give it one in LAYERS"
+    return best
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_only_from_its_layer_or_below(module):
+    for name in ours(imports_of(module)):
+        assert name in SOURCES, f"{module} imports {name}, which does not exist"
+        assert layer_of(name) <= layer_of(module), f"{module} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("module,other", FORBIDDEN)
+def test_forbidden_imports(module, other):
+    for name in SOURCES:
+        if part_of(name, module):
+            found = [n for n in imports_of(name) if part_of(n, other)]
+            assert not found, f"{name} imports {found}"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_only_kernels_and_their_builders_import_the_dsl(module):
+    if any(part_of(module, allowed) for allowed in DSL_MODULES):
+        return
+    found = {n for n in imports_of(module) if n.split(".")[0] in ("cutlass", "cuda")}
+    assert not found, f"{module} imports {found}"
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_nothing_imports_the_tests(module):
+    assert not [n for n in imports_of(module) if part_of(n, "tests")]
+
+
+def test_there_is_no_cycle():
+    graph = {module: ours(imports_of(module)) - {module} for module in SOURCES}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_foundations_do_not_import_torch():
+    """Configuration, schedule and layout are integers: they load in a tool without torch."""
+    for module in ("megamoe.config", "megamoe.precision", "megamoe.schedule", "workspace.layout"):
+        assert "torch" not in {n.split(".")[0] for n in imports_of(module)}
+
+
+# Run in a fresh interpreter: hides the DSL as if it were not installed, then imports `modules`,
+# each one first (with nothing of ours loaded before it).
+FRESH = """
+import importlib, sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"hidden by the test: {{name}}", name=name)
+
+sys.meta_path.insert(0, Hide())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.split(".")[0] in {hidden!r} else find_spec(name, package))
+
+for module in {modules!r}:
+    for name in list(sys.modules):
+        if name.split(".")[0] in {packages!r}:
+            del sys.modules[name]
+    importlib.import_module(module)
+{body}
+"""
+
+
+def run_fresh(modules, hidden=(), body=""):
+    code = FRESH.format(modules=list(modules), hidden=hidden, packages=PACKAGES, body=body)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def importable(module: str) -> bool:
+    """Not a script, and not a kernel (a kernel is CuTe DSL code and needs it)."""
+    return not module.endswith("__main__") and not part_of(module, "megamoe.kernels")
+
+
+def test_everything_but_kernels_imports_without_the_dsl():
+    """As on a serving host that loads ahead-of-time kernels; each module is imported first once."""
+    body = """
+from megamoe import dsl, schedule
+assert not dsl.HAVE_DSL and not dsl.tracing()
+assert schedule.ceil_div(5, 4) == 2
+assert not [name for name in sys.modules if name.split(".")[0] == "cutlass"]
+"""
+    run_fresh(filter(importable, SOURCES), hidden=("cutlass",), body=body)
+
+
+def test_public_names_import_without_the_dsl():
+    body = """
+import megamoe, workspace
+for package in (megamoe, workspace):
+    for name in package.__all__:
+        assert getattr(package, name) is not None, name
+"""
+    run_fresh(["megamoe", "workspace"], hidden=("cutlass", "cuda"), body=body)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_every_module_imports_first():
+    """No import order is needed: a cycle would show as a partially initialised module."""
+    modules = [module for module in SOURCES if not module.endswith("__main__")]
+    run_fresh(modules)

@@ -1,0 +1,142 @@
+"""Models, routings and inputs of the measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megamoe import reference
+from megamoe.config import supports
+from perf.cases import MODELS, ROUTINGS, Case, make_inputs, make_weights
+
+EMULATED = MODELS["emulated"]
+
+
+def case_of(routing: str = "balanced", tokens: int = 300, ranks: int = 4, **model) -> Case:
+    return Case(dataclasses.replace(EMULATED, **model), ranks, tokens, routing=routing)
+
+
+def expert_ids(case: Case) -> torch.Tensor:
+    """[W, T, K]"""
+    return torch.stack([i.topk_idx for i in make_inputs(case)])
+
+
+def has_repeats(ids: torch.Tensor) -> bool:
+    ordered = ids.flatten(0, 1).sort(dim=1).values
+    return bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    {
+        "pro": (7168, 3072, 384, 6),
+        "flash": (4096, 2048, 256, 6),
+        "v3": (7168, 2048, 256, 8),
+        "mimo": (6144, 2048, 384, 8),
+    }.items(),
+)
+def test_published_shapes(name, shape):
+    model = MODELS[name]
+    assert (model.hidden, model.intermediate, model.num_experts, model.top_k) == shape
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_every_model_is_supported(model, ranks):
+    supports(Case(model, ranks, 64).config(64))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_ids_have_shape_type_and_range(routing):
+    case = case_of(routing)
+    for inputs in make_inputs(case):
+        assert inputs.topk_idx.shape == (case.tokens, case.model.top_k)
+        assert inputs.topk_idx.dtype == torch.int32 and inputs.topk_idx.is_contiguous()
+        low = -1 if routing == "masked" else 0
+        assert inputs.topk_idx.min() >= low and inputs.topk_idx.max() < case.model.num_experts
+
+
+@pytest.mark.parametrize("routing", ["balanced", "skewed", "hot-expert", "hot-rank", "masked"])
+def test_no_token_names_an_expert_twice(routing):
+    assert not has_repeats(expert_ids(case_of(routing)))
+
+
+def test_random_routing_repeats_experts():
+    assert has_repeats(expert_ids(case_of("random")))
+
+
+def test_balanced_is_uniform_over_experts():
+    case = case_of(tokens=2000)
+    counts = expert_ids(case).flatten().long().bincount(minlength=case.model.num_experts).double()
+    mean = case.num_ranks * case.tokens * case.model.top_k / case.model.num_experts
+    assert (counts - mean).abs().max() < 6 * mean**0.5
+
+
+def test_skewed_follows_zipf_and_ranks_agree_on_the_favourites():
+    ids = expert_ids(case_of("skewed", tokens=2000, top_k=1))
+    share = ids.flatten().long().bincount(minlength=32).double().sort(descending=True).values
+    share /= share.sum()
+    zipf = 1 / torch.arange(1, 33, dtype=torch.float64)
+    zipf /= zipf.sum()
+    assert (share - zipf).abs().max() < 0.02
+    favourites = {int(rank.flatten().long().bincount().argmax()) for rank in ids}
+    assert len(favourites) == 1
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_hot_expert_gets_every_token(top_k):
+    ids = expert_ids(case_of("hot-expert", top_k=top_k))
+    assert ((ids == 31).sum(dim=2) == 1).all()
+
+
+@pytest.mark.parametrize("ranks", [2, 16])
+def test_hot_rank_gets_every_slot(ranks):
+    case = case_of("hot-rank", ranks=ranks, tokens=50)  # at 16 ranks a rank has 2 experts, K is 4
+    ids = expert_ids(case)
+    assert ids.max() < case.experts_per_rank
+    assert ids.unique().numel() == case.experts_per_rank
+
+
+def test_masked_drops_half_of_the_slots_and_one_whole_token():
+    ids = expert_ids(case_of("masked", tokens=1000))
+    assert 0.45 < (ids < 0).double().mean() < 0.55
+    assert (ids[:, 0] == -1).all()
+
+
+def test_inputs_repeat_for_a_seed_and_differ_between_ranks_seeds_and_token_counts():
+    case = case_of(tokens=8)
+    first, second = make_inputs(case), make_inputs(case)
+    assert all(torch.equal(a.x, b.x) for a, b in zip(first, second, strict=True))
+    assert torch.equal(first[1].topk_idx, second[1].topk_idx)
+    assert not torch.equal(first[0].x, first[1].x)
+    assert not torch.equal(first[0].topk_idx, first[1].topk_idx)
+    other = make_inputs(dataclasses.replace(case, seed=1))
+    assert not torch.equal(first[0].x, other[0].x)
+    assert not torch.equal(first[0].x, make_inputs(case.with_tokens(16))[0].x[:8])
+
+
+def test_router_weights_are_positive_and_sum_to_one():
+    weights = make_inputs(case_of())[0].topk_weights
+    assert weights.dtype == torch.float32 and (weights > 0).all()
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(weights.shape[0]))
+
+
+def test_activations_stay_of_order_one():
+    case = case_of(ranks=1, tokens=64)
+    w13, w2 = make_weights(case)
+    assert w13.dtype == w2.dtype == torch.bfloat16
+    assert w13.shape == (32, 512, 256) and w2.shape == (32, 256, 256)
+    inputs = make_inputs(case)[0]
+    gate_up = reference.fc1(inputs.x.float(), w13[0].float())
+    assert 0.9 < gate_up.std() < 1.1
+    out = reference.moe_forward(inputs.x, inputs.topk_idx, inputs.topk_weights, w13, w2)
+    assert 0.1 < out.float().std() < 2
+
+
+def test_impossible_cases_are_refused():
+    with pytest.raises(ValueError, match="top_k=4 is more than num_experts=2"):
+        case_of(num_experts=2)
+    with pytest.raises(ValueError, match="ranks_per_gpu=3"):
+        Case(EMULATED, 4, 1, ranks_per_gpu=3)

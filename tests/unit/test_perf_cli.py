@@ -1,0 +1,298 @@
+"""The command line: options, one-line errors, rows as they finish, and the emulator for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import megamoe
+from megamoe import reference
+from megamoe.config import KernelConfig
+from megamoe.faults import LaunchTimeout
+from perf import gpu_session, plan
+from perf.__main__ import main, parser
+from perf.options import nearest, token_counts
+from perf.plan import plan_of
+from perf.results import load
+from perf.timing import EAGER, GRAPH
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class FakeMoE:
+    """The oracle behind the layer's interface; `fault(number of the call)` runs before a call."""
+
+    made: list[FakeMoE] = []
+    fault = staticmethod(lambda call: None)
+    scale = 1.0
+
+    def __init__(self, **arguments):
+        self.arguments = arguments
+        self.calls = 0
+        self.workspace = SimpleNamespace(reset_bytes=1024, total_bytes=65536)
+        self.kernel_config = KernelConfig()
+        self.num_sms = 5 if arguments["num_sms"] is None else arguments["num_sms"]
+        self.nvlink_bytes = 4096
+        self.made.append(self)
+
+    def load_weights(self, w13, w2):
+        self.w13, self.w2 = w13, w2
+
+    def __call__(self, x, topk_idx, topk_weights):
+        self.fault(self.calls)
+        self.calls += 1
+        if self.arguments["world"] == 1:
+            return self._forward(x, topk_idx, topk_weights)
+        return [self._forward(*rank) for rank in zip(x, topk_idx, topk_weights, strict=True)]
+
+    def _forward(self, *inputs):
+        assert all(isinstance(tensor, torch.Tensor) for tensor in inputs)
+        return reference.moe_forward(*inputs, self.w13, self.w2) * self.scale
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    made: list[FakeMoE] = []
+    cls = type("Fake", (FakeMoE,), {"made": made})
+    monkeypatch.setattr(megamoe, "MegaMoE", cls, raising=False)
+    return cls
+
+
+def error_line(argv: list[str], capsys) -> str:
+    """The one line that `argv` fails with."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["swep"], ["'swep'", "did you mean sweep?"]),
+        ([], ["COMMAND"]),
+        (["sweep", "--modle", "v3"], ["--modle", "did you mean --model"]),
+        (["sweep", "--model", "v4"], ["--model", "'v4'", "did you mean v3?"]),
+        (["sweep", "--model", "zzz"], ["choose from pro, flash, v3, mimo, tiny, emulated"]),
+        (["sweep", "--routing", "hotrank"], ["--routing", "did you mean hot-rank"]),
+        (["sweep", "--device", "gpu"], ["--device", "'gpu'", "cpu"]),
+        (["sweep", "--ranks", "3"], ["--ranks", "did you mean 2 or 4?"]),
+        (["sweep", "--precision", "bf61"], ["--precision", "did you mean bf16?"]),
+        (["sweep", "--baseline", "torch"], ["--baseline", "did you mean torch_bf16?"]),
+        (["sweep", "--tokens", "1,x"], ["--tokens", "'x' is not an integer"]),
+        (["sweep", "--tokens", "0"], ["--tokens", "0 must be in 1.."]),
+        (["sweep", "--tokens", "8:1"], ["--tokens", "did you mean 1:8?"]),
+        (["sweep", "--reps", "-1"], ["--reps", "-1 must be in 1.."]),
+        (["sweep", "--tokens", "64", "--max-tokens", "32"], ["64 is more than --max-tokens 32"]),
+        (["sweep", "--graph"], ["--graph needs --device cuda"]),
+        (["sweep", "--num-experts", "12"], ["num_experts=12", "num_ranks=8"]),
+        (["sweep", "--num-experts", "2", "--ranks", "1"], ["top_k=4", "num_experts=2"]),
+        (["sweep", "--num-experts", "8", "--experts-per-gpu", "8"], ["exclude each other"]),
+    ],
+)
+def test_bad_arguments_end_in_one_line(argv, expected, capsys, fake):
+    line = error_line(argv, capsys)
+    for part in expected:
+        assert part in line
+    assert fake.made == []
+
+
+def test_cuda_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in error_line(["sweep", "--device", "cuda"], capsys)
+
+
+def test_a_layer_that_refuses_its_arguments_is_one_line(capsys, monkeypatch):
+    def refuse(**arguments):
+        raise ValueError(f"num_sms={arguments['num_sms']} is more than 4")
+
+    monkeypatch.setattr(megamoe, "MegaMoE", refuse, raising=False)
+    assert "num_sms=9 is more than 4" in error_line(["sweep", "--num-sms", "9"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("8", [8]),
+        ("1,8,64", [1, 8, 64]),
+        ("1:8", [1, 2, 4, 8]),
+        ("3:20", [3, 6, 12, 20]),
+        ("4:4,1,2:4", [4, 1, 2]),
+    ],
+)
+def test_token_counts(text, counts):
+    assert token_counts(text) == counts
+
+
+def test_nearest():
+    assert nearest("7", [1, 2, 4, 8]) == "did you mean 8 or 4?"
+    assert nearest("V3", ["v3", "pro"]) == "did you mean v3?"
+    assert nearest("?", ["a", "b"]) == "choose from a, b"
+
+
+def plan_for(*argv: str) -> plan.Plan:
+    return plan_of(parser().parse_args(["sweep", *argv]))
+
+
+def test_defaults_emulate_a_small_layer_at_ep8():
+    default = plan_for()
+    assert default.emulated and default.mode == EAGER and default.verify
+    assert (default.case.num_ranks, default.case.model.name) == (8, "emulated")
+    assert default.max_tokens == max(default.tokens)
+
+
+def test_cuda_options(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cuda = plan_for("--device", "cuda", "--ranks", "4", "--experts-per-gpu", "32", "--no-verify")
+    assert cuda.mode == GRAPH and cuda.case.model.name == "v3" and not cuda.verify
+    assert cuda.case.model.num_experts == 32
+    assert (cuda.case.ranks_per_gpu, cuda.case.num_gpus) == (4, 1)
+    argv = ("--device", "cuda", "--eager", "--num-sms", "8", "--kernel-dir", "d", "--reps", "7")
+    eager = plan_for(*argv, "--tokens", "1:8", "--max-tokens", "64")
+    assert (eager.mode, eager.num_sms, eager.kernel_dir, eager.reps) == (EAGER, 8, "d", 7)
+    assert eager.tokens == (1, 2, 4, 8) and eager.max_tokens == 64
+
+
+SMALL = ["sweep", "--tokens", "2,3", "--reps", "2", "--num-experts", "8", "--ranks", "2"]
+
+
+@pytest.mark.parametrize("ranks", ["1", "4"])
+def test_a_sweep_prints_and_keeps_a_row_per_measurement(ranks, fake, capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    argv = [*SMALL, "--ranks", ranks, "--baseline", "torch_bf16", "--csv", str(path)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "CPU emulation" in out and "not GPU figures" in out
+    assert "4,096" in out and "1,024 of 65,536" in out and " ms" in out
+    rows = load(path)
+    assert rows.tokens.tolist() == [2, 2, 3, 3]
+    assert rows.impl.tolist() == ["megamoe", "torch_bf16"] * 2
+    assert (rows.num_ranks == int(ranks)).all() and (rows.ranks_per_gpu == int(ranks)).all()
+    assert rows.error_rel.tolist()[::2] == [0, 0] and (rows.error_rel[1::2] > 0).all()
+    assert rows.roofline_us.isna().all() and rows.tflops.isna().all()  # no GPU, no GPU figure
+    assert "block_m=128" in rows.config[0] and "num_sms=5" in rows.config[0]
+    assert rows.workspace_bytes[0] == 65536
+    (moe,) = fake.made
+    assert moe.arguments["max_tokens_per_rank"] == 3 and moe.arguments["world"] == int(ranks)
+    assert moe.calls == 4  # two token counts, two repetitions
+
+
+def test_a_wrong_output_is_reported_and_fails_the_sweep(fake, capsys):
+    fake.scale = 1.05
+    assert main(SMALL) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("megamoe is wrong at") == 2
+    assert "5.0" in captured.out
+    assert main([*SMALL, "--no-verify"]) == 0
+
+
+def test_nan_is_wrong(fake, capsys):
+    fake.scale = float("nan")
+    assert main(SMALL) == 1
+    assert "is wrong at 2 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: 1 finished row"),
+        (LaunchTimeout("rank 1, role math"), 1, "launch failed after 1 finished row(s): rank 1"),
+    ],
+)
+def test_finished_rows_survive(error, status, message, fake, capsys, tmp_path):
+    def fault(call: int) -> None:
+        if call == 3:  # the second repetition of the second token count
+            raise error
+
+    fake.fault = staticmethod(fault)
+    path = tmp_path / "rows.csv"
+    assert main([*SMALL, "--csv", str(path)]) == status
+    assert message in capsys.readouterr().err
+    assert load(path).tokens.tolist() == [2]
+
+
+def test_a_csv_with_another_header_is_refused_before_anything_runs(fake, capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b\n")
+    assert "another header" in error_line([*SMALL, "--csv", str(path)], capsys)
+    assert fake.made == []
+
+
+def test_help_lists_every_model_and_routing(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "pro, flash, v3, mimo, tiny" in text and "hot-expert, hot-rank, masked" in text
+
+
+def test_every_published_step_is_a_valid_sweep(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for step in gpu_session.STEPS:
+        command = gpu_session.command_of(step, tmp_path, ["--reps", "3"])
+        assert command[1:4] == ["-m", "perf", "sweep"]
+        args = parser().parse_args(command[3:])
+        measured = plan_of(args)
+        assert measured.device.type == "cuda" and measured.reps == 3
+        assert args.csv == str(tmp_path / f"{step.name}.csv")
+
+
+def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
+    limits = {}
+
+    def run(command, cwd, timeout):
+        name = Path(command[-1]).stem
+        limits[name] = timeout
+        if name == "smoke":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return SimpleNamespace(returncode=3 if name == "tiny" else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    directory = tmp_path / "new"
+    assert gpu_session.main([str(directory), "--only", "smoke,tiny,v3_prefill"]) == 1
+    assert list(limits) == ["smoke", "v3_prefill", "tiny"] and directory.is_dir()
+    summary = capsys.readouterr().out.splitlines()[-3:]
+    assert summary == ["smoke: stopped after 120 s", "v3_prefill: ok", "tiny: exit status 3"]
+    assert gpu_session.main([str(directory), "--only", "v3_prefill"]) == 0
+
+
+def test_an_unknown_step_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        gpu_session.main([str(tmp_path), "--only", "v3_prefil"])
+    assert stop.value.code == 2
+    assert "did you mean v3_prefill" in capsys.readouterr().err
+
+
+def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "perf", *argv]
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.slow
+def test_the_emulator_sweep_as_a_user_runs_it(tmp_path):
+    """No option but the file: every rank of an EP8 layer on the CPU, each row checked."""
+    path = tmp_path / "rows.csv"
+    done = run_perf("sweep", "--csv", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "CPU emulation" in done.stdout
+    rows = load(path)
+    assert rows.tokens.tolist() == list(plan.DEFAULTS["cpu"].tokens)
+    assert (rows.num_ranks == 8).all() and (rows.impl == "megamoe").all()
+    assert (rows.error_rel < 8e-3).all()
+    assert (rows.reset_bytes > 0).all() and (rows.reset_bytes < rows.workspace_bytes / 10).all()
+    nvlink = [int(line.split()[5].replace(",", "")) for line in done.stdout.splitlines()[3:]]
+    assert len(nvlink) == len(rows) and nvlink == sorted(nvlink) and nvlink[0] > 0

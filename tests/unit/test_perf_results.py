@@ -1,0 +1,153 @@
+"""Result rows, their file and their loader."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+
+import pytest
+
+from perf import results
+from perf.results import COLUMNS, ResultsFile, Row, environment, load, source_version
+
+DOCUMENTED = (
+    "date, commit, dirty, gpu, driver, torch, dsl, num_ranks, ranks_per_gpu, model, hidden, "
+    "intermediate, num_experts, top_k, tokens, precision, routing, mode, impl, us_min, us_median, "
+    "us_p95, tflops, roofline_us, roofline_bound, roofline_share, error_rel, reset_bytes, "
+    "workspace_bytes, config"
+)
+
+
+def row_of(**changes) -> Row:
+    row = Row(
+        date="2027-01-01T00:00:00+00:00",
+        commit="0123456",
+        dirty=0,
+        gpu="NVIDIA H200",
+        driver="580.10",
+        torch="2.11.0",
+        dsl="aot",
+        num_ranks=1,
+        ranks_per_gpu=1,
+        model="tiny",
+        hidden=1024,
+        intermediate=512,
+        num_experts=32,
+        top_k=4,
+        tokens=8,
+        precision="bf16",
+        routing="balanced",
+        mode="graph",
+        impl="megamoe",
+        us_min=1.25,
+        us_median=2.5,
+        us_p95=1234567.0,
+        config="block_m=128, block_n=256",
+    )
+    return dataclasses.replace(row, **changes)
+
+
+def test_columns_are_the_documented_ones():
+    assert ", ".join(COLUMNS) == DOCUMENTED
+
+
+def test_rows_are_appended_one_at_a_time_under_one_header(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    ResultsFile(path).append(row_of(tokens=8))
+    assert len(path.read_text().splitlines()) == 2
+    ResultsFile(path).append(row_of(tokens=16))  # another process, later
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3
+    assert lines[0] == ",".join(COLUMNS) and lines.count(lines[0]) == 1
+
+
+def test_rows_come_back_as_written(tmp_path):
+    path = tmp_path / "rows.csv"
+    ResultsFile(path).append(row_of(error_rel=3.25e-3))
+    ResultsFile(path).append(row_of(tflops=123.5))
+    frame = load(path)
+    assert list(frame.columns) == [*COLUMNS, "file"]
+    first = frame.iloc[0]
+    assert first.commit == "0123456" and first.driver == "580.10"  # text, not numbers
+    assert first.config == "block_m=128, block_n=256"
+    assert (first.us_median, first.error_rel, first.tokens) == (2.5, 3.25e-3, 8)
+    assert first.us_p95 == pytest.approx(1234567, rel=1e-5)
+    assert frame.tflops.isna().tolist() == [True, False]
+    assert first.file == "rows.csv"
+
+
+def test_load_reads_directories_and_nothing(tmp_path):
+    for name in ("a", "b"):
+        ResultsFile(tmp_path / f"{name}.csv").append(row_of(model=name))
+    (tmp_path / "notes.txt").write_text("no rows")
+    assert load(tmp_path).model.tolist() == ["a", "b"]
+    (tmp_path / "empty").mkdir()
+    assert list(load(tmp_path / "empty").columns) == [*COLUMNS, "file"]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (COLUMNS[1:], r"missing \['date'\]"),
+        ((*COLUMNS, "extra"), r"unknown \['extra'\]"),
+        (COLUMNS[::-1], "another order"),
+        (("",), "missing"),
+    ],
+)
+def test_a_file_with_another_header_is_refused_and_kept(tmp_path, header, message):
+    path = tmp_path / "rows.csv"
+    content = ",".join(header) + "\n"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ResultsFile(path)
+    assert path.read_text() == content
+    if len(header) > 1:
+        with pytest.raises(ValueError, match=message):
+            load(path)
+
+
+def test_an_empty_file_gets_a_header_and_a_directory_is_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.touch()
+    ResultsFile(path).append(row_of())
+    assert len(load(path)) == 1
+    with pytest.raises(ValueError, match="is a directory"):
+        ResultsFile(tmp_path)
+
+
+def git(directory, *arguments) -> str:
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    command = ["git", "-C", str(directory), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_version_from_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("MEGAMOE_COMMIT", "not-this")
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("1")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-qm", "one")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    (tmp_path / "new_result.csv").touch()  # untracked: rows must not make the source dirty
+    assert source_version() == (commit, 0)
+    (tmp_path / "file").write_text("2")
+    assert source_version() == (commit, 1)
+
+
+@pytest.mark.parametrize(
+    ("stated", "version"),
+    [("abc1", ("abc1", 0)), ("abc1-dirty", ("abc1", 1)), ("", ("unknown", ""))],
+)
+def test_version_without_git(tmp_path, monkeypatch, stated, version):
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("MEGAMOE_COMMIT", stated)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert source_version() == version
+
+
+def test_environment_fills_its_columns():
+    where = environment("cpu")
+    assert list(where) == list(COLUMNS[:7])
+    assert where["gpu"] == "cpu emulation" and where["driver"] == ""
+    assert where["dsl"]

@@ -1,0 +1,97 @@
+"""Work and bounds of routings small enough to count by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from perf.cases import MODELS, Case, Model, make_inputs
+from perf.roofline import (
+    BF16_GEMM_TFLOPS,
+    HBM_TBPS,
+    NVLINK_PULL_GBPS,
+    Work,
+    roofline_of,
+    routed_counts,
+    work_of,
+)
+
+H, I = 256, 128  # noqa: E741
+MODEL = Model("hand", hidden=H, intermediate=I, num_experts=4, top_k=2)
+EXPERT_BYTES = 3 * H * I * 2
+TOKEN_BYTES = 2 * H * 2 + 2 * 8  # in, out, two routes
+
+#: Rank 0 owns experts 0 and 1, rank 1 owns 2 and 3. From rank 0: 3 slots stay, 1 goes to rank 1, 2
+#: are masked. From rank 1: 2 go to rank 0, none stays.
+IDS = [
+    torch.tensor([[0, 1], [0, 3], [-1, -1]], dtype=torch.int32),
+    torch.tensor([[0, 1]], dtype=torch.int32),
+]
+
+
+def case_of(ranks_per_gpu: int) -> Case:
+    return Case(MODEL, num_ranks=2, tokens=3, ranks_per_gpu=ranks_per_gpu)
+
+
+def test_counts_leave_masked_slots_out():
+    assert routed_counts(case_of(1), IDS).tolist() == [[2, 1, 0, 1], [1, 1, 0, 0]]
+
+
+def test_work_per_gpu():
+    work = work_of(case_of(1), IDS)
+    assert work.flops == (5 * 6 * H * I, 1 * 6 * H * I)
+    assert work.hbm_bytes == (2 * EXPERT_BYTES + 3 * TOKEN_BYTES, 1 * EXPERT_BYTES + TOKEN_BYTES)
+    # GPU 0 pulls 2 rows and gets 1 back; GPU 1 pulls 1 and gets 2 back.
+    assert work.nvlink_bytes == (3 * H * 2, 3 * H * 2)
+
+
+def test_ranks_that_share_a_gpu_add_up_and_send_nothing():
+    work = work_of(case_of(2), IDS)
+    assert work.flops == (6 * 6 * H * I,)
+    assert work.hbm_bytes == (3 * EXPERT_BYTES + 4 * TOKEN_BYTES,)
+    assert work.nvlink_bytes == (0,)
+    assert roofline_of(work).bound != "nvlink"
+
+
+def test_ranks_are_dealt_to_gpus_in_turn():
+    """Four ranks on two GPUs: ranks 0 and 2 share one, so their traffic is no NVLink traffic."""
+    case = Case(MODEL, num_ranks=4, tokens=1, ranks_per_gpu=2)
+    token = torch.tensor([[2, 2]], dtype=torch.int32)
+    none = torch.full((1, 2), -1, dtype=torch.int32)
+    assert work_of(case, [token, none, none, none]).nvlink_bytes == (0, 0)
+    assert work_of(case, [none, token, none, none]).nvlink_bytes == (2 * H * 2, 2 * H * 2)
+
+
+@pytest.mark.parametrize(
+    ("work", "bound", "us"),
+    [
+        (Work((780 * 10**9,), (0,), (0,)), "math", 1000),
+        (Work((0, 0), (0, 43 * 10**9), (0, 0)), "hbm", 10_000),
+        (Work((0, 0), (10**6, 0), (33 * 10**7, 0)), "nvlink", 1000),
+    ],
+)
+def test_the_slowest_ceiling_on_the_busiest_gpu_bounds(work, bound, us):
+    assert (BF16_GEMM_TFLOPS, HBM_TBPS, NVLINK_PULL_GBPS) == (780, 4.3, 330)
+    roofline = roofline_of(work)
+    assert roofline.bound == bound
+    assert roofline.us == pytest.approx(us)
+    assert roofline.share(2 * us) == pytest.approx(0.5)
+
+
+def test_tflops_are_useful_and_per_gpu():
+    work = Work((3 * 10**12, 10**12), (0, 0), (0, 0))
+    assert work.tflops(us=1e6) == pytest.approx(2)
+
+
+def test_v3_bounds_at_the_ends():
+    """One token streams the weights of K experts; 4096 tokens are bound by math."""
+    model = MODELS["v3"]
+    one, many = (Case(model, num_ranks=1, tokens=tokens) for tokens in (1, 4096))
+    decode = roofline_of(work_of(one, [i.topk_idx for i in make_inputs(one)]))
+    assert decode.bound == "hbm"
+    assert decode.us == pytest.approx(8 * 3 * 7168 * 2048 * 2 / 4.3e6, rel=1e-3)
+    ids = torch.randint(256, (4096, 8), dtype=torch.int32)
+    prefill = roofline_of(work_of(many, [ids]))
+    assert prefill.us_by_ceiling["math"] == pytest.approx(6 * 4096 * 8 * 7168 * 2048 / 780e6)
+    # Of 256 experts the weights weigh more than the math of 4096 tokens on one GPU: 5.24 ms.
+    assert prefill.bound == "hbm"
