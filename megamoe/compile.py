@@ -61,6 +61,8 @@ SOURCES = (
 #: Modules that a kernel does not depend on.
 HOST_ONLY = {
     "module.py",
+    "backends.py",
+    "group.py",
     "compile.py",
     "reference.py",
     "weights.py",

@@ -62,7 +62,8 @@ class KernelConfig:
     group_blocks: pool blocks of one expert whose tiles share a weight tile in L2 (a schedule unit).
     lag_waves: FC2 of a unit trails its FC1 by about this many tiles per CTA.
     pool_blocks: pool blocks held at once (the ring); None takes what the worst routing needs, up to
-    384.
+    192.
+    trace: every CTA records when it reached the marks of `workspace.layout.TRACE_NAMES`.
     """
 
     block_m: int = 128
@@ -76,6 +77,7 @@ class KernelConfig:
     group_blocks: int = 8
     lag_waves: int = 2
     pool_blocks: int | None = None
+    trace: bool = False
 
     @property
     def num_math_warpgroups(self) -> int:
@@ -90,7 +92,9 @@ class KernelConfig:
         return 128 * (1 + self.num_math_warpgroups)
 
 
-DEFAULT_POOL_BLOCKS = 384
+#: Blocks of the pool ring unless asked otherwise: several times the blocks between a pull and its
+#: last FC2 tile, and 0.5 GB at H = 7168, I = 3072 in BF16.
+DEFAULT_POOL_BLOCKS = 192
 #: Smallest legal value of the integer fields of `KernelConfig` that have no stricter rule.
 KERNEL_MINIMA = {
     "num_stages": 2,

@@ -17,10 +17,12 @@ ROLE_COUNT, ROLE_DISPATCH, ROLE_LOAD_WEIGHTS, ROLE_LOAD_TOKENS, ROLE_MATH, ROLE_
 )
 
 #: Words of a record.
-STATUS, RANK, ROLE, REGION, INDEX, EXPECTED, SEEN, CTA = range(8)
+STATUS, RANK, ROLE, REGION, INDEX, EXPECTED, SEEN, CTA, PEER = range(9)
 RECORD_WORDS = 16
 
-OK, TIMED_OUT, BAD_EXPERT = 0, 1, 2
+#: Values of STATUS. PEER_FAILED: a wait ended because another rank gave up. NOT_RECOVERED: a launch
+#: (a graph replay, say) met the state that a failed launch left behind.
+OK, TIMED_OUT, BAD_EXPERT, PEER_FAILED, NOT_RECOVERED = range(5)
 
 
 class MegaMoEError(RuntimeError):
@@ -31,6 +33,10 @@ class LaunchTimeout(MegaMoEError):
     """A wait inside the kernel was not satisfied in time. The workspace must be recovered before
     the next launch.
     """
+
+
+class PeerFailed(LaunchTimeout):
+    """A launch ended early because another rank's launch had failed."""
 
 
 class InvalidExpertError(ValueError, MegaMoEError):
@@ -58,8 +64,15 @@ def error_of(record: list[int], layout: Layout) -> MegaMoEError | None:
             describe_invalid_expert(record[RANK], token, slot, record[SEEN], record[EXPECTED])
             + "; the slot was treated as masked"
         )
+    if record[STATUS] == NOT_RECOVERED:
+        return LaunchTimeout(
+            f"rank {record[RANK]}: an earlier launch failed and the workspace was not recovered"
+        )
     region = list(layout.regions)[record[REGION]]
     wait = describe_wait(
         record[RANK], ROLES[record[ROLE]], region, record[INDEX], record[EXPECTED], record[SEEN]
     )
+    if record[STATUS] == PEER_FAILED:
+        peer = record[PEER] - 1
+        return PeerFailed(f"launch ended because rank {peer} gave up: {wait} (CTA {record[CTA]})")
     return LaunchTimeout(f"launch timed out: {wait} (CTA {record[CTA]})")

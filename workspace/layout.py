@@ -37,6 +37,13 @@ SPACES = (SYMMETRIC, LOCAL)
 
 #: Words of `grid_sync_counter`: one grid-wide arrival each, used once per launch.
 GRID_COUNTED, GRID_DISPATCHED, GRID_COMBINED = 0, 1, 2
+#: Marks that a CTA leaves with `KernelConfig.trace`, in nanoseconds of the GPU's global timer, and
+#: the two sums of its waits; rows of region `trace` for the CTAs of any GPU.
+TRACE_NAMES = (
+    "start", "counted", "dispatched", "first_tile", "last_pull", "last_tile", "combined", "end",
+    "wait_tokens_ns", "wait_hidden_ns",
+)  # fmt: skip
+TRACE_CTAS, TRACE_MARKS = 160, 16
 #: NVLink barriers of a launch; `nvlink_barrier_counter` grows by this.
 BARRIERS_PER_LAUNCH = 2
 #: Barrier words that different ranks write lie this many int32 apart, one cache line each.
@@ -87,7 +94,7 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
     rows = pool_blocks(config, kernel) * kernel.block_m
     recipe = config.recipe
     count_words, record_words = COUNT_RECORD_BYTES // 4, ROUTED_RECORD_BYTES // 4
-    return [
+    table = [
         Region("nvlink_barrier_signal", "int32", (ranks, SIGNAL_STRIDE), SYMMETRIC, BARRIER,
                "rank r adds 1 to row r on every rank",
                "all CTAs, until every row reaches the epoch",
@@ -133,6 +140,9 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("token_src_metadata", "int32", (rows,), LOCAL, PADDING,
                "dispatch warps; zeroed by the FC2 warp that frees the block", "FC2 epilogue",
                "a padding row must have no destination"),
+        Region("layer_output", recipe.output, (tokens, config.hidden_size), LOCAL, DATA,
+               "the reduce", "the caller, until the next forward on this workspace",
+               "exactly the rows of this launch's tokens are written"),
         Region("l1_token_buffer", recipe.token, (rows, config.hidden_size), LOCAL, DATA,
                "dispatch warps", "token loaders of FC1",
                "padding rows feed only rows that are dropped"),
@@ -140,6 +150,12 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                "FC1 epilogue", "token loaders of FC2",
                "padding rows feed only rows that are dropped"),
     ]  # fmt: skip
+    if kernel.trace:
+        table.append(
+            Region("trace", "int64", (TRACE_CTAS, TRACE_MARKS), LOCAL, DATA,
+                   "every CTA at its marks", "the host", "every mark is written in every launch")
+        )  # fmt: skip
+    return table
 
 
 @dataclass(frozen=True)

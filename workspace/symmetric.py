@@ -1,11 +1,12 @@
 """Where a workspace's memory comes from, behind one small interface.
 
 `Allocation` holds, for every rank that lives in this process, one byte tensor per space, and for
-every rank of the job the base address of its symmetric space. Two forms exist: plain CPU memory,
-which the emulator runs on, and virtual ranks, all of them in this process on one or more GPUs. A
-third, one process per GPU over torch symmetric memory, fits the same interface.
+every rank of the job the base address of its symmetric space, valid in this process. Three forms:
+plain CPU memory, which the emulator runs on; virtual ranks, all of them in this process on one or
+more GPUs; and one process per GPU over torch symmetric memory.
 
-All memory is zeroed once, at allocation: barrier words and counters must be zero on first use.
+All memory is zeroed once, at allocation and before any peer may signal: barrier words and counters
+must be zero on first use. The symmetric space is one allocation with one lifetime.
 """
 
 from __future__ import annotations
@@ -13,26 +14,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from workspace.layout import LOCAL, SPACES, SPAN_ALIGNMENT, SYMMETRIC, Layout
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Memory of one workspace. `spaces[rank][space]` is a uint8 tensor, for the ranks in
-    `local_ranks`.
+    """Memory of one workspace.
+
+    spaces: for every rank of this process, a uint8 tensor per space.
+    bases: for every rank of the job, the address of its symmetric space.
+    owner: what must live as long as the peer mappings (the rendezvous handle), or None.
     """
 
     spaces: dict[int, dict[str, torch.Tensor]]
-    num_ranks: int
+    bases: tuple[int, ...]
+    owner: object = None
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.bases)
 
     @property
     def local_ranks(self) -> list[int]:
         return sorted(self.spaces)
 
     def base(self, rank: int, space: str) -> int:
-        """Address of a space of a rank, valid in this process."""
-        return self.spaces[rank][space].data_ptr()
+        """Address of a space of a rank, valid in this process; LOCAL only for ranks that live
+        here.
+        """
+        return self.bases[rank] if space == SYMMETRIC else self.spaces[rank][space].data_ptr()
 
 
 def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -42,17 +54,17 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     return raw[skip : skip + num_bytes]
 
 
-def _allocate(layout: Layout, devices: list[torch.device]) -> Allocation:
+def _in_process(layout: Layout, devices: list[torch.device]) -> Allocation:
     spaces = {
         rank: {space: _zeros(layout.num_bytes(space), device) for space in SPACES}
         for rank, device in enumerate(devices)
     }
-    return Allocation(spaces, layout.config.num_ranks)
+    return Allocation(spaces, tuple(space[SYMMETRIC].data_ptr() for space in spaces.values()))
 
 
 def cpu_memory(layout: Layout) -> Allocation:
     """Every rank of the job in plain CPU memory."""
-    return _allocate(layout, [torch.device("cpu")] * layout.config.num_ranks)
+    return _in_process(layout, [torch.device("cpu")] * layout.config.num_ranks)
 
 
 def virtual_ranks(layout: Layout, devices: list[torch.device]) -> Allocation:
@@ -67,14 +79,35 @@ def virtual_ranks(layout: Layout, devices: list[torch.device]) -> Allocation:
                 if not torch.cuda.can_device_access_peer(a, b):
                     raise ValueError(f"device {a} cannot access the memory of {b}")
                 torch.empty(1, device=a).copy_(torch.empty(1, device=b))
-    return _allocate(
+    return _in_process(
         layout, [devices[rank % len(devices)] for rank in range(layout.config.num_ranks)]
     )
 
 
-def allocate(layout: Layout, device: torch.device) -> Allocation:
-    """All ranks of `layout` on one device: CPU memory, or virtual ranks on one GPU."""
+def torch_symmetric(layout: Layout, device: torch.device, group: dist.ProcessGroup) -> Allocation:
+    """This process's rank over torch symmetric memory; collective over `group`.
+
+    Leaves multicast alone: peers are reached by plain loads, stores and copies.
+    """
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    rank = dist.get_rank(group)
+    buffer = symmetric_memory.empty(layout.num_bytes(SYMMETRIC), dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(buffer, group)
+    # A buffer may lie inside a larger registered block; its place there is the same on every rank.
+    skip = buffer.data_ptr() - handle.buffer_ptrs[rank]
+    bases = tuple(base + skip for base in handle.buffer_ptrs)
+    buffer.zero_()
+    local = _zeros(layout.num_bytes(LOCAL), device)
+    torch.cuda.synchronize(device)
+    dist.barrier(group)  # no peer may signal into memory that is still to be zeroed
+    return Allocation({rank: {SYMMETRIC: buffer, LOCAL: local}}, bases, handle)
+
+
+def allocate(
+    layout: Layout, device: torch.device, group: dist.ProcessGroup | None = None
+) -> Allocation:
+    """All ranks of `layout` on one device, or with `group` the one rank of this process."""
+    if group is not None:
+        return torch_symmetric(layout, device, group)
     return cpu_memory(layout) if device.type == "cpu" else virtual_ranks(layout, [device])
-
-
-__all__ = ["LOCAL", "SYMMETRIC", "Allocation", "allocate", "cpu_memory", "virtual_ranks"]

@@ -32,10 +32,11 @@ class Workspace:
         layout: Layout,
         device: torch.device | str = "cpu",
         allocation: Allocation | None = None,
+        group=None,
     ):
         self.layout = layout
         self.device = torch.device(device)
-        self.allocation = allocation or allocate(layout, self.device)
+        self.allocation = allocation or allocate(layout, self.device, group)
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     @property

@@ -40,9 +40,13 @@ def combine(launch: Launch, flag_smem, thread, epoch, barrier_id: Constexpr, thr
         barrier_id,
         threads,
     )
+    if thread == 0:
+        sync.mark(launch, "combined")
     if flag_smem[0] == 1:
         clean_up(launch, thread, epoch, threads)
         reduce(launch, thread, threads)
+    if thread == 0:
+        sync.mark(launch, "end")
 
 
 @cute.jit

@@ -50,7 +50,8 @@ def read_expert(launch: Launch, entry, report: Constexpr) -> Int32:
     if valid == 0:
         if const_expr(report):
             if sync.claim(launch, sync.REPORTED_WORD):
-                sync.write_record(launch, faults.BAD_EXPERT, ROLE, 0, entry, Int32(experts), expert)
+                bad = Int32(faults.BAD_EXPERT)
+                sync.write_record(launch, bad, ROLE, 0, entry, Int32(experts), expert, Int32(0))
         expert = Int32(-1)
     return expert
 
@@ -116,6 +117,8 @@ def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexp
         histogram[expert] = Int32(0)
 
     sync.grid_sync(launch, flag_smem, GRID_COUNTED, ROLE, 0, threads)
+    if launch.thread == 0:
+        sync.mark(launch, "counted")
     if launch.thread < 32:
         segment_offsets(launch, totals, offsets)
     arch.sync_threads()
@@ -205,6 +208,9 @@ def pull(
     completes = Int32(-1)  # pool block whose row it completes, or -1
     unpublished = Int32(-1)  # pool block of a row that is stored but not published, or -1
 
+    # Nothing global may be read before the first row: a warp without rows is waited for by nobody,
+    # so a fast peer may already be writing the next launch's records.
+    arch.fence_proxy("async.global")  # peers staged their input by ordinary stores
     row = Int32(worker)
     position = schedule.seek_pull(
         schedule.PullWalk(Int32(0), Int32(0), Int32(0)), row, received, local, block_m
@@ -232,6 +238,7 @@ def pull(
             sync.wait_for(
                 launch, "fc2_done_counter", block - shape.ring, 0, free, faults.ROLE_DISPATCH, "gpu"
             )
+            arch.fence_proxy("async.global")  # the slot's old rows were read by TMA
 
         store_global(address(launch, "l1_topk_weights_buffer", ring_row), weight)
         code = wire.encode_source(source, slot, shape.config.max_slots_per_rank)

@@ -15,23 +15,25 @@ Counters are compared by signed difference: epochs may wrap.
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Int32
+from cutlass import Boolean, Constexpr, Int32, Int64, const_expr
 
 from megamoe import faults
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
+from workspace.layout import TRACE_NAMES
 
 arch = cute.arch
 
 #: Polls between two looks at the clock and the abort flag.
 POLLS_PER_CHECK = 64
-#: Words of `abort_flag`: the abort itself, and "this launch has reported an invalid expert".
-ABORT_WORD, REPORTED_WORD = 0, 1
+#: Words of `abort_flag`: this rank gave up; it has reported an invalid expert in this launch; a
+#: peer gave up (its rank + 1).
+ABORT_WORD, REPORTED_WORD, PEER_WORD = 0, 1, 2
 
 
 @cute.jit
 def write_record(
-    launch: Launch, status: Constexpr, role: Constexpr, region: Constexpr, index, expected, seen
+    launch: Launch, status, role: Constexpr, region: Constexpr, index, expected, seen, peer
 ):
     """Write the host-visible record, status last."""
     fields = {
@@ -42,6 +44,7 @@ def write_record(
         faults.EXPECTED: expected,
         faults.SEEN: seen,
         faults.CTA: launch.cta,
+        faults.PEER: peer,
     }
     for word in fields:
         arch.store(
@@ -60,9 +63,39 @@ def claim(launch: Launch, word: Constexpr) -> Boolean:
 
 
 @cute.jit
-def aborted(launch: Launch) -> Boolean:
-    flag = global_ptr(address(launch, "abort_flag", 0, ABORT_WORD))
-    return arch.load(flag, Int32, sem="relaxed", scope="gpu") != 0
+def abort_word(launch: Launch, word: Constexpr) -> Int32:
+    flag = global_ptr(address(launch, "abort_flag", 0, word))
+    return arch.load(flag, Int32, sem="relaxed", scope="sys")
+
+
+@cute.jit
+def give_up(launch: Launch, role: Constexpr, region: Constexpr, index, expected, seen, peer: Int32):
+    """End this rank's launch: the first caller writes the record and tells every peer.
+
+    The peers' waits then end at once, and so does any launch of theirs that comes later: nobody
+    takes this rank's slots for finished, nobody waits a whole timeout for it.
+    """
+    if claim(launch, ABORT_WORD):
+        status = Int32(faults.TIMED_OUT)
+        if peer != 0:
+            status = Int32(faults.PEER_FAILED)
+        write_record(launch, status, role, region, index, expected, seen, peer)
+        if peer == 0:
+            for rank in range(launch.shape.config.num_ranks):
+                if rank != launch.rank:
+                    word = global_ptr(peer_address(launch, "abort_flag", rank, 0, PEER_WORD))
+                    arch.store(word, launch.rank + 1, sem="relaxed", scope="sys")
+
+
+@cute.jit
+def report_unrecovered(launch: Launch):
+    """At the start of a launch: report the state that a failed launch left, unless reported."""
+    if launch.cta == 0 and launch.thread == 0:
+        if abort_word(launch, ABORT_WORD) != 0:
+            status = global_ptr(launch.record + 4 * faults.STATUS)
+            if arch.load(status, Int32, sem="relaxed", scope="sys") == faults.OK:
+                zero = Int32(0)
+                write_record(launch, Int32(faults.NOT_RECOVERED), 0, 0, zero, zero, zero, zero)
 
 
 @cute.jit
@@ -90,18 +123,40 @@ def wait_for(
         while seen - expected < 0 and ok == 1:
             seen = arch.load(flag, Int32, sem="relaxed", scope=scope)
             if polls % POLLS_PER_CHECK == 0:
-                if aborted(launch):
+                peer = abort_word(launch, PEER_WORD)
+                if abort_word(launch, ABORT_WORD) != 0:
                     ok = Int32(0)
-                elif global_timer() > deadline:
+                elif peer != 0 or global_timer() > deadline:
                     ok = Int32(0)
-                    if claim(launch, ABORT_WORD):
-                        region = launch.shape.layout.index(name)
-                        write_record(
-                            launch, faults.TIMED_OUT, role, region, Int32(index), expected, seen
-                        )
+                    region = launch.shape.layout.index(name)
+                    give_up(launch, role, region, Int32(index), expected, seen, peer)
             polls += 1
     load_acquire(flag, scope)
     return ok
+
+
+@cute.jit
+def mark(launch: Launch, name: Constexpr):
+    """Record the time of a mark of this CTA; nothing at all unless the kernel is built to trace."""
+    record(launch, name, trace_clock(launch))
+
+
+@cute.jit
+def record(launch: Launch, name: Constexpr, value):
+    """Record a value in the trace row of this CTA; nothing unless the kernel is built to trace."""
+    if const_expr(launch.shape.kernel.trace):
+        word = 2 * TRACE_NAMES.index(name)
+        slot = global_ptr(address(launch, "trace", launch.cta, word), Int64, 8)
+        arch.store(slot, Int64(value), sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def trace_clock(launch: Launch) -> Int64:
+    """Nanoseconds now, or 0 (and no instruction) unless the kernel is built to trace."""
+    now = Int64(0)
+    if const_expr(launch.shape.kernel.trace):
+        now = global_timer()
+    return now
 
 
 @cute.jit
@@ -168,7 +223,7 @@ def nvlink_barrier(
     if thread == 0:
         last = Int32(0)
         if flag_smem[0] == 1:
-            if not aborted(launch):
+            if abort_word(launch, ABORT_WORD) == 0:
                 arch.fence_acq_rel_sys()
                 counter = global_ptr(address(launch, "grid_sync_counter", which))
                 arrived = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")

@@ -82,7 +82,7 @@ def forward(moe: MegaMoE, xs, ids, weights) -> list[torch.Tensor]:
     """A forward as per-rank lists whatever the world size; outputs are poisoned first and
     cloned.
     """
-    for output in moe._backend.outputs:
+    for output in moe.backend.outputs:
         output.fill_(float("nan"))
     single = moe.num_ranks == 1
     out = moe(xs[0], ids[0], weights[0]) if single else moe(xs, ids, weights)

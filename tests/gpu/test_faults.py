@@ -16,8 +16,9 @@ pytestmark = pytest.mark.gpu
 def launch_only(moe, ranks, xs, ids, weights):
     """Start the launches of some ranks, as if the others had died."""
     for rank in ranks:
-        stream = moe._backend.streams[rank].cuda_stream
-        moe._backend._launch(rank, xs[rank], ids[rank], weights[rank], stream)
+        stream = moe.backend.streams[rank].cuda_stream
+        y = moe.backend.outputs[rank]
+        moe.backend.launch(rank, xs[rank], ids[rank], weights[rank], y, stream)
 
 
 @pytest.mark.parametrize("missing", [0, 3])
@@ -58,7 +59,7 @@ def test_invalid_expert_ids_are_reported_and_never_written(bad, dtype):
         forward(moe, xs, ids, weights)
     masked = [idx.clone() for idx in ids]
     masked[1][5, 2] = -1
-    assert_correct(moe, moe._backend.outputs, xs, masked, weights)
+    assert_correct(moe, moe.backend.outputs, xs, masked, weights)
     assert_at_rest(moe)
     assert_correct(moe, forward(moe, xs, masked, weights), xs, masked, weights)
 

@@ -222,10 +222,15 @@ class MegaMoEKernel:
         arch.mbarrier_init_fence()
         arch.sync_threads()
 
+        sync.report_unrecovered(launch)
+        if thread == 0:
+            sync.mark(launch, "start")
         epoch = sync.read_epoch(launch)
         scratch = cute.recast_ptr(staging, dtype=Int32)
         count(launch, scratch, received, flags, epoch, config.num_threads)
 
+        if thread == 0:
+            sync.mark(launch, "dispatched")
         if warpgroup == 0:
             arch.setmaxregister_decrease(config.frontend_registers)
             if warp < config.num_dispatch_warps:
@@ -237,6 +242,8 @@ class MegaMoEKernel:
                         worker, num_ctas * config.num_dispatch_warps, budget.piece_bytes,
                         NUM_PULL_BUFFERS,
                     )  # fmt: skip
+                    if warp == 0:
+                        sync.mark(launch, "last_pull")
             elif warp == WARP_LOAD_WEIGHTS:
                 self.load_weights(
                     launch, gate_up_atom, gate_up, down_atom, down, smem_b, received,
@@ -381,6 +388,7 @@ class MegaMoEKernel:
         position = Int32(0)
         taken = Int32(0)
         running = Int32(1)
+        waited_tokens, waited_hidden = Int64(0), Int64(0)  # ns, if the kernel is built to trace
         while running == 1:
             slot = taken % QUEUE_SLOTS
             arch.mbarrier_wait(queue_full + slot, (taken // QUEUE_SLOTS) % 2)
@@ -391,10 +399,14 @@ class MegaMoEKernel:
                 arch.mbarrier_arrive(queue_empty + slot)
             taken += 1
             ring_block = pool % shape.ring
+            began = sync.trace_clock(launch)
             if phase == schedule.PHASE_FC1:
                 sync.wait_for(
                     launch, "l1_arrival_count", pool, 0, rows, faults.ROLE_LOAD_TOKENS, "gpu"
                 )
+                waited_tokens += sync.trace_clock(launch) - began
+                if taken == 1:
+                    sync.mark(launch, "first_tile")
                 arch.fence_proxy("async.global")
                 smem_side, global_side = self.partition(
                     tokens_atom, smem_a, tokens, box, (ring_block, None)
@@ -415,6 +427,7 @@ class MegaMoEKernel:
                     faults.ROLE_LOAD_TOKENS,
                     "gpu",
                 )
+                waited_hidden += sync.trace_clock(launch) - began
                 arch.fence_proxy("async.global")
                 smem_side, global_side = self.partition(
                     hiddens_atom, smem_a, hiddens, box, (ring_block, None)
@@ -426,6 +439,9 @@ class MegaMoEKernel:
                 position += self.k_blocks(schedule.PHASE_FC2)
             else:
                 running = Int32(0)
+        if lane == 0:
+            sync.record(launch, "wait_tokens_ns", waited_tokens)
+            sync.record(launch, "wait_hidden_ns", waited_hidden)
 
     @cute.jit
     def math(
@@ -488,6 +504,5 @@ class MegaMoEKernel:
                 else:
                     epilogue.report_fc2(launch, lane, pool)
                 position += k_blocks
-
-
-__all__ = ["MegaMoEKernel"]
+        if warp == 0 and lane == 0:
+            sync.mark(launch, "last_tile")

@@ -1,0 +1,182 @@
+"""How a forward runs: by the emulator on CPU tensors, or by kernel launches on a GPU.
+
+Both take lists with one entry per rank of this process and know nothing of validation. The GPU
+backend launches once per rank; a single rank launches on the current stream, several virtual ranks
+fork from it and join it again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from megamoe import faults
+from megamoe.compile import CompiledKernel
+from megamoe.group import Group
+from workspace.layout import LOCAL, SYMMETRIC
+from workspace.views import Workspace
+
+EMULATED_CTAS = 2
+
+
+class EmulatorBackend:
+    """Forward by the emulator."""
+
+    def __init__(self, workspace: Workspace):
+        from megamoe.emulator import Emulator  # only here: a GPU host has no use for it
+
+        self.config = workspace.layout.config
+        self.emulator = Emulator(workspace, num_ctas=EMULATED_CTAS)
+        self.nvlink_bytes: int | None = None
+        self.launches = 0
+
+    def load_weights(self, w13: list[torch.Tensor], w2: list[torch.Tensor]) -> None:
+        self.emulator.load_weights(w13, w2)
+
+    def forward(self, xs, ids, weights, outs) -> list[torch.Tensor]:
+        experts = self.config.num_experts
+        for rank, idx in enumerate(ids):
+            bad = (idx < -1) | (idx >= experts)
+            if bad.any():
+                token, slot = bad.nonzero()[0].tolist()
+                value = idx[token, slot].item()
+                raise ValueError(faults.describe_invalid_expert(rank, token, slot, value, experts))
+        outputs = self.emulator.launch(xs, ids, weights, seed=self.launches)
+        self.launches += 1
+        self.nvlink_bytes = self.emulator.nvlink_bytes
+        return [
+            output if out is None else out.copy_(output)
+            for output, out in zip(outputs, outs, strict=True)
+        ]
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
+
+    def recover(self) -> None:
+        self.emulator.recover()
+
+
+class GpuBackend:
+    """Forward by one kernel launch per rank of this process."""
+
+    nvlink_bytes = None
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        kernel: CompiledKernel,
+        num_sms: int,
+        timeout_s: float,
+        group: Group | None,
+    ):
+        self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
+        self.group, self.timeout_s, self.failed = group, timeout_s, False
+        kernel.to_device(self.device.index)
+        self.ranks = workspace.local_ranks
+        views = [workspace.regions(rank) for rank in self.ranks]
+        self.outputs = [view["layer_output"] for view in views]
+        self.staged = [view["input_token_buffer"] for view in views]
+        records = torch.zeros(len(self.ranks), faults.RECORD_WORDS, dtype=torch.int32)
+        self.records = records.pin_memory()
+        # Plain loads: a forward looks at every status and must not pay for a tensor operation.
+        words = ctypes.c_int32 * faults.RECORD_WORDS
+        self.status = [words.from_address(row.data_ptr()) for row in self.records]
+        with torch.cuda.device(self.device):
+            several = len(self.ranks) > 1
+            self.streams = [torch.cuda.Stream() for _ in self.ranks] if several else []
+            self.fork = torch.cuda.Event()
+            self.joins = [torch.cuda.Event() for _ in self.streams]
+        self.launchers = [kernel.launcher() for _ in self.ranks]
+        for index, (rank, launcher) in enumerate(zip(self.ranks, self.launchers, strict=True)):
+            launcher.set(
+                symmetric_base=workspace.allocation.base(rank, SYMMETRIC),
+                local_base=workspace.allocation.base(rank, LOCAL),
+                peers=workspace.peer_tables[rank].data_ptr(),
+                record=self.records[index].data_ptr(),
+                timeout_ns=int(timeout_s * 1e9),
+                rank=rank,
+                num_ctas=num_sms,
+            )
+        self.weights: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+
+    def load_weights(self, w13: list[torch.Tensor], w2: list[torch.Tensor]) -> None:
+        self.weights = (w13, w2)
+        for launcher, gate_up, down in zip(self.launchers, w13, w2, strict=True):
+            launcher.set(w13=gate_up.data_ptr(), w2=down.data_ptr())
+
+    def forward(self, xs, ids, weights, outs) -> list[torch.Tensor]:
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.forward(xs, ids, weights, outs)
+        reported = any(record[faults.STATUS] for record in self.status)
+        if (reported or self.failed) and not torch.cuda.is_current_stream_capturing():
+            self.synchronize()
+            self.recover()
+        ys = [
+            output[: x.shape[0]] if out is None else out
+            for output, out, x in zip(self.outputs, outs, xs, strict=True)
+        ]
+        current = torch.cuda.current_stream()
+        if not self.streams:
+            self._stage_and_launch(0, xs[0], ids[0], weights[0], ys[0], current)
+            return ys
+        self.fork.record(current)
+        for i, stream in enumerate(self.streams):
+            stream.wait_event(self.fork)
+            with torch.cuda.stream(stream):
+                self._stage_and_launch(i, xs[i], ids[i], weights[i], ys[i], stream)
+                self.joins[i].record(stream)
+        for join in self.joins:
+            current.wait_event(join)
+        return ys
+
+    def _stage_and_launch(self, index: int, x, idx, weight, y, stream: torch.cuda.Stream) -> None:
+        """Put x where peers can read it, then launch. A job of one rank reads x itself."""
+        if self.layout.config.num_ranks > 1:
+            staged = self.staged[index][: x.shape[0]]
+            if x.data_ptr() != staged.data_ptr():
+                staged.copy_(x)
+        self.launch(index, x, idx, weight, y, stream.cuda_stream)
+
+    def launch(self, index: int, x, idx, weight, y, stream: int) -> None:
+        """Launch one rank of this process on a raw stream handle; x must be staged."""
+        self.launchers[index](
+            stream,
+            x=x.data_ptr(),
+            topk_idx=idx.data_ptr(),
+            topk_weights=weight.data_ptr(),
+            y=y.data_ptr(),
+            num_tokens=x.shape[0],
+            wide_idx=int(idx.dtype == torch.int64),
+        )
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+        errors = [faults.error_of(record, self.layout) for record in self.records.tolist()]
+        errors = [error for error in errors if error is not None]
+        if not errors:
+            return
+        self.records.zero_()
+        # The cause first: a wait of its own, then a peer's failure, then bad input.
+        kinds = (faults.InvalidExpertError, faults.PeerFailed, faults.LaunchTimeout)
+        errors.sort(key=lambda error: -kinds.index(type(error)))
+        self.failed |= isinstance(errors[0], faults.LaunchTimeout)
+        if self.failed and self.group is None:
+            self.recover()
+        raise errors[0]
+
+    def recover(self) -> None:
+        """Return the workspace to its first state; with a group every rank must come here.
+
+        Between the two meetings no rank runs a launch and none has signalled yet.
+        """
+        torch.cuda.synchronize(self.device)
+        if self.group is not None:
+            self.group.meet(self.timeout_s)
+        self.workspace.recover()
+        self.records.zero_()
+        torch.cuda.synchronize(self.device)
+        if self.group is not None:
+            self.group.meet(self.timeout_s)
+        self.failed = False

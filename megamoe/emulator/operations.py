@@ -1,0 +1,131 @@
+"""Every ordering operation of the protocol by label: its kind, and why it is needed.
+
+The roles name each operation by its label, and `Emulator(drop=label)` leaves it out. The mutation
+test walks this table: dropping any operation must make a launch fail, except the few that are
+marked `redundant`, which must not.
+
+Kinds, and what dropping one means:
+- wait: the role goes on at once and acquires nothing.
+- acquire: the wait or atomic still happens, relaxed.
+- release: the atomic still happens, relaxed.
+- increment: the atomic does not happen.
+- fence: no sys-scope fence (`fence`) or no generic-to-async proxy fence (`proxy`).
+- bulk: the asynchronous copy is not waited for.
+- scope: performed at gpu scope instead of sys.
+- barrier: CTA barrier or warp sync without effect.
+- store, drain: the step is left out.
+
+Neighbours: the roles use the labels, `runtime` looks them up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = (
+    "wait", "acquire", "release", "increment", "fence", "proxy", "bulk", "barrier", "scope",
+    "store", "drain",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation; `redundant` says what else gives the same order, `twin` by which label."""
+
+    kind: str
+    why: str
+    redundant: str = ""
+    twin: str = ""
+
+
+def _counted(label: str, why: str) -> dict[str, Operation]:
+    """A releasing increment: two operations."""
+    return {label: Operation("increment", why), f"{label}.release": Operation("release", why)}
+
+
+def _waited(label: str, why: str) -> dict[str, Operation]:
+    """An acquiring wait: two operations."""
+    return {label: Operation("wait", why), f"{label}.acquire": Operation("acquire", why)}
+
+
+def _nvlink_barrier(name: str, before: str, after: str) -> dict[str, Operation]:
+    return {
+        f"{name}.before": Operation("barrier", before),
+        f"{name}.fence_arrive": Operation(
+            "fence", "this CTA's peer stores come before the sys signal of the last CTA",
+            "the arrival releases and the signal's release is cumulative", f"{name}.arrive.release",
+        ),
+        f"{name}.fence_arrive.sys": Operation(
+            "scope", "peer stores of this CTA are for another rank",
+            "the arrival is of gpu scope, and the signal carries it on to sys",
+        ),
+        f"{name}.arrive": Operation("increment", "the last CTA must see that all have arrived"),
+        f"{name}.arrive.release": Operation(
+            "release", "hands this CTA's writes to the last CTA",
+            "a fence followed by a relaxed atomic is a release too", f"{name}.fence_arrive",
+        ),
+        f"{name}.arrive.acquire": Operation("acquire", "the last CTA signals for all CTAs"),
+        f"{name}.elected": Operation("barrier", "one thread arrives, one per peer signals"),
+        **_counted(f"{name}.signal", "peers wait for it"),
+        f"{name}.signal.sys": Operation("scope", "the word is read on another rank"),
+        **_waited(f"{name}.wait", after),
+        f"{name}.wait.sys": Operation("scope", "the word is written on another rank"),
+        f"{name}.after": Operation("barrier", "one thread per peer waits for the CTA"),
+    }  # fmt: skip
+
+
+OPERATIONS: dict[str, Operation] = {
+    # count
+    "count.histogram_barrier": Operation("barrier", "the local histogram is made by all threads"),
+    "count.reserve": Operation("increment", "totals and reserved positions come from it"),
+    "grid_sync.before": Operation("barrier", "one thread arrives for the CTA"),
+    **_counted("grid_sync.arrive", "all reservations come before any total is read"),
+    **_waited("grid_sync.wait", "totals are complete only when every CTA has reserved"),
+    "grid_sync.after": Operation("barrier", "one thread waits for the CTA"),
+    "count.offsets_barrier": Operation("barrier", "all threads use the offsets in shared memory"),
+    **_nvlink_barrier(
+        "dispatched", "records are stored by all threads", "peers' records and tokens"
+    ),
+    "count.counts_barrier": Operation("barrier", "roles read the counts in shared memory"),
+    # dispatch
+    "dispatch.ring_drain": Operation("drain", "an unpublished row may be what the ring waits for"),
+    **_waited("dispatch.ring_wait", "the ring slot may still be read, and its padding not clean"),
+    "dispatch.load_wait": Operation("bulk", "the pull buffer is stored before the row has landed"),
+    "dispatch.group_wait": Operation("bulk", "a row is published before it is in the pool"),
+    "dispatch.drain_wait": Operation("bulk", "before a ring wait, a row is published too early"),
+    "dispatch.last_wait": Operation("bulk", "the last row is published before it is in the pool"),
+    **_counted("dispatch.arrive", "FC1 waits for all rows of the block"),
+    # tile queue
+    "load_weights.ticket": Operation("increment", "every tile is done exactly once"),
+    **_waited("load_weights.queue_empty", "a queue slot is reused before all have read it"),
+    **_counted("load_weights.queue_full", "the tile's words come before its arrival"),
+    **_waited("load_tokens.queue_full", "the tile is read before it is written"),
+    **_counted("load_tokens.queue_empty", "the scheduler reuses the slot"),
+    **_waited("math.queue_full", "the tile is read before it is written"),
+    **_counted("math.queue_empty", "the scheduler reuses the slot"),
+    # load_tokens
+    **_waited("load_tokens.fc1_wait", "rows of the block have not arrived"),
+    "load_tokens.fc1_proxy": Operation("proxy", "TMA reads through the async proxy"),
+    **_waited("load_tokens.fc2_wait", "FC1 tiles of the block are not stored"),
+    "load_tokens.fc2_proxy": Operation(
+        "proxy", "TMA reads what FC1 stored through the generic proxy"
+    ),
+    **_waited("load_tokens.stage_empty", "a stage is overwritten while math reads it"),
+    **_counted("load_tokens.stage_full", "math reads the stage, and what this role has acquired"),
+    # math
+    **_waited("math.stage_full", "the stage is read before it is loaded"),
+    **_counted("math.stage_empty", "the loader reuses the stage"),
+    "math.fc1_warp_sync": Operation("barrier", "all lanes store, one lane releases"),
+    **_counted("math.fc1_done", "FC2 waits for all FC1 tiles of the block"),
+    "math.fc2_warp_sync": Operation("barrier", "all lanes read metadata, one lane releases"),
+    **_counted("math.fc2_done", "the cleaner and the ring wait for all FC2 tiles of the block"),
+    "math.fc2_done.acquire": Operation("acquire", "the cleaner zeroes what other warps have read"),
+    "math.clean_begin": Operation("barrier", "one lane acquires, all lanes zero"),
+    "math.clean_end": Operation("barrier", "all lanes zero, one lane releases"),
+    **_counted("math.clean_done", "dispatch reuses the ring slot"),
+    # combine
+    **_nvlink_barrier(
+        "combined", "all math warps of the CTA must have ended", "peers' combine rows"
+    ),
+    "cleanup.epoch": Operation("store", "the next launch waits for higher signals"),
+}

@@ -1,0 +1,278 @@
+"""The roles of the whole CTA, `count` and `combine`, and the NVLink barrier of both.
+
+Owns steps of the protocol in which ranks meet. The threads of a CTA are stood for by two agents,
+one of which does the arrivals and waits; work is divided between them so that every CTA barrier has
+something to hand over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megamoe.emulator.memory import GPU, SYS, Agent
+from megamoe.emulator.runtime import Role, Runtime
+from megamoe.emulator.state import CtaAgents, RankState, Shared, as_bits, as_float, pool_blocks_used
+from megamoe.reference import combine as reduce_slots
+from workspace.layout import (
+    BARRIERS_PER_LAUNCH,
+    GRID_COMBINED,
+    GRID_COUNTED,
+    GRID_DISPATCHED,
+    SIGNAL_STRIDE,
+)
+from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
+
+SIGNAL_BYTES = 4
+
+
+@dataclass
+class Traffic:
+    """What a launch is measured by."""
+
+    nvlink_bytes: int
+    invalid_experts: list[tuple[int, int, int]]
+
+    def count(self, source: int, target: int, num_bytes: int) -> None:
+        if source != target:
+            self.nvlink_bytes += num_bytes
+
+
+@dataclass
+class Cta:
+    """One CTA during one launch."""
+
+    index: int
+    num_ctas: int
+    runtime: Runtime
+    ranks: list[RankState]
+    state: RankState
+    agents: CtaAgents
+    shared: Shared
+    resets: set[str]
+    traffic: Traffic
+    epoch: int = 0
+
+    @property
+    def config(self):
+        return self.state.layout.config
+
+    @property
+    def kernel(self):
+        return self.state.layout.kernel
+
+    @property
+    def rank(self) -> int:
+        return self.state.rank
+
+    def counts(self, agent: Agent) -> list[int]:
+        """Rows of every local expert, from shared memory."""
+        return self.shared.counts.read(agent, slice(0, self.config.experts_per_rank))[:, 0].tolist()
+
+    def entries(self, thread: int) -> range:
+        """Entries q = token * K + k of one thread."""
+        num_threads = len(self.agents.threads)
+        first = self.index * num_threads + thread
+        return range(first, len(self.state.launch.experts), self.num_ctas * num_threads)
+
+    def target(self, entry: int) -> int:
+        """Expert of an entry, -1 if masked or not an expert."""
+        expert = self.state.launch.experts[entry]
+        return expert if 0 <= expert < self.config.num_experts else -1
+
+
+def nvlink_barrier(cta: Cta, name: str, grid_index: int, step: int) -> Role:
+    """All CTAs of all ranks meet: what any did before comes before what any does after.
+
+    Thread 0 arrives; one thread per peer signals it, if this CTA is the last, and waits for it.
+    """
+    runtime, threads, state = cta.runtime, cta.agents.threads, cta.state
+    leader = cta.agents.leader
+    runtime.fence(leader, f"{name}.fence_arrive")
+    grid = state.word("grid_sync_counter", grid_index * SIGNAL_STRIDE)
+    arrived = yield from runtime.add(
+        leader, grid, f"{name}.arrive", scope=GPU, release=True, acquire=True
+    )
+    runtime.hand_over(threads, f"{name}.elected")
+    for peer in cta.ranks:
+        if arrived != cta.num_ctas - 1:
+            break
+        signal = peer.word("nvlink_barrier_signal", cta.rank * SIGNAL_STRIDE)
+        thread = threads[peer.rank % len(threads)]
+        yield from runtime.add(thread, signal, f"{name}.signal", scope=SYS, release=True)
+        cta.traffic.count(cta.rank, peer.rank, SIGNAL_BYTES)
+    for rank in range(cta.config.num_ranks):
+        signal = state.word("nvlink_barrier_signal", rank * SIGNAL_STRIDE)
+        thread = threads[rank % len(threads)]
+        yield from runtime.wait(thread, signal, cta.epoch + step, f"{name}.wait", scope=SYS)
+    runtime.hand_over(threads, f"{name}.after")
+
+
+def grid_sync(cta: Cta) -> Role:
+    """All CTAs of the rank meet."""
+    runtime, leader = cta.runtime, cta.agents.leader
+    runtime.hand_over(cta.agents.threads, "grid_sync.before")
+    word = cta.state.word("grid_sync_counter", GRID_COUNTED * SIGNAL_STRIDE)
+    yield from runtime.add(leader, word, "grid_sync.arrive", release=True)
+    yield from runtime.wait(leader, word, cta.num_ctas, "grid_sync.wait")
+    runtime.hand_over(cta.agents.threads, "grid_sync.after")
+
+
+def count(cta: Cta) -> Role:
+    """Tell every owner how many rows it gets for each expert, and where they come from."""
+    cta.epoch = cta.state.word("nvlink_barrier_counter").read(cta.agents.leader)
+    yield from _reserve(cta)
+    yield from grid_sync(cta)
+    yield from _offsets(cta)
+    cta.runtime.hand_over(cta.agents.threads, "count.offsets_barrier")
+    yield from _records(cta)
+    cta.runtime.hand_over(cta.agents.threads, "dispatched.before")
+    yield from nvlink_barrier(cta, "dispatched", GRID_DISPATCHED, 1)
+
+    experts, num_ranks = cta.config.experts_per_rank, cta.config.num_ranks
+    received = cta.state.data["expert_recv_count"]
+    for number, thread in enumerate(cta.agents.threads):
+        for expert in range(number, experts, len(cta.agents.threads)):
+            rows = [
+                received.read(thread, rank * experts + expert)[0, 0] for rank in range(num_ranks)
+            ]
+            cta.shared.counts.write(thread, expert, sum(map(int, rows)))
+    cta.runtime.hand_over(cta.agents.all, "count.counts_barrier")
+
+
+def _reserve(cta: Cta) -> Role:
+    """Local histogram, then one reservation per expert that has entries in this CTA."""
+    runtime, shared, experts = cta.runtime, cta.shared, cta.config.num_experts
+    threads = cta.agents.threads
+    for number, thread in enumerate(threads):
+        local = [[0] for _ in range(experts)]
+        for entry in cta.entries(number):
+            expert, value = cta.target(entry), cta.state.launch.experts[entry]
+            if expert >= 0:
+                local[expert][0] += 1
+            elif value != -1:
+                cta.traffic.invalid_experts.append((cta.rank, entry, value))
+        shared.histogram.write(thread, slice(number * experts, (number + 1) * experts), local)
+    yield
+    runtime.hand_over(threads, "count.histogram_barrier")
+    for number, thread in enumerate(threads):
+        histogram = shared.histogram.read(thread, slice(0, len(threads) * experts))
+        local = histogram.reshape(len(threads), experts).sum(0)
+        for expert in range(number, experts, len(threads)):
+            base, amount = 0, int(local[expert])
+            if amount:
+                word = cta.state.word("expert_send_count", expert)
+                base = yield from runtime.add(thread, word, "count.reserve", amount)
+            shared.base.write(thread, expert, base)
+
+
+def _offsets(cta: Cta) -> Role:
+    """Totals of all CTAs and, inside the segment of each owner, their exclusive prefix sums."""
+    experts = cta.config.experts_per_rank
+    for owner in range(cta.config.num_ranks):
+        thread = cta.agents.threads[owner % len(cta.agents.threads)]
+        offset = 0
+        for expert in range(owner * experts, (owner + 1) * experts):
+            total = cta.state.word("expert_send_count", expert).read(thread)
+            cta.shared.total.write(thread, expert, total)
+            cta.shared.offset.write(thread, expert, offset)
+            offset += total
+    yield
+
+
+def _records(cta: Cta) -> Role:
+    """Routed records and count records, stored on their owners."""
+    experts, slots = cta.config.experts_per_rank, cta.config.max_slots_per_rank
+    everything = slice(0, cta.config.num_experts)
+    launch, running = cta.state.launch, [0] * cta.config.num_experts
+    for number, thread in enumerate(cta.agents.threads):
+        first = (
+            cta.shared.offset.read(thread, everything) + cta.shared.base.read(thread, everything)
+        )[:, 0]
+        for entry in cta.entries(number):
+            expert = cta.target(entry)
+            if expert < 0:
+                continue
+            position = int(first[expert]) + running[expert]
+            running[expert] += 1
+            owner = cta.ranks[expert // experts]
+            yield
+            record = [[entry, launch.weight_bits[entry]]]
+            owner.data["routed_record"].write(thread, cta.rank * slots + position, record)
+            cta.traffic.count(cta.rank, owner.rank, ROUTED_RECORD_BYTES)
+    if cta.index == 0:
+        for owner in cta.ranks:
+            thread = cta.agents.threads[owner.rank % len(cta.agents.threads)]
+            segment = slice(owner.rank * experts, (owner.rank + 1) * experts)
+            totals = cta.shared.total.read(thread, segment)[:, 0]
+            offsets = cta.shared.offset.read(thread, segment)[:, 0]
+            records = [list(pair) for pair in zip(totals, offsets, strict=True)]
+            rows = slice(cta.rank * experts, (cta.rank + 1) * experts)
+            yield
+            owner.data["expert_recv_count"].write(thread, rows, records)
+            cta.traffic.count(cta.rank, owner.rank, COUNT_RECORD_BYTES * experts)
+
+
+def combine(cta: Cta) -> Role:
+    """After the math warps of the CTA: wait for all ranks, clean up, add the slots of every token.
+
+    The other roles need not take part: all that they did is ordered before the math that used it.
+    """
+    runtime = cta.runtime
+    cta.agents.enter_combine()
+    counts = cta.counts(cta.agents.leader)
+    if runtime.live("combined.before"):
+        ended, warps = cta.shared.math_ended, cta.agents.math
+        while ended.value < len(warps):
+            yield cta.agents.leader, ended, len(warps)
+        lanes = [agent for warp in warps for agent in warp]
+        runtime.hand_over([*cta.agents.threads, *lanes], "combined.before")
+    yield from nvlink_barrier(cta, "combined", GRID_COMBINED, BARRIERS_PER_LAUNCH)
+    yield from _clean_up(cta, counts)
+    yield from _reduce(cta)
+
+
+def _clean_up(cta: Cta, counts: list[int]) -> Role:
+    """Zero this CTA's share of the counters that the launch has used."""
+    state, used = cta.state, pool_blocks_used(counts, cta.kernel.block_m)
+    shares = {
+        "l1_arrival_count": range(cta.index, used, cta.num_ctas),
+        "fc1_done_counter": range(cta.index, used, cta.num_ctas),
+        "fc2_done_counter": range(cta.index, used, cta.num_ctas),
+        "expert_send_count": range(cta.index, cta.config.num_experts, cta.num_ctas),
+    }
+    if cta.index == 0:
+        shares["load_balance_counter"] = range(1)
+        shares["grid_sync_counter"] = range(0, state.num_words("grid_sync_counter"), SIGNAL_STRIDE)
+    for region, indices in shares.items():
+        if region not in cta.resets:
+            continue
+        for index in indices:
+            thread = cta.agents.threads[index % len(cta.agents.threads)]
+            state.word(region, index).write(thread, 0)
+        yield
+    if cta.index == 0 and cta.runtime.live("cleanup.epoch"):
+        epoch = cta.epoch + BARRIERS_PER_LAUNCH
+        state.word("nvlink_barrier_counter").write(cta.agents.leader, epoch)
+
+
+def _reduce(cta: Cta) -> Role:
+    """Sum of the slots that are not masked; the others are not read."""
+    config, launch = cta.config, cta.state.launch
+    top_k, num_tokens = config.top_k, launch.num_tokens
+    slots = cta.state.data["combine_output"]
+    stride = cta.num_ctas * len(cta.agents.threads)
+    for number, thread in enumerate(cta.agents.threads):
+        for token in range(cta.index * len(cta.agents.threads) + number, num_tokens, stride):
+            targets = [cta.target(token * top_k + k) for k in range(top_k)]
+            rows = torch.zeros(1, top_k, config.hidden_size)
+            for k, expert in enumerate(targets):
+                if expert >= 0:
+                    rows[0, k] = as_float(
+                        slots.read(thread, token * top_k + k), config.recipe.output
+                    )[0]
+            summed = reduce_slots(rows, torch.tensor([targets]))
+            summed = summed.to(getattr(torch, config.recipe.output))
+            cta.state.data["layer_output"].write(thread, token, as_bits(summed))
+        yield

@@ -1,0 +1,354 @@
+"""The parallel roles of a CTA: dispatch, load_weights (tile scheduler), load_tokens and math.
+
+Owns the middle of the protocol, between the dispatch barrier and the combine barrier. Tile order
+and dispatch arithmetic come from `megamoe.schedule`, numbers from `megamoe.reference`; what is here
+is who waits for what.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from megamoe import reference
+from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS
+from megamoe.emulator.errors import PaddingNotInert
+from megamoe.emulator.memory import Agent
+from megamoe.emulator.prologue import Cta
+from megamoe.emulator.runtime import Role
+from megamoe.emulator.state import NUM_TILE_STAGES, POISON, Tile, as_bits, as_float
+from megamoe.schedule import (
+    PHASE_DONE,
+    PHASE_FC1,
+    PullWalk,
+    advance_walk,
+    ceil_div,
+    done_target,
+    pick_source,
+    ring_row,
+    rows_in_block,
+    seek_pull,
+    seek_walk,
+    slot_free_target,
+    start_walk,
+    tile_of,
+)  # fmt: skip
+from megamoe.weights import INTERLEAVE
+from workspace.wire import PADDING, encode_source, source_rank, source_slot
+
+
+class Tiling:
+    """Integers of the tile stream of one rank."""
+
+    def __init__(self, cta: Cta):
+        config, kernel = cta.config, cta.kernel
+        self.block_m, self.block_n = kernel.block_m, kernel.block_n
+        self.fc1_columns = 2 * config.intermediate_size // kernel.block_n
+        self.fc2_columns = ceil_div(config.hidden_size, kernel.block_n)
+        self.num_math_warps = kernel.num_math_warps
+        self.warp_rows = kernel.block_m // kernel.num_math_warps
+        self.ring = cta.state.data["l1_token_buffer"].rows // kernel.block_m
+        self.lag = kernel.lag_waves * cta.num_ctas
+        self.stream = (
+            config.experts_per_rank, kernel.block_m, kernel.group_blocks,
+            self.fc1_columns, self.fc2_columns, self.lag, self.ring,
+        )  # fmt: skip
+
+    @property
+    def fc1_done(self) -> int:
+        return done_target(self.fc1_columns, self.num_math_warps)
+
+    @property
+    def fc2_done(self) -> int:
+        return done_target(self.fc2_columns, self.num_math_warps)
+
+    @property
+    def slot_free(self) -> int:
+        return slot_free_target(self.fc2_columns, self.num_math_warps)
+
+
+class Pull:
+    """The pipeline of one dispatch warp: a piece is loading while the one before it is stored."""
+
+    def __init__(self, cta: Cta, agent: Agent):
+        self.cta, self.agent = cta, agent
+        self.buffers = [[None] for _ in range(NUM_PULL_BUFFERS)]
+        self.number = 0  # pieces loaded so far
+        self.loading: tuple | None = None  # (buffer, what lands in it, ring row, columns, block)
+        self.unpublished: int | None = None  # pool block of a row that is stored, not published
+
+    def finish_store(self, label: str) -> Role:
+        """Wait in full for the stores; publish the row whose last piece they held."""
+        self.cta.runtime.wait_bulk(self.agent, 0, label)
+        block, self.unpublished = self.unpublished, None
+        if block is not None:
+            word = self.cta.state.word("l1_arrival_count", block)
+            yield from self.cta.runtime.add(self.agent, word, "dispatch.arrive", release=True)
+
+    def load(self, source, token: int, row: int, columns: tuple[int, int], block: int | None):
+        """Start the load of a piece; `block` is its pool block if it completes a row."""
+        buffer = self.buffers[self.number % NUM_PULL_BUFFERS]
+        self.number += 1
+        buffer[0] = np.int16(POISON[2])
+        landed = source.data["input_token_buffer"].read(self.agent, token, columns)
+        config = self.cta.config
+        num_bytes = (columns[1] - columns[0]) * config.recipe.token_bytes
+        self.cta.traffic.count(source.rank, self.cta.rank, num_bytes)
+        return buffer, landed, row, columns, block
+
+    def store(self, piece: tuple) -> Role:
+        """Wait for the load of a piece and start its store; returns the block it completes."""
+        buffer, landed, row, columns, block = piece
+        yield
+        if self.cta.runtime.live("dispatch.load_wait"):
+            buffer[0] = landed
+        self.cta.state.data["l1_token_buffer"].bulk_write(self.agent, row, buffer, columns)
+        return block
+
+    def drain(self, label: str) -> Role:
+        """Store and publish everything that is under way."""
+        yield from self.finish_store(label)
+        if self.loading:
+            piece, self.loading = self.loading, None
+            self.unpublished = yield from self.store(piece)
+            yield from self.finish_store(label)
+
+    def row(self, source, token: int, row: int, block: int) -> Role:
+        """Pull one row; it is published during the next one."""
+        hidden, width = self.cta.config.hidden_size, self.cta.state.pull_columns
+        for begin in range(0, hidden, width):
+            yield from self.finish_store("dispatch.group_wait")
+            end = begin + width
+            completes = block if end == hidden else None
+            before, self.loading = (
+                self.loading,
+                self.load(source, token, row, (begin, end), completes),
+            )
+            if before:
+                self.unpublished = yield from self.store(before)
+
+
+def dispatch(cta: Cta, warp: int) -> Role:
+    """Pull the rows of the local experts, round-robin over warps, in dense row order."""
+    runtime, state, config = cta.runtime, cta.state, cta.config
+    agent, tiling = cta.agents.dispatch[warp], Tiling(cta)
+    experts, slots, num_ranks = config.experts_per_rank, config.max_slots_per_rank, config.num_ranks
+    counts = cta.counts(agent)
+    sources = np.arange(num_ranks) * experts
+    position = PullWalk(0, 0, 0)
+    pull = Pull(cta, agent)
+    warps_per_cta = len(cta.agents.dispatch)
+    first_row, stride = cta.index * warps_per_cta + warp, cta.num_ctas * warps_per_cta
+    for row in range(first_row, sum(counts), stride):
+        position = seek_pull(position, row, counts, experts, tiling.block_m)
+        expert, index = position.expert, row - position.first_row
+        block = position.first_block + index // tiling.block_m
+        # Not before the first row: a warp without rows publishes nothing, so nobody waits for it.
+        received = state.data["expert_recv_count"].read(agent, sources + expert).ravel().tolist()
+        rank, turn = pick_source(received, 0, 2, num_ranks, index)
+        record = rank * slots + received[2 * rank + 1] + turn
+        slot, weight = state.data["routed_record"].read(agent, record)[0].tolist()
+        if block >= tiling.ring:
+            freed = state.word("fc2_done_counter", block - tiling.ring)
+            yield
+            if freed.value < tiling.slot_free and runtime.live("dispatch.ring_drain"):
+                yield from pull.drain("dispatch.drain_wait")
+            yield from runtime.wait(agent, freed, tiling.slot_free, "dispatch.ring_wait")
+        ring_index = ring_row(block, tiling.ring, tiling.block_m) + index % tiling.block_m
+        yield
+        state.data["l1_topk_weights_buffer"].write(agent, ring_index, weight)
+        code = encode_source(rank, slot, slots)
+        state.data["token_src_metadata"].write(agent, ring_index, code)
+        yield from pull.row(cta.ranks[rank], slot // config.top_k, ring_index, block)
+    yield from pull.drain("dispatch.last_wait")
+
+
+def load_weights(cta: Cta) -> Role:
+    """Take tickets in stream order and hand their tiles to the other roles of the CTA."""
+    runtime, shared, agent = cta.runtime, cta.shared, cta.agents.load_weights
+    tiling, counts = Tiling(cta), cta.counts(agent)
+    walk = advance_walk(start_walk(counts, tiling.stream[0]), counts, *tiling.stream)
+    readers = 1 + tiling.num_math_warps
+    number = 0
+    while True:
+        tickets = cta.state.word("load_balance_counter")
+        ticket = yield from runtime.add(agent, tickets, "load_weights.ticket")
+        if walk.phase != PHASE_DONE:
+            walk = seek_walk(walk, ticket, counts, *tiling.stream)
+        words = [walk.phase, 0, 0, 0, 0, 0]
+        if walk.phase != PHASE_DONE:
+            tile = tile_of(walk, ticket)
+            rows = rows_in_block(counts[walk.expert], tile.block, tiling.block_m)
+            words = [walk.phase, walk.expert, tile.block, tile.pool, tile.column, rows]
+        slot, turn = number % QUEUE_SLOTS, number // QUEUE_SLOTS
+        yield from runtime.wait(
+            agent, shared.queue_empty[slot], turn * readers, "load_weights.queue_empty"
+        )
+        shared.queue.write(agent, slot, [words])
+        yield from runtime.add(
+            agent, shared.queue_full[slot], "load_weights.queue_full", release=True
+        )
+        number += 1
+        if words[0] == PHASE_DONE:
+            return
+
+
+def _take_tile(
+    cta: Cta, agent: Agent, number: int, role: str, also: tuple[Agent, ...] = ()
+) -> Role:
+    """Next tile of the CTA: phase, expert, block in expert, pool block, column, rows."""
+    slot, turn = number % QUEUE_SLOTS, number // QUEUE_SLOTS
+    full, empty = cta.shared.queue_full[slot], cta.shared.queue_empty[slot]
+    yield from cta.runtime.wait(agent, full, turn + 1, f"{role}.queue_full", also=also)
+    words = cta.shared.queue.read(agent, slot)[0].tolist()
+    yield from cta.runtime.add(agent, empty, f"{role}.queue_empty", release=True)
+    return words
+
+
+def load_tokens(cta: Cta) -> Role:
+    """Wait until the tokens of a tile are there, and load its real rows into a stage."""
+    runtime, state, shared = cta.runtime, cta.state, cta.shared
+    agent, tiling, dtype = cta.agents.load_tokens, Tiling(cta), cta.config.recipe.token
+    number = 0
+    while True:
+        phase, _, _, block, _, rows = yield from _take_tile(cta, agent, number, "load_tokens")
+        if phase == PHASE_DONE:
+            return
+        stage, turn = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
+        free = turn * tiling.num_math_warps
+        yield from runtime.wait(agent, shared.stage_empty[stage], free, "load_tokens.stage_empty")
+        if phase == PHASE_FC1:
+            label, region, ready, target = (
+                "load_tokens.fc1",
+                "l1_token_buffer",
+                "l1_arrival_count",
+                rows,
+            )
+        else:
+            label, region, ready, target = (
+                "load_tokens.fc2",
+                "fc1_output",
+                "fc1_done_counter",
+                tiling.fc1_done,
+            )
+        yield from runtime.wait(agent, state.word(ready, block), target, f"{label}_wait")
+        if runtime.live(f"{label}_proxy"):
+            runtime.memory.proxy_fence(agent)
+        first = ring_row(block, tiling.ring, tiling.block_m)
+        bits = state.data[region].read(agent, slice(first, first + rows), asynchronous=True)
+        shared.stage.write(agent, stage, number)
+        shared.tiles[stage] = Tile(as_float(bits, dtype))
+        yield from runtime.add(
+            agent, shared.stage_full[stage], "load_tokens.stage_full", release=True
+        )
+        number += 1
+
+
+def math(cta: Cta, warp: int) -> Role:
+    """One math warp: its rows of every tile of the CTA."""
+    runtime, shared, state = cta.runtime, cta.shared, cta.state
+    (leader, lanes), tiling = cta.agents.math[warp], Tiling(cta)
+    number = 0
+    while True:
+        words = yield from _take_tile(cta, leader, number, "math", also=(lanes,))
+        phase, expert, _, block, column, rows = words
+        if phase == PHASE_DONE:
+            return
+        stage, turn = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
+        full = shared.stage_full[stage]
+        yield from runtime.wait(leader, full, turn + 1, "math.stage_full", also=(lanes,))
+        shared.stage.read(leader, stage)
+        if phase == PHASE_FC1:
+            begin, end = column * tiling.block_n, (column + 1) * tiling.block_n
+            weights = state.w13[expert][begin:end]
+        else:
+            begin, end = (
+                column * tiling.block_n,
+                min((column + 1) * tiling.block_n, cta.config.hidden_size),
+            )
+            weights = state.w2[expert][begin:end]
+        own = slice(warp * tiling.warp_rows, (warp + 1) * tiling.warp_rows)
+        real = max(0, min(rows - own.start, tiling.warp_rows))
+        product = shared.tiles[stage].times(weights)[own] if real else None
+        yield from runtime.add(leader, shared.stage_empty[stage], "math.stage_empty", release=True)
+        first = ring_row(block, tiling.ring, tiling.block_m) + own.start
+        if phase == PHASE_FC1:
+            yield from _fc1_epilogue(
+                cta, tiling, (leader, lanes), product, first, real, block, column
+            )
+        else:
+            yield from _fc2_epilogue(
+                cta, tiling, (leader, lanes), product, first, real, block, (begin, end)
+            )
+        number += 1
+
+
+def _fc1_epilogue(
+    cta: Cta, tiling: Tiling, warp, product, first: int, real: int, block: int, column: int
+) -> Role:
+    """SwiGLU, router weight, one rounding, store; then report the tile."""
+    leader, lanes = warp
+    state, runtime = cta.state, cta.runtime
+    bits = state.data["l1_topk_weights_buffer"].read(lanes, slice(first, first + tiling.warp_rows))
+    weights = as_float(bits[:, 0].copy(), "float32")
+    if weights[real:].any():
+        row = first + real + int(weights[real:].nonzero()[0])
+        raise PaddingNotInert(
+            f"{lanes}: l1_topk_weights_buffer[{row}] is {weights[row - first]} "
+            f"in a row that pads pool block {block}"
+        )
+    if real:
+        gate, up = product.view(real, -1, 2, INTERLEAVE).unbind(2)
+        hidden = (
+            reference.swiglu(torch.cat([gate.flatten(1), up.flatten(1)], dim=1))
+            * weights[:real, None]
+        )
+        values = as_bits(hidden.to(getattr(torch, cta.config.recipe.token)))
+        width = tiling.block_n // 2
+        yield
+        columns = (column * width, (column + 1) * width)
+        state.data["fc1_output"].write(lanes, slice(first, first + real), values, columns)
+    runtime.hand_over([leader, lanes], "math.fc1_warp_sync")
+    yield from runtime.add(
+        leader, state.word("fc1_done_counter", block), "math.fc1_done", release=True
+    )
+
+
+def _fc2_epilogue(
+    cta: Cta, tiling: Tiling, warp, product, first: int, real: int, block: int, columns
+) -> Role:
+    """Store real rows to their sources; report; the last warp of the block cleans its ring slot."""
+    leader, lanes = warp
+    state, runtime, config = cta.state, cta.runtime, cta.config
+    codes = state.data["token_src_metadata"].read(lanes, slice(first, first + tiling.warp_rows))[
+        :, 0
+    ]
+    wrong = np.flatnonzero((codes != PADDING) != (np.arange(tiling.warp_rows) < real))
+    if len(wrong):
+        row = int(wrong[0])
+        raise PaddingNotInert(
+            f"{lanes}: token_src_metadata[{first + row}] is {codes[row]} in a "
+            f"{'real row' if row < real else 'row that pads'} of pool block {block}"
+        )
+    if real:
+        values = as_bits(product.to(getattr(torch, config.recipe.output)))
+        ranks = source_rank(codes[:real].astype(np.int64), config.max_slots_per_rank)
+        slots = source_slot(codes[:real].astype(np.int64), config.max_slots_per_rank)
+        for rank in np.unique(ranks).tolist():
+            mine = np.flatnonzero(ranks == rank)
+            yield
+            cta.ranks[rank].data["combine_output"].write(lanes, slots[mine], values[mine], columns)
+            width = columns[1] - columns[0]
+            cta.traffic.count(cta.rank, rank, len(mine) * width * config.recipe.output_bytes)
+    runtime.hand_over([leader, lanes], "math.fc2_warp_sync")
+    done = state.word("fc2_done_counter", block)
+    reported = yield from runtime.add(leader, done, "math.fc2_done", release=True, acquire=True)
+    if reported == tiling.fc2_done - 1:
+        runtime.hand_over([leader, lanes], "math.clean_begin")
+        first = ring_row(block, tiling.ring, tiling.block_m)
+        for region in ("l1_topk_weights_buffer", "token_src_metadata"):
+            if region in cta.resets:
+                yield
+                state.data[region].write(lanes, slice(first, first + tiling.block_m), 0)
+        runtime.hand_over([leader, lanes], "math.clean_end")
+        yield from runtime.add(leader, done, "math.clean_done", release=True)

@@ -1,0 +1,243 @@
+"""What the roles see: the regions of a rank and the shared memory of a CTA, as checked memory.
+
+Owns how a region of the table becomes checked memory. Counters and barrier words are `Word`s;
+padding and data regions are `Data` of rows; bytes are kept as integers of the item size, so that a
+store changes no bit. Everything aliases the workspace's own views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import gcd, prod
+
+import numpy as np
+import torch
+
+from megamoe.budget import QUEUE_SLOTS, piece_bytes
+from megamoe.emulator.memory import Agent, Data, Memory, Word
+from megamoe.faults import ROLE_COMBINE, ROLE_COUNT, ROLE_DISPATCH, ROLES
+from megamoe.schedule import ceil_div
+from workspace.layout import BARRIER, DATA, PADDING, Layout, Region
+from workspace.views import Workspace
+
+#: Columns per shadow piece of a wide region; what an epilogue stores is a multiple of it.
+PIECE_COLUMNS = 64
+#: Threads of a CTA that the prologue and the combine are divided among.
+NUM_CTA_THREADS = 2
+#: Stages of token tiles in a CTA; a stage holds a whole tile here.
+NUM_TILE_STAGES = 2
+TILE_WORDS = 6  # phase, expert, block in expert, pool block, column, rows
+
+CANARY = -0x5A5A5A5B
+#: What a poisoned region holds, by bytes per item: a NaN or a count that nothing survives.
+POISON = {2: 0x7FFF, 4: CANARY}
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def as_bits(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory as integers of the item size."""
+    return tensor.view(_BITS[tensor.element_size()]).numpy()
+
+
+def as_float(bits: np.ndarray, dtype: str) -> torch.Tensor:
+    """Bits of `dtype` as float32."""
+    return torch.from_numpy(bits).view(getattr(torch, dtype)).float()
+
+
+@dataclass
+class Launch:
+    """One forward of one rank: inputs, and the output that the host takes from the workspace."""
+
+    x: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+    output: torch.Tensor | None = None
+    experts: list[int] = field(init=False)  # by entry q = token * K + k
+    weight_bits: list[int] = field(init=False)
+    x_bits: np.ndarray = field(init=False)  # a copy: x may be the staging buffer itself
+
+    @property
+    def num_tokens(self) -> int:
+        return self.x.shape[0]
+
+    def __post_init__(self):
+        self.x_bits = as_bits(self.x).copy()
+        self.experts = self.topk_idx.reshape(-1).tolist()
+        self.weight_bits = as_bits(self.topk_weights.float().contiguous()).reshape(-1).tolist()
+
+
+class RankState:
+    """Regions, agents and weights of one rank."""
+
+    def __init__(self, memory: Memory, workspace: Workspace, rank: int):
+        self.memory, self.rank = memory, rank
+        self.layout: Layout = workspace.layout
+        config, kernel = self.layout.config, self.layout.kernel
+        row_bytes = config.hidden_size * config.recipe.token_bytes
+        self.pull_columns = (
+            piece_bytes(row_bytes, kernel.pull_chunk_bytes) // config.recipe.token_bytes
+        )
+        self.host: Agent
+        self.cta_agents: list[CtaAgents] = []
+        self.number = 0  # launches begun
+        self.launch: Launch
+        self.w13: list[torch.Tensor] = []  # by local expert, float32, gate and up interleaved
+        self.w2: list[torch.Tensor] = []
+        self._words: dict[tuple[str, int], Word] = {}
+        self._flat: dict[str, np.ndarray] = {}
+        self.data: dict[str, Data] = {}
+        for name, view in workspace.regions(rank).items():
+            region = self.layout[name]
+            if region.kind in (DATA, PADDING):
+                self.data[name] = self._data(region, view)
+            else:
+                self._flat[name] = as_bits(view).reshape(-1)
+
+    def _data(self, region: Region, view: torch.Tensor) -> Data:
+        columns = 1 if len(region.shape) == 1 else region.shape[-1]
+        bits = as_bits(view).reshape(prod(region.shape) // columns, columns)
+        wide = region.dtype == self.layout.config.recipe.token
+        ring = region.name in ("l1_token_buffer", "fc1_output") or region.kind == PADDING
+        if ring:
+            bucket = self.layout.kernel.block_m
+        else:
+            bucket = (
+                self.layout.config.experts_per_rank if region.name == "expert_recv_count" else 1
+            )
+        # A pulled piece may be narrower than what the epilogues store.
+        pulled = region.name in ("l1_token_buffer", "input_token_buffer")
+        piece = gcd(PIECE_COLUMNS, self.pull_columns if pulled else 0) if wide else columns
+        return Data(
+            self.memory, region.name, self.rank, bits, piece, bucket, fresh=region.kind == DATA
+        )
+
+    def word(self, region: str, index: int = 0) -> Word:
+        key = region, index
+        if key not in self._words:
+            self._words[key] = Word(
+                self.memory, region, self.rank, index, self._flat[region], index
+            )
+        return self._words[key]
+
+    def num_words(self, region: str) -> int:
+        return len(self._flat[region])
+
+    def refill(self, resets: set[str], poison: bool) -> None:
+        """Before a launch: zero what `resets` adds to the table, poison the other data regions.
+
+        Bytes that a fast peer has already written for this launch stay.
+        """
+        for name, region in self.layout.regions.items():
+            if region.kind == DATA and name in resets:
+                self.data[name].refill(self.number, 0)
+            elif region.kind == DATA and poison:
+                self.data[name].refill(self.number, POISON[region.item_bytes])
+            elif region.kind == BARRIER and name in resets:
+                self._flat[name].fill(0)
+
+    def agents(self) -> list[Agent]:
+        return [self.host, *(agent for cta in self.cta_agents for agent in cta.all)]
+
+    def at_rest(self) -> list[str]:
+        """Regions that a launch should have left at zero and that are not."""
+        arrays = {name: data.array for name, data in self.data.items()} | self._flat
+        return [
+            name
+            for name, region in self.layout.regions.items()
+            if region.resets and arrays[name].any()
+        ]
+
+
+@dataclass
+class CtaAgents:
+    """Agents of one CTA: an elected thread is one agent, a warp that stores a leader and lanes."""
+
+    threads: list[Agent]
+    dispatch: list[Agent]
+    load_weights: Agent
+    load_tokens: Agent
+    math: list[tuple[Agent, Agent]]  # (leader, lanes)
+
+    @property
+    def leader(self) -> Agent:
+        return self.threads[0]
+
+    @property
+    def all(self) -> list[Agent]:
+        warps = [agent for warp in self.math for agent in warp]
+        return [*self.threads, *self.dispatch, self.load_weights, self.load_tokens, *warps]
+
+    @staticmethod
+    def places(rank: int, cta: int, num_dispatch: int, num_math: int) -> list[tuple[int, int, str]]:
+        """(rank, cta, role) in the order of `take`."""
+        roles = [ROLES[ROLE_COUNT]] * NUM_CTA_THREADS + [ROLES[ROLE_DISPATCH]] * num_dispatch
+        roles += ["load_weights", "load_tokens"] + ["math"] * (2 * num_math)
+        return [(rank, cta, role) for role in roles]
+
+    @staticmethod
+    def take(agents, num_dispatch: int, num_math: int) -> CtaAgents:
+        """Build from an iterator over agents."""
+        return CtaAgents(
+            [next(agents) for _ in range(NUM_CTA_THREADS)],
+            [next(agents) for _ in range(num_dispatch)],
+            next(agents),
+            next(agents),
+            [(next(agents), next(agents)) for _ in range(num_math)],
+        )
+
+    def enter_combine(self) -> None:
+        for thread in self.threads:
+            thread.role = ROLES[ROLE_COMBINE]
+
+    def enter_count(self) -> None:
+        for thread in self.threads:
+            thread.role = ROLES[ROLE_COUNT]
+
+
+class Shared:
+    """Shared memory of one CTA for one launch; mbarriers count arrivals, not parities."""
+
+    def __init__(self, memory: Memory, rank: int, num_experts: int, experts_per_rank: int):
+        def data(name: str, rows: int, columns: int = 1) -> Data:
+            return Data(
+                memory, f"shared.{name}", rank, np.zeros((rows, columns), np.int64), columns, rows
+            )
+
+        def words(name: str, count: int) -> list[Word]:
+            array = np.zeros(count, np.int64)
+            return [Word(memory, f"shared.{name}", rank, i, array, i) for i in range(count)]
+
+        self.histogram = data("histogram", NUM_CTA_THREADS * num_experts)  # one per thread
+        self.base = data("base", num_experts)
+        self.total = data("total", num_experts)
+        self.offset = data("offset", num_experts)
+        self.counts = data("counts", experts_per_rank)
+        self.queue = data("queue", QUEUE_SLOTS, TILE_WORDS)
+        self.queue_full = words("queue_full", QUEUE_SLOTS)
+        self.queue_empty = words("queue_empty", QUEUE_SLOTS)
+        self.stage = Data(
+            memory, "shared.stage", rank, np.zeros((NUM_TILE_STAGES, 1), np.int64), 1, 1
+        )
+        self.stage_full = words("stage_full", NUM_TILE_STAGES)
+        self.stage_empty = words("stage_empty", NUM_TILE_STAGES)
+        self.tiles: list[Tile | None] = [None] * NUM_TILE_STAGES
+        self.math_ended = words("math_ended", 1)[0]
+        self.front_ended = words("front_ended", 1)[0]
+
+
+@dataclass
+class Tile:
+    """Real token rows of one tile in a stage, float32; all math warps share one product."""
+
+    rows: torch.Tensor
+    product: torch.Tensor | None = None
+
+    def times(self, weights: torch.Tensor) -> torch.Tensor:
+        if self.product is None:
+            self.product = self.rows @ weights.T
+        return self.product
+
+
+def pool_blocks_used(counts: list[int], block_m: int) -> int:
+    return sum(ceil_div(count, block_m) for count in counts)

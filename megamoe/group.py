@@ -1,0 +1,93 @@
+"""The processes of a job: agreement on the configuration, and a bounded meeting of all ranks.
+
+One process per GPU, all on one node. Nothing here touches the GPU: ranks meet through the process
+group's key-value store, so that a rank that has died is named after a timeout instead of hanging a
+collective.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megamoe.faults import MegaMoEError
+
+#: Modules made by this process: ranks must make theirs in the same order.
+_serial = itertools.count()
+
+
+class RanksDisagree(ValueError):
+    """Ranks constructed their modules with different arguments; the message names rank and
+    field.
+    """
+
+
+class MissingRank(MegaMoEError):
+    """A rank did not come to a meeting in time; the message names it."""
+
+
+class Group:
+    """This process's place in a job, and what it does together with the other ranks.
+
+    Raises ValueError unless torch.distributed is initialised.
+    """
+
+    def __init__(self, group: dist.ProcessGroup):
+        if not dist.is_initialized():
+            raise ValueError("group needs torch.distributed: call init_process_group first")
+        self.process_group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        name = getattr(group, "group_name", "world")
+        self._prefix = f"megamoe/{name}/{next(_serial)}"
+        self._store = dist.distributed_c10d._get_default_store()
+        self._meetings = itertools.count()
+
+    def agree(self, facts: dict[str, object]) -> None:
+        """Collective: raise the same ValueError on every rank unless all passed equal `facts`.
+
+        A fact named "error" that is not None (a rank could not even check its arguments) is raised
+        on every rank. "gpu" and "host" say where a rank runs: GPUs must differ, hosts must not.
+        """
+        facts = {**facts, "serial": self._prefix}
+        gathered: list = [None] * self.size
+        dist.all_gather_object(gathered, facts, group=self.process_group)
+        for rank, theirs in enumerate(gathered):
+            if theirs["error"] is not None:
+                raise RanksDisagree(f"rank {rank}: {theirs['error']}")
+        first = gathered[0]
+        for rank, theirs in enumerate(gathered):
+            for name in first:
+                if name not in ("gpu", "error") and theirs.get(name) != first[name]:
+                    raise RanksDisagree(
+                        f"ranks disagree on {name}: rank 0 has {first[name]!r}, "
+                        f"rank {rank} has {theirs.get(name)!r}"
+                    )
+            for other in range(rank):
+                if gathered[other]["gpu"] == theirs["gpu"]:
+                    raise RanksDisagree(f"ranks {other} and {rank} share GPU {theirs['gpu']}")
+
+    def meet(self, timeout_s: float) -> None:
+        """Wait until every rank has come here as often as this one; MissingRank names who has
+        not.
+        """
+        meeting = f"{self._prefix}/meeting/{next(self._meetings)}"
+        keys = [f"{meeting}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], "here")
+        try:
+            self._store.wait(keys, timedelta(seconds=timeout_s))
+        except (RuntimeError, dist.DistError) as error:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise MissingRank(
+                f"rank {self.rank} waited {timeout_s} s for ranks {missing} to recover"
+            ) from error
+
+
+def where(device: torch.device) -> dict[str, object]:
+    """The facts "host" and "gpu" of this process."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return {"host": socket.gethostname(), "gpu": uuid}

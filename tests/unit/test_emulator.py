@@ -1,0 +1,301 @@
+"""The emulator follows the protocol: right numbers under hard routings and any interleaving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megamoe.emulator import (
+    Deadlock,
+    Emulator,
+    EmulatorError,
+    NotAtRest,
+    PaddingNotInert,
+    StepLimit,
+    UnwrittenRead,
+)
+from megamoe.faults import LaunchTimeout, MegaMoEError
+from tests.emulated import Layer
+from tests.routing import ROUTINGS
+from workspace import Workspace
+from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The products are tiny; a thread pool only gets in the way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_hard_routings(world, routing):
+    layer = Layer(world, tokens=6, top_k=3, hidden=384, inner=256)
+    for seed in range(2):
+        layer.check(routing, seed)
+        layer.emulator.assert_at_rest()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_many_interleavings(world):
+    """52 seeds on one workspace, each with another routing than the launch before."""
+    layer = Layer(world, tokens=4, top_k=2)
+    for seed in range(52):
+        layer.check(ROUTINGS[seed % len(ROUTINGS)], seed)
+        layer.emulator.assert_at_rest()
+
+
+@pytest.mark.parametrize("pool_blocks", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_small_ring_is_reused(world, pool_blocks):
+    layer = Layer(world, 8, experts=8 * world, overrides={"pool_blocks": pool_blocks})
+    for seed in range(6):
+        layer.check("ragged" if seed == 3 else "uniform", seed)
+        layer.emulator.assert_at_rest()
+
+
+@pytest.mark.parametrize("num_ctas", [1, 2, 3, 4])
+@pytest.mark.parametrize("routing", ["skewed", "all_to_one_expert"])
+def test_experts_of_several_blocks(num_ctas, routing):
+    """More than block_m rows for one expert, through a ring that is smaller than the expert."""
+    layer = Layer(2, 150, 2, hidden=128, inner=256, num_ctas=num_ctas, overrides={"pool_blocks": 2})
+    layer.check(routing, num_ctas)
+    layer.emulator.assert_at_rest()
+
+
+@pytest.mark.parametrize("chunk_bytes,pieces", [(768, 1), (400, 2), (256, 3), (100, 8)])
+def test_rows_in_pieces(chunk_bytes, pieces):
+    """Also where a piece is narrower than the columns that an epilogue stores at once."""
+    overrides = {"pull_chunk_bytes": chunk_bytes, "pool_blocks": 2}
+    layer = Layer(2, hidden=384, experts=8, overrides=overrides)
+    assert layer.emulator.ranks[0].pull_columns * pieces == 384
+    for seed in range(4):
+        layer.check("uniform", seed)
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ranks_may_run_ahead(world):
+    """No meeting point between launches: a fast rank starts while peers still reduce."""
+    layer = Layer(world, 4, experts=4 * world, overrides={"pool_blocks": 2})
+    for seed in range(6):
+        layer.check_many(["uniform", "silent_rank", "ragged", "masked", "skewed"], seed)
+        layer.emulator.assert_at_rest()
+
+
+def test_ranks_do_run_ahead():
+    """The test above is about something: launches of different ranks overlap."""
+    layer = Layer(4, 4)
+    ahead = 0
+
+    def watch(state, launch, poison, refill):
+        nonlocal ahead
+        ahead = max(ahead, state.number - min(peer.number for peer in layer.emulator.ranks))
+        refill(launch, poison)
+
+    for state in layer.emulator.ranks:
+        refill = state.refill
+        state.refill = lambda a, b, state=state, refill=refill: watch(state, a, b, refill)
+    layer.check_many(["uniform"] * 4, 0)
+    assert ahead == 1
+
+
+def test_ep8_forward():
+    layer = Layer(8, tokens=16, top_k=4, experts=16, hidden=256, inner=256)
+    layer.check("uniform", 0)
+
+
+def test_seed_decides_everything():
+    def steps(seed):
+        layer = Layer(2)
+        inputs = layer.inputs("uniform", 0)
+        order = []
+        wake = layer.emulator.runtime._wake
+        layer.emulator.runtime._wake = lambda word: (
+            order.append((word.region, word.index)),
+            wake(word),
+        )
+        outputs = layer.emulator.launch(*inputs, seed=seed)
+        return order, outputs
+
+    first, again, other = steps(1), steps(1), steps(2)
+    assert first[0] == again[0] and first[0] != other[0]
+    assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
+
+
+def test_poison_is_not_needed():
+    layer = Layer(2)
+    inputs = layer.inputs("uniform", 0)
+    layer.compare(layer.emulator.launch(*inputs, seed=0, poison=False), inputs)
+
+
+def test_x_may_be_the_staging_buffer():
+    layer = Layer(2)
+    xs, idx, weights = layer.inputs("uniform", 0)
+    staged = [layer.workspace.regions(rank)["input_token_buffer"] for rank in range(2)]
+    for x, buffer in zip(xs, staged, strict=True):
+        buffer.copy_(x)
+    layer.compare(layer.emulator.launch(staged, idx, weights), (xs, idx, weights))
+
+
+def test_outputs_are_what_the_workspace_holds():
+    layer = Layer(2)
+    outputs = layer.check("ragged", 1)
+    for rank, output in enumerate(outputs):
+        view = layer.workspace.regions(rank)["layer_output"]
+        assert torch.equal(output, view[: len(output)])
+        assert view[len(output) :].isnan().all()
+
+
+def test_nvlink_bytes():
+    """Rows, records, combine rows and signals of remote slots; count records of all experts."""
+    layer = Layer(4, tokens=6, top_k=3, hidden=384)
+    config = layer.config
+    inputs = layer.inputs("masked", 3)
+    layer.emulator.launch(*inputs, seed=3)
+    remote = sum(
+        ((idx >= 0) & (idx // config.experts_per_rank != rank)).sum().item()
+        for rank, idx in enumerate(inputs[1])
+    )
+    row = config.hidden_size * 2
+    expected = remote * (ROUTED_RECORD_BYTES + 2 * row)
+    expected += 4 * 3 * (config.experts_per_rank * COUNT_RECORD_BYTES + 2 * 4)
+    assert layer.emulator.nvlink_bytes == expected
+
+
+def test_nothing_crosses_without_peers():
+    layer = Layer(1)
+    layer.check("uniform", 0)
+    assert layer.emulator.nvlink_bytes == 0
+
+
+def test_invalid_experts_are_masked_and_reported():
+    layer = Layer(2, tokens=4, top_k=2)
+    xs, idx, weights = layer.inputs("uniform", 0)
+    idx[0][1, 0], idx[1][3, 1] = layer.experts, -7
+    outputs = layer.emulator.launch(xs, idx, weights, seed=0)
+    assert layer.emulator.invalid_experts == [(0, 2, layer.experts), (1, 7, -7)]
+    idx[0][1, 0] = idx[1][3, 1] = -1
+    layer.compare(outputs, (xs, idx, weights))
+    layer.check("uniform", 1)
+    assert layer.emulator.invalid_experts == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_expert_ids_of_both_widths(dtype):
+    layer = Layer(2)
+    xs, idx, weights = layer.inputs("masked", 0)
+    idx = [rows.to(dtype) for rows in idx]
+    layer.compare(layer.emulator.launch(xs, idx, weights), (xs, idx, weights))
+
+
+# What a broken launch says
+
+
+def test_deadlock_lists_who_waits_for_what():
+    layer = Layer(2, drop="math.fc1_done")
+    with pytest.raises(Deadlock) as error:
+        layer.check("uniform", 0)
+    target = layer.layout.kernel.num_math_warps
+    line = f"rank 1, role load_tokens: waited for fc1_done_counter[0] to reach {target}, saw 0"
+    assert line in str(error.value)
+    assert isinstance(error.value, (LaunchTimeout, MegaMoEError))
+    assert any("role combine: waited for shared.math_ended" in wait for wait in error.value.waits)
+
+
+def test_unwritten_read_names_region_row_role_and_rank():
+    layer = Layer(2, drop="load_tokens.fc2_wait")
+    with pytest.raises(
+        UnwrittenRead, match=r"rank \d, CTA \d, role load_tokens: read of fc1_output\[\d+\]"
+    ):
+        for seed in range(8):
+            layer.check("all_to_one_expert", seed)
+
+
+@pytest.mark.parametrize(
+    "region,value", [("l1_topk_weights_buffer", 0.5), ("token_src_metadata", 1)]
+)
+def test_padding_must_be_inert(region, value):
+    layer = Layer(2)
+    layer.workspace.regions(1)[region][100] = value
+    with pytest.raises(NotAtRest, match=f"rank 1: {region} is not zero"):
+        layer.emulator.assert_at_rest()
+    with pytest.raises(PaddingNotInert, match=rf"rank 1, CTA \d, role math: {region}\[100\] is"):
+        layer.check("all_to_one_rank", 0)
+
+
+def test_step_limit():
+    layer = Layer(2)
+    layer.emulator.runtime.max_steps = 100
+    with pytest.raises(StepLimit, match="100 steps"):
+        layer.check("uniform", 0)
+
+
+def test_recover_after_a_failed_launch():
+    layer = Layer(2, overrides={"pool_blocks": 1}, experts=8)
+    layer.check("uniform", 0)
+    layer.emulator.runtime.max_steps = 700
+    with pytest.raises(StepLimit):
+        layer.check("uniform", 1)
+    with pytest.raises(EmulatorError, match="recover"):
+        layer.check("uniform", 2)
+    layer.emulator.recover()
+    layer.emulator.assert_at_rest()
+    for seed in range(3):
+        layer.check("uniform", seed)
+    layer.emulator.assert_at_rest()
+
+
+def test_not_at_rest():
+    layer = Layer(2)
+    layer.check("uniform", 0)
+    layer.workspace.regions(0)["fc1_done_counter"][1] = 3
+    layer.workspace.regions(1)["nvlink_barrier_signal"][0, 0] += 1
+    with pytest.raises(NotAtRest, match="fc1_done_counter is not zero.*signals"):
+        layer.emulator.assert_at_rest()
+
+
+def test_wrong_numbers_are_noticed():
+    """The comparison is not vacuous: one expert's weights differ, by little."""
+    layer = Layer(2)
+    layer.w2 = layer.w2.clone()
+    layer.w2[0] *= 1.03
+    with pytest.raises(AssertionError, match="relative error"):
+        layer.check("uniform", 0)
+
+
+# Arguments
+
+
+def test_arguments_are_checked():
+    layer = Layer(2)
+    xs, idx, weights = layer.inputs("uniform", 0)
+    with pytest.raises(ValueError, match="names no operation"):
+        Emulator(layer.workspace, drop="dispatch.nothing")
+    with pytest.raises(ValueError, match="names no region"):
+        Emulator(layer.workspace, reset_regions=["l2_token_buffer"])
+    with pytest.raises(ValueError, match="xs is given for 1 ranks"):
+        layer.emulator.launch(xs[:1], idx, weights)
+    with pytest.raises(ValueError, match="max_tokens_per_rank=5"):
+        layer.emulator.launch([xs[0].repeat(2, 1), xs[1]], idx, weights)
+    with pytest.raises(ValueError, match="x has dtype"):
+        layer.emulator.launch([xs[0].float(), xs[1]], idx, weights)
+    with pytest.raises(ValueError, match="topk_idx has shape"):
+        layer.emulator.launch(xs, [idx[0][:1], idx[1]], weights)
+    with pytest.raises(ValueError, match="w13 is given for 1 ranks"):
+        layer.emulator.load_weights([layer.w13], [layer.w2])
+    with pytest.raises(EmulatorError, match="load_weights"):
+        Emulator(Workspace(layer.layout)).launch(xs, idx, weights)
+
+
+def test_a_second_emulator_continues_on_the_same_workspace():
+    layer = Layer(2)
+    layer.check("uniform", 0)
+    weights = layer.emulator._weights
+    layer.emulator = Emulator(layer.workspace, num_ctas=3)
+    layer.emulator._weights = weights
+    layer.emulator._install_weights()
+    layer.check("uniform", 1)
+    layer.emulator.assert_at_rest()

@@ -1,0 +1,108 @@
+"""Every operation of the protocol is needed: without it some launch fails visibly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megamoe.emulator import OPERATIONS
+from megamoe.emulator.operations import KINDS
+from megamoe.faults import MegaMoEError
+from tests.emulated import Layer, WrongResult
+
+NEEDED = [label for label, operation in OPERATIONS.items() if not operation.redundant]
+REDUNDANT = [label for label, operation in OPERATIONS.items() if operation.redundant]
+
+#: What the store buffers show by themselves, as hardware would: no clocks are compared.
+SHOWN_BY_VALUES = [
+    "count.histogram_barrier",
+    "dispatched.wait",
+    "dispatch.ring_wait",
+    "dispatch.load_wait",
+    "dispatch.group_wait",
+    "dispatch.drain_wait",
+    "dispatch.arrive.release",
+    "load_weights.queue_full.release",
+    "load_tokens.fc1_wait",
+    "load_tokens.fc1_wait.acquire",
+    "load_tokens.fc2_wait",
+    "load_tokens.stage_full.release",
+    "math.stage_full",
+    "math.fc1_warp_sync",
+    "math.clean_end",
+    "combined.before",
+    "combined.wait",
+    "cleanup.epoch",
+]
+
+ROUTINGS = ("uniform", "skewed", "ragged")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_layer(drop) -> Layer:
+    """Two ranks of six experts, and a ring of two pool blocks, which is used three times over."""
+    layer = Layer(2, 8, 2, experts=12, inner=256, overrides={"pool_blocks": 2}, drop=drop)
+    layer.emulator.runtime.max_steps = 50_000
+    return layer
+
+
+def run(layer: Layer, seed: int) -> None:
+    for number, routing in enumerate(ROUTINGS):
+        layer.check(routing, 10 * seed + number)
+    layer.emulator.assert_at_rest()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_fails_when_nothing_is_dropped(seed):
+    run(make_layer(None), seed)
+
+
+@pytest.mark.parametrize("label", NEEDED)
+def test_dropping_an_operation_fails(label):
+    with pytest.raises((MegaMoEError, WrongResult)):
+        for seed in range(4):
+            run(make_layer(label), seed)
+
+
+@pytest.mark.parametrize("label", REDUNDANT)
+def test_a_redundant_operation_gives_no_order_of_its_own(label):
+    for seed in range(2):
+        run(make_layer(label), seed)
+
+
+@pytest.mark.parametrize("label", [label for label in REDUNDANT if OPERATIONS[label].twin])
+def test_one_of_two_redundant_operations_must_stay(label):
+    with pytest.raises(MegaMoEError):
+        run(make_layer((label, OPERATIONS[label].twin)), 0)
+
+
+@pytest.mark.parametrize("label", SHOWN_BY_VALUES)
+def test_held_back_stores_show_it_too(label):
+    """Some seed goes wrong in values alone, not only in the comparison of clocks."""
+    with pytest.raises((MegaMoEError, WrongResult)):
+        for seed in range(4):
+            layer = make_layer(label)
+            layer.emulator.memory.check_order = False
+            run(layer, seed)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_values_alone_are_right_when_nothing_is_dropped(seed):
+    layer = make_layer(None)
+    layer.emulator.memory.check_order = False
+    run(layer, seed)
+
+
+def test_the_table_is_well_formed():
+    for label, operation in OPERATIONS.items():
+        assert operation.kind in KINDS and operation.why, label
+        assert not operation.twin or operation.twin in OPERATIONS, label
+        assert operation.redundant or not operation.twin, label
+    assert set(SHOWN_BY_VALUES) <= set(NEEDED)
