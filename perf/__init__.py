@@ -2,6 +2,7 @@
 result rows.
 
 One module per concern: `cases` (what is run), `timing` (how it is timed), `roofline` (what bounds
-it), `baselines` (what it is compared with), `results` (how it is kept), `sweep` (the command that
-joins them), `options` (command lines).
+it), `baselines` (what it is compared with), `results` (how it is kept), `plan` and `measure` (what
+to run, and running it), `processes`, `sample` and `process_runner` (the same with a process per
+GPU), `sweep` (the command that joins them), `options` (command lines).
 """

@@ -1,16 +1,24 @@
 """What the layer is compared with: the same whole layer made of torch operations.
 
-By name in BASELINES. `torch_bf16` serves every rank's tokens on the one GPU that holds all experts:
-sort the slots by expert, gather, grouped GEMM, SwiGLU, router weight, grouped GEMM, gather back,
-sum over the slots. Nothing in it waits for the host and no shape depends on the routing, so a CUDA
-graph can capture it. Rounding: as the oracle's, and FC1 and silu(gate) are rounded to bf16 as well.
-It runs on the CPU too, through the same operations.
+Two forms of `torch_bf16`. Where one GPU holds all experts (BASELINES): sort the slots by expert,
+gather, grouped GEMM, SwiGLU, router weight, grouped GEMM, gather back, sum over the slots. Nothing
+in it waits for the host and no shape depends on the routing, so a CUDA graph can capture it. With a
+process per GPU (PROCESS_BASELINES) all-to-alls bring rows to their experts and back; the host reads
+how many, so it runs eagerly. Rounding: as the oracle's, and FC1 and silu(gate) are rounded to bf16
+as well. Both run on the CPU too, through the same operations.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+
+
+def _swiglu(rows_RH: torch.Tensor, w13_EH2I: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """FC1 and SwiGLU of rows sorted by expert: [R, I]."""
+    gate, up = torch._grouped_mm(rows_RH, w13_EH2I, offs=offsets_E).chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
 
 
 class TorchBf16:
@@ -44,8 +52,7 @@ class TorchBf16:
         offsets_E = torch.searchsorted(sorted_R, self.experts, right=True, out_int32=True)
 
         rows_RH = x_TH.index_select(0, slot_R // top_k)
-        gate, up = torch._grouped_mm(rows_RH, self.w13_EH2I, offs=offsets_E).chunk(2, dim=1)
-        hidden_RI = F.silu(gate).mul_(up)
+        hidden_RI = _swiglu(rows_RH, self.w13_EH2I, offsets_E)
         hidden_RI.mul_(topk_weights_TK.flatten().index_select(0, slot_R).unsqueeze(1))
         out_RH = torch._grouped_mm(hidden_RI, self.w2_EIH, offs=offsets_E)
 
@@ -59,4 +66,73 @@ class TorchBf16:
         return slots_TKH.sum(dim=1)  # accumulated in float32, rounded once
 
 
+class ExchangedTorchBf16:
+    """The layer of one rank over the weights of its own experts, e of E; collective over the
+    default process group. Row counts, rows and results travel in three all-to-alls.
+    """
+
+    def __init__(
+        self,
+        w13_E2IH: torch.Tensor,
+        w2_EHI: torch.Tensor,
+        num_ranks: int,
+        masked: bool = True,
+    ):
+        self.w13_EH2I = w13_E2IH.transpose(1, 2)
+        self.w2_EIH = w2_EHI.transpose(1, 2)
+        self.num_ranks, self.local = num_ranks, w13_E2IH.shape[0]
+        self.num_experts = num_ranks * self.local
+        self.masked = masked
+        self.experts = torch.arange(self.num_experts, dtype=torch.int32, device=w13_E2IH.device)
+        #: Local expert of every count that arrives: by source rank, then by expert.
+        self.expert_of_count = self.experts % self.local
+
+    def __call__(
+        self, x_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H] bf16: a new tensor."""
+        num_tokens, top_k = topk_idx_TK.shape
+        ids_R = topk_idx_TK.flatten().to(torch.int32)
+        if self.masked:  # masked slots sort behind the last expert and go nowhere
+            ids_R = ids_R.masked_fill(ids_R < 0, self.num_experts)
+        sorted_R, slot_R = torch.sort(ids_R)
+        ends_E = torch.searchsorted(sorted_R, self.experts, right=True, out_int32=True)
+        to_WE = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).view(self.num_ranks, self.local)
+        from_WE = torch.empty_like(to_WE)
+        dist.all_to_all_single(from_WE, to_WE)
+        sent, received = torch.stack([to_WE.sum(dim=1), from_WE.sum(dim=1)]).tolist()  # host waits
+
+        slot_R = slot_R[: sum(sent)]
+        arrived_RH = _exchange(x_TH.index_select(0, slot_R // top_k), sent, received)
+        results_RH = self._experts(arrived_RH, from_WE)
+        slots_RH = _exchange(results_RH, received, sent)
+
+        blank = torch.zeros if self.masked else torch.empty
+        slots_TKH = blank(num_tokens * top_k, x_TH.shape[1], dtype=x_TH.dtype, device=x_TH.device)
+        slots_TKH = slots_TKH.index_copy_(0, slot_R, slots_RH).view(num_tokens, top_k, -1)
+        slots_TKH.mul_(topk_weights_TK.unsqueeze(2))
+        return slots_TKH.sum(dim=1)  # accumulated in float32, rounded once
+
+    def _experts(self, rows_RH: torch.Tensor, from_WE: torch.Tensor) -> torch.Tensor:
+        """Every row through its expert; rows are in the order of `from_WE`, rank by rank."""
+        num_rows = rows_RH.shape[0]
+        if num_rows == 0:
+            return rows_RH
+        counts = from_WE.flatten().long()
+        expert_R = self.expert_of_count.repeat_interleave(counts, output_size=num_rows)
+        order_R = torch.sort(expert_R, stable=True).indices
+        offsets_E = from_WE.sum(dim=0).cumsum(0).to(torch.int32)
+        hidden_RI = _swiglu(rows_RH.index_select(0, order_R), self.w13_EH2I, offsets_E)
+        out_RH = torch._grouped_mm(hidden_RI, self.w2_EIH, offs=offsets_E)
+        return torch.empty_like(out_RH).index_copy_(0, order_R, out_RH)
+
+
+def _exchange(rows_RH: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+    """All-to-all of rows, which are in rank order on both sides."""
+    arrived_RH = rows_RH.new_empty(sum(received), rows_RH.shape[1])
+    dist.all_to_all_single(arrived_RH, rows_RH, received, sent)
+    return arrived_RH
+
+
 BASELINES = {"torch_bf16": TorchBf16}
+PROCESS_BASELINES = {"torch_bf16": ExchangedTorchBf16}

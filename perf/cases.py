@@ -173,33 +173,37 @@ class Inputs:
     topk_weights: torch.Tensor
 
 
-def make_inputs(case: Case, device: torch.device | str = "cpu") -> list[Inputs]:
-    """The inputs of every rank, on `device`."""
+def make_rank_inputs(case: Case, rank: int, device: torch.device | str = "cpu") -> Inputs:
+    """The inputs of one rank, on `device`."""
     device = torch.device(device)
     dtype = getattr(torch, precision_of(case.precision).token)
-    inputs = []
-    for rank in range(case.num_ranks):
-        seed = (case.seed * 1_000_003 + case.tokens) * 1009 + rank
-        generator = torch.Generator(device).manual_seed(seed)
-        x = torch.randn(case.tokens, case.model.hidden, generator=generator, device=device).to(
-            dtype
-        )
-        logits = torch.randn(case.tokens, case.model.top_k, generator=generator, device=device)
-        topk_idx = ROUTINGS[case.routing](case, generator, device)
-        inputs.append(Inputs(x, topk_idx.contiguous(), logits.softmax(dim=1)))
-    return inputs
+    seed = (case.seed * 1_000_003 + case.tokens) * 1009 + rank
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(case.tokens, case.model.hidden, generator=generator, device=device).to(dtype)
+    logits = torch.randn(case.tokens, case.model.top_k, generator=generator, device=device)
+    topk_idx = ROUTINGS[case.routing](case, generator, device)
+    return Inputs(x, topk_idx.contiguous(), logits.softmax(dim=1))
+
+
+def make_inputs(case: Case, device: torch.device | str = "cpu") -> list[Inputs]:
+    """The inputs of every rank, on `device`."""
+    return [make_rank_inputs(case, rank, device) for rank in range(case.num_ranks)]
 
 
 def make_weights(
-    case: Case, device: torch.device | str = "cpu"
+    case: Case, device: torch.device | str = "cpu", experts: range | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w13 [E, 2I, H] gate then up, w2 [E, H, I]), drawn in bf16 on `device`: no float32 copy."""
+    """(w13 [n, 2I, H] gate then up, w2 [n, H, I]) of these experts, of all by default, drawn in
+    bf16 on `device`: no float32 copy. An expert's weights depend on the seed and its number only.
+    """
     device, model = torch.device(device), case.model
     dtype = getattr(torch, precision_of(case.precision).weight)
-    generator = torch.Generator(device).manual_seed(case.seed)
-
-    def draw(rows: int, columns: int) -> torch.Tensor:
-        weight = torch.empty(model.num_experts, rows, columns, dtype=dtype, device=device)
-        return weight.normal_(0.0, columns**-0.5, generator=generator)
-
-    return draw(2 * model.intermediate, model.hidden), draw(model.hidden, model.intermediate)
+    experts = range(model.num_experts) if experts is None else experts
+    hidden, inter = model.hidden, model.intermediate
+    w13 = torch.empty(len(experts), 2 * inter, hidden, dtype=dtype, device=device)
+    w2 = torch.empty(len(experts), hidden, inter, dtype=dtype, device=device)
+    for expert, gate_up, down in zip(experts, w13, w2, strict=True):
+        generator = torch.Generator(device).manual_seed(case.seed * 1_000_003 + expert)
+        gate_up.normal_(0.0, hidden**-0.5, generator=generator)
+        down.normal_(0.0, inter**-0.5, generator=generator)
+    return w13, w2

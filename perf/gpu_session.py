@@ -2,7 +2,8 @@
 
 `python -m perf.gpu_session DIR`. Each step is one sweep in its own process with a time limit and
 writes DIR/<step>.csv, so that a hang, a crash or a lost CUDA context costs that step only. The most
-wanted figures come first. Exit status: 1 if any step failed.
+wanted figures come first. On a machine of several GPUs the steps are those with a process per GPU,
+on all or some of them; else those of one GPU. Exit status: 1 if any step failed.
 """
 
 from __future__ import annotations
@@ -16,19 +17,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from perf.options import Parser, integer, nearest
 from perf.plan import add_options, case_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+#: Seconds that torchrun gets to end its ranks when a step has used up its time.
+GRACE_S = 45
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sweep: options beyond `--device cuda --csv`, and seconds it may take."""
+    """One sweep: options beyond `--device cuda --csv`, seconds it may take, and processes with a
+    GPU each (one: all ranks on one GPU).
+    """
 
     name: str
     options: str
     limit_s: int = 240
+    gpus: int = 1
 
 
 #: A rank's share of V3's experts at EP8: what one GPU of a deployment holds.
@@ -62,6 +70,37 @@ STEPS = (
 )
 
 
+#: All with one capacity, so that the steps of a model share a kernel.
+_EP = "--max-tokens 8192 --graph --baseline torch_bf16"
+_ALL_TOKENS = "1,8,32,128,512,1024,2048,4096,8192"
+_SMOKE = "--model tiny --tokens 1,64,512 --reps 5 --graph --baseline torch_bf16"
+
+EP_STEPS = (
+    Step("smoke_ep4", _SMOKE, 120, gpus=4),
+    Step("pro_ep4", f"--model pro --tokens {_ALL_TOKENS} {_EP}", gpus=4),
+    Step("flash_ep4", f"--model flash --tokens {_ALL_TOKENS} {_EP}", gpus=4),
+    Step("v3_ep4", f"--model v3 --tokens {_ALL_TOKENS} {_EP}", gpus=4),
+    Step("pro_ep4_skewed", f"--model pro --routing skewed --tokens 128,1024,8192 {_EP}", gpus=4),
+    Step("pro_ep4_hot_expert", f"--model pro --routing hot-expert --tokens 128,1024 {_EP}", gpus=4),
+    Step("pro_ep4_hot_rank", f"--model pro --routing hot-rank --tokens 128,1024 {_EP}", gpus=4),
+    # A rank holds as many experts as at EP4.
+    Step("smoke_ep2", _SMOKE, 120, gpus=2),
+    Step("pro_ep2", f"--model pro --num-experts 192 --tokens 1,32,512,2048,8192 {_EP}", gpus=2),
+    Step("flash_ep2", f"--model flash --num-experts 128 --tokens 1,32,512,2048,8192 {_EP}", gpus=2),
+    Step("v3_ep2", f"--model v3 --num-experts 128 --tokens 1,32,512,2048,8192 {_EP}", gpus=2),
+    Step(
+        "pro_ep2_skewed",
+        f"--model pro --num-experts 192 --routing skewed --tokens 128,1024,8192 {_EP}",
+        gpus=2,
+    ),
+)
+
+
+def steps_for(gpus: int) -> list[Step]:
+    """The steps of a machine with that many GPUs: with a process per GPU if there are several."""
+    return [step for step in EP_STEPS if step.gpus <= gpus] or list(STEPS)
+
+
 def configs_of(steps: Sequence[Step]) -> list[dict]:
     """Fields of every configuration that `steps` run, for `python -m megamoe.compile --list`."""
     parser = Parser()
@@ -69,7 +108,7 @@ def configs_of(steps: Sequence[Step]) -> list[dict]:
     configs = []
     for step in steps:
         case, _, max_tokens = case_of(
-            parser.parse_args(["--device", "cuda", *step.options.split()])
+            parser.parse_args(["--device", "cuda", *step.options.split()]), step.gpus
         )
         fields = dataclasses.asdict(case.config(max_tokens))
         if fields not in configs:
@@ -80,9 +119,11 @@ def configs_of(steps: Sequence[Step]) -> list[dict]:
 def command_of(step: Step, directory: Path, extra: Sequence[str] = ()) -> list[str]:
     """The command line of a step."""
     csv = str(directory / f"{step.name}.csv")
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(step.gpus), "-m"]
     return [
         sys.executable,
         "-m",
+        *(torchrun if step.gpus > 1 else []),
         "perf",
         "sweep",
         "--device",
@@ -94,21 +135,46 @@ def command_of(step: Step, directory: Path, extra: Sequence[str] = ()) -> list[s
     ]
 
 
-def run_step(command: Sequence[str], limit_s: float) -> str:
+def run_torchrun(command: Sequence[str], limit_s: float) -> int:
+    """The exit status; TimeoutExpired, after torchrun was told to end its ranks: killed outright it
+    would leave them behind on their GPUs.
+    """
+    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+        try:
+            return process.wait(limit_s)
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+
+
+def run_step(command: Sequence[str], limit_s: float, gpus: int = 1) -> str:
     """Run one step with its output on ours; "ok", or what went wrong."""
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, timeout=limit_s)
+        if gpus > 1:
+            status = run_torchrun(command, limit_s)
+        else:
+            status = subprocess.run(command, cwd=REPOSITORY, timeout=limit_s).returncode
     except subprocess.TimeoutExpired:
         return f"stopped after {limit_s:.0f} s"
-    return "ok" if done.returncode == 0 else f"exit status {done.returncode}"
+    return "ok" if status == 0 else f"exit status {status}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps, print a summary; the exit status."""
-    names = [step.name for step in STEPS]
+    known = {step.name: step for step in (*STEPS, *EP_STEPS)}
     parser = Parser(prog="python -m perf.gpu_session", description="Measure what is published.")
     parser.add_argument("directory", type=Path, help="where the CSV files go")
-    parser.add_argument("--only", metavar="STEPS", help=f"comma-separated, of {', '.join(names)}")
+    parser.add_argument("--only", metavar="STEPS", help=f"comma-separated, of {', '.join(known)}")
+    parser.add_argument(
+        "--gpus",
+        type=integer(1),
+        metavar="N",
+        help="the steps of a machine with N GPUs (default: as many as there are here)",
+    )
     parser.add_argument(
         "--limit", type=integer(1), metavar="SECONDS", help="start no step after this long"
     )
@@ -121,28 +187,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write the configurations to DIR/configs.json, to build ahead of time, and stop",
     )
     args = parser.parse_args(argv)
-    wanted = args.only.split(",") if args.only else names
+    wanted = args.only.split(",") if args.only else []
     for name in wanted:
-        if name not in names:
-            parser.error(f"{name!r} is not a step; {nearest(name, names)}")
+        if name not in known:
+            parser.error(f"{name!r} is not a step; {nearest(name, known)}")
+    steps = [step for step in known.values() if step.name in wanted]
+    steps = steps or steps_for(args.gpus or torch.cuda.device_count())
 
     passed_on = {"--reps": args.reps, "--num-sms": args.num_sms, "--kernel-dir": args.kernel_dir}
     extra = [word for option, value in passed_on.items() if value for word in (option, value)]
     directory = args.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     if args.list_configs:
-        configs = configs_of([step for step in STEPS if step.name in wanted])
-        (directory / "configs.json").write_text(json.dumps(configs))
+        (directory / "configs.json").write_text(json.dumps(configs_of(steps)))
         return 0
     begin, outcomes = time.monotonic(), {}
-    for step in (step for step in STEPS if step.name in wanted):
+    for step in steps:
         spent = time.monotonic() - begin
         limit_s = step.limit_s if args.limit is None else min(step.limit_s, args.limit - spent)
         if limit_s <= 0:
             outcomes[step.name] = "not started: out of time"
             continue
         print(f"== {step.name}: {step.options}", flush=True)
-        outcomes[step.name] = run_step(command_of(step, directory, extra), limit_s)
+        outcomes[step.name] = run_step(command_of(step, directory, extra), limit_s, step.gpus)
     print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     return 0 if all(outcome == "ok" for outcome in outcomes.values()) else 1
 

@@ -1,7 +1,7 @@
 """Running a plan: the layer and its baseline on the same inputs, checked against the oracle.
 
 The output that is checked is that of the last timed call, so a wrong result cannot hide behind a
-fast time. Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the points.
+fast time. `Runner` has every rank in this process, `perf.process_runner` one. Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the points.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from perf.roofline import Roofline, Work, roofline_of, work_of
 from perf.timing import Times, measure
 
 MEGAMOE = "megamoe"
+#: A relative error above this is no rounding: the sweep says so and exits with status 1.
+MAX_ERROR = 2e-2
+
+
+class WrongResult(RuntimeError):
+    """A baseline is wrong, so there is nothing to compare with."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,23 @@ def describe(kernel: object, num_sms: int | None) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
+def layer_of(plan: Plan, **ranks) -> megamoe.MegaMoE:
+    """The layer of a plan; `ranks` is `world` or `group`."""
+    model = plan.case.model
+    return megamoe.MegaMoE(
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        max_tokens_per_rank=plan.max_tokens,
+        precision=plan.case.precision,
+        device=str(plan.device),
+        num_sms=plan.num_sms,
+        kernel_dir=plan.kernel_dir,
+        **ranks,
+    )
+
+
 class Runner:
     """Weights, the layer and the baseline of a plan, made once; `points(tokens)` measures them."""
 
@@ -110,18 +133,7 @@ class Runner:
         self.plan = plan
         case = plan.case
         self.w13, self.w2 = make_weights(case, plan.device)
-        self.moe = megamoe.MegaMoE(
-            num_experts=case.model.num_experts,
-            top_k=case.model.top_k,
-            hidden_size=case.model.hidden,
-            intermediate_size=case.model.intermediate,
-            max_tokens_per_rank=plan.max_tokens,
-            world=case.num_ranks,
-            precision=case.precision,
-            device=str(plan.device),
-            num_sms=plan.num_sms,
-            kernel_dir=plan.kernel_dir,
-        )
+        self.moe = layer_of(plan, world=case.num_ranks)
         self.moe.load_weights(self.w13, self.w2)
         self.baseline = None
         if plan.baseline:

@@ -17,6 +17,7 @@ from megamoe.precision import PRECISIONS
 from perf.baselines import BASELINES
 from perf.cases import MODELS, ROUTINGS, Case
 from perf.options import MAX_TOKENS, integer, one_of, token_counts
+from perf.processes import Place
 from perf.timing import EAGER, GRAPH
 
 
@@ -55,7 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     ranks, count = integer(choices=(1, 2, 4, 8)), integer(1)
     add("--device", default="cpu", **names_in(DEFAULTS), text=", ".join(DEFAULTS))
-    add("--ranks", type=ranks, metavar="W", text=f"1, 2, 4 or 8; {follows('ranks')}")
+    add(
+        "--ranks",
+        type=ranks,
+        metavar="W",
+        text=f"1, 2, 4 or 8; {follows('ranks')}; under torchrun its number of processes",
+    )
     add("--model", **names_in(MODELS), text=f"{', '.join(MODELS)}; {follows('model')}")
     add("--num-experts", type=count, metavar="E", text="experts, instead of the model's")
     add("--experts-per-gpu", type=count, metavar="N", text="the same, per GPU")
@@ -105,8 +111,10 @@ class Plan:
         return self.device.type == "cpu"
 
 
-def case_of(args: argparse.Namespace) -> tuple[Case, tuple[int, ...], int]:
-    """(case of the first token count, token counts, capacity per rank), wherever it will run."""
+def case_of(args: argparse.Namespace, gpus: int = 1) -> tuple[Case, tuple[int, ...], int]:
+    """(case of the first token count, token counts, capacity per rank), wherever it will run: all
+    ranks on one GPU, or a process and a rank on each of several.
+    """
     default = DEFAULTS[args.device]
     if args.num_experts and args.experts_per_gpu:
         raise ValueError("--num-experts and --experts-per-gpu exclude each other")
@@ -114,14 +122,16 @@ def case_of(args: argparse.Namespace) -> tuple[Case, tuple[int, ...], int]:
     max_tokens = args.max_tokens or max(tokens)
     if max(tokens) > max_tokens:
         raise ValueError(f"--tokens {max(tokens)} is more than --max-tokens {max_tokens}")
-    ranks = args.ranks or default.ranks
+    if gpus > 1 and args.ranks not in (None, gpus):
+        raise ValueError(f"--ranks {args.ranks}, but torchrun started {gpus} processes")
+    ranks = gpus if gpus > 1 else args.ranks or default.ranks
     model = MODELS[args.model or default.model]
-    experts = args.num_experts or args.experts_per_gpu  # one GPU holds every rank
+    experts = args.num_experts or (args.experts_per_gpu or 0) * gpus
     case = Case(
         model=dataclasses.replace(model, num_experts=experts or model.num_experts),
         num_ranks=ranks,
         tokens=tokens[0],
-        ranks_per_gpu=ranks,
+        ranks_per_gpu=ranks // gpus,
         routing=args.routing,
         precision=args.precision,
         seed=args.seed,
@@ -130,18 +140,29 @@ def case_of(args: argparse.Namespace) -> tuple[Case, tuple[int, ...], int]:
     return case, tokens, max_tokens
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """The plan that the options ask for; ValueError if it cannot run here."""
-    default = DEFAULTS[args.device]
+def plan_of(args: argparse.Namespace, place: Place | None = None) -> Plan:
+    """The plan that the options ask for, in the job of `place` if there is one; ValueError if it
+    cannot run here.
+    """
+    default, device = DEFAULTS[args.device], torch.device(args.device)
+    if place and args.device == "cpu":
+        raise ValueError("torchrun needs --device cuda; the emulator holds all ranks by itself")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
     mode = args.mode or default.mode
     if args.device == "cpu" and mode == GRAPH:
         raise ValueError("--graph needs --device cuda; use --eager")
-    case, tokens, max_tokens = case_of(args)
+    if place:
+        if place.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {place.local_rank} of this machine has no GPU of its own: "
+                f"torch sees {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", place.local_rank)
+    case, tokens, max_tokens = case_of(args, place.size if place else 1)
     return Plan(
         case=case,
-        device=torch.device(args.device),
+        device=device,
         tokens=tokens,
         max_tokens=max_tokens,
         mode=mode,

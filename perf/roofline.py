@@ -65,20 +65,27 @@ class Roofline:
         return self.us / us
 
 
+def counts_of(case: Case, topk_idx: torch.Tensor) -> torch.Tensor:
+    """int64 [E] on the CPU: routed tokens from one rank to every expert."""
+    live = topk_idx[topk_idx >= 0].flatten().long().cpu()
+    return torch.bincount(live, minlength=case.model.num_experts)
+
+
 def routed_counts(case: Case, topk_idx: Sequence[torch.Tensor]) -> torch.Tensor:
     """int64 [W, E] on the CPU: routed tokens from every rank to every expert."""
     assert len(topk_idx) == case.num_ranks, (len(topk_idx), case.num_ranks)
-    rows = [
-        torch.bincount(idx[idx >= 0].flatten().long().cpu(), minlength=case.model.num_experts)
-        for idx in topk_idx
-    ]
-    return torch.stack(rows)
+    return torch.stack([counts_of(case, idx) for idx in topk_idx])
 
 
 def work_of(case: Case, topk_idx: Sequence[torch.Tensor]) -> Work:
     """The work of this routing. Rank r lives on GPU r modulo the number of GPUs."""
+    tokens_W = [idx.shape[0] for idx in topk_idx]
+    return work_of_counts(case, routed_counts(case, topk_idx), tokens_W)
+
+
+def work_of_counts(case: Case, counts_WE: torch.Tensor, tokens_W: Sequence[int]) -> Work:
+    """The same from the routed tokens [W, E] and the tokens of every rank."""
     model, recipe = case.model, case.config(case.tokens).recipe
-    counts_WE = routed_counts(case, topk_idx)
     gpu_of_rank = torch.arange(case.num_ranks) % case.num_gpus
     gpu_of_expert = gpu_of_rank.repeat_interleave(case.experts_per_rank)
 
@@ -90,7 +97,7 @@ def work_of(case: Case, topk_idx: Sequence[torch.Tensor]) -> Work:
         owned_WE = counts_WE[:, gpu_of_expert == gpu]
         rows_GG[:, gpu].index_add_(0, gpu_of_rank, owned_WE.sum(dim=1))
         touched_G[gpu] = (owned_WE.sum(dim=0) > 0).sum()
-    tokens_G = [sum(idx.shape[0] for idx in topk_idx[gpu :: case.num_gpus]) for gpu in gpus]
+    tokens_G = [sum(tokens_W[gpu :: case.num_gpus]) for gpu in gpus]
 
     expert_bytes = 3 * model.hidden * model.intermediate * ITEM_BYTES[recipe.weight]
     token_bytes = (

@@ -1,7 +1,8 @@
 """The command `sweep`: one model and routing over a list of token counts, one line per measurement.
 
-With `--device cuda` all ranks are virtual ranks of one GPU and the figures are measurements. With
-`--device cpu` the emulator runs the protocol: errors and byte counts are exact, times are a CPU's
+With `--device cuda` the figures are measurements: all ranks are virtual ranks of one GPU, or, under
+`torchrun --nproc-per-node N -m perf sweep`, each has a process and a GPU. Then rank 0 prints and
+writes, and the oracle checks a sample of every rank's tokens. With `--device cpu` the emulator runs the protocol: errors and byte counts are exact, times are a CPU's
 and say nothing about a GPU. Every output is checked against the dense oracle, unless --no-verify.
 Lines are printed and appended to the CSV file one at a time; an interrupt keeps what is finished.
 """
@@ -9,21 +10,23 @@ Lines are printed and appended to the CSV file one at a time; an interrupt keeps
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 
 import torch
 
 from megamoe.faults import MegaMoEError
-from perf.measure import Point, Runner
+from perf.measure import MAX_ERROR, Point, Runner, WrongResult
 from perf.plan import Plan, add_options, plan_of
+from perf.process_runner import ProcessRunner
+from perf.processes import Job, joined, place_of
 from perf.results import ResultsFile, environment
 
 __all__ = ["SUMMARY", "add_options", "run"]
 
 SUMMARY = "time one model over token counts and check every output (default: the CPU emulator)"
 
-#: A relative error above this is no rounding: the sweep says so and exits with status 1.
-MAX_ERROR = 2e-2
 FAILED, INTERRUPTED = 1, 130
 
 
@@ -68,6 +71,10 @@ def heading(plan: Plan, gpu: str, columns) -> str:
     ]
     if plan.emulated:
         lines.append("CPU emulation of every rank: the times are those of a CPU, not GPU figures.")
+    elif case.num_gpus > 1:
+        lines.append(f"{case.num_gpus} x {gpu}, a process and a rank on each; times: slowest rank")
+        if plan.baseline:
+            lines.append(f"{plan.baseline}: eager, NCCL all-to-all with counts read by the host")
     else:
         lines.append(f"{gpu}, which holds {case.ranks_per_gpu} rank(s)")
     lines.append("  ".join(title.rjust(width) for title, width, _ in columns))
@@ -75,35 +82,59 @@ def heading(plan: Plan, gpu: str, columns) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the sweep: 0, 1 after a failed launch or a wrong output, 130 after an interrupt."""
-    plan = plan_of(args)
+    """Run the sweep: 0, 1 after a failed launch or a wrong output, 130 after an interrupt. Under
+    torchrun a rank that failed does not return; its process ends with the status.
+    """
+    place = place_of(os.environ)
+    plan = plan_of(args, place)
     file = ResultsFile(args.csv) if args.csv else None
+    if place is None:
+        return measure_all(plan, file, lambda: Runner(plan))
+    with joined(place) as job:
+        return measure_all(plan, file, lambda: ProcessRunner(plan, job), job)
+
+
+def measure_all(
+    plan: Plan,
+    file: ResultsFile | None,
+    make_runner: Callable[[], Runner | ProcessRunner],
+    job: Job | None = None,
+) -> int:
+    """Measure, print and keep every point; the exit status."""
     columns = CPU_COLUMNS if plan.emulated else GPU_COLUMNS
+    speaks = job is None or job.rank == 0
     status, finished = 0, 0
+
+    def stop(message: str, status: int = FAILED) -> int:
+        if job:
+            job.abort(message, status)
+        print(message, file=sys.stderr)
+        return status
+
     try:
-        where = environment(plan.device)
-        runner = Runner(plan)
-        print(heading(plan, where["gpu"], columns), flush=True)
+        where = environment(plan.device) if speaks else {}
+        runner = make_runner()
+        if speaks:
+            print(heading(plan, where["gpu"], columns), flush=True)
         for tokens in plan.tokens:
             for point in runner.points(tokens):
+                finished += 1
+                wrong = point.error is not None and not point.error <= MAX_ERROR
+                status = FAILED if wrong else status
+                if not speaks:
+                    continue
                 if file:
                     file.append(point.row(where))
                 print("  ".join(text(point).rjust(width) for _, width, text in columns), flush=True)
-                finished += 1
-                if point.error is not None and not point.error <= MAX_ERROR:
+                if wrong:
                     message = f"{point.impl} is wrong at {tokens} tokens: error {point.error:.2e}"
                     print(message, file=sys.stderr)
-                    status = FAILED
     except KeyboardInterrupt:
-        print(f"interrupted: {finished} finished row(s) kept", file=sys.stderr)
-        return INTERRUPTED
+        return stop(f"interrupted: {finished} finished row(s) kept", INTERRUPTED)
     except torch.OutOfMemoryError as error:
-        print(
-            f"out of GPU memory after {finished} row(s), try --num-experts: {error}",
-            file=sys.stderr,
-        )
-        return FAILED
+        return stop(f"out of GPU memory after {finished} row(s), try --num-experts: {error}")
+    except WrongResult as error:
+        return stop(str(error))
     except MegaMoEError as error:
-        print(f"launch failed after {finished} finished row(s): {error}", file=sys.stderr)
-        return FAILED
+        return stop(f"launch failed after {finished} finished row(s): {error}")
     return status

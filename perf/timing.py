@@ -3,7 +3,8 @@
 A repetition is timed on the GPU, between two events of the current stream. A pause is queued first,
 so that the host is ahead of the GPU and a graph replay's time holds no host latency; an eager call
 that needs more host time than GPU time shows that, as it does in use. All ranks of the process run
-in one call, so a time is the maximum over them. The output that is returned is the one of the last
+in one call, so a time is the maximum over them; with a process per rank, `align` lets them begin a
+repetition together, before its first event, and the caller takes the maximum. The output that is returned is the one of the last
 timed repetition: what was timed is what gets verified.
 """
 
@@ -22,6 +23,8 @@ MODES = (EAGER, GRAPH)
 #: GPU clock cycles of the pause, about 2 ms: longer than the host takes to queue the repetitions
 #: that follow.
 HEAD_START_CYCLES = 4_000_000
+#: Of every repetition that also queues an `align`, about 0.1 ms.
+ALIGN_CYCLES = 200_000
 
 
 @dataclass(frozen=True)
@@ -44,22 +47,30 @@ class Times:
         return sorted(self.us)[-(-95 * len(self.us) // 100) - 1]
 
 
-def _time_cpu(call: Callable[[], object], repetitions: int) -> tuple[Times, object]:
+def _time_cpu(
+    call: Callable[[], object], repetitions: int, align: Callable[[], object] | None
+) -> tuple[Times, object]:
     us, output = [], None
     for _ in range(repetitions):
+        if align:
+            align()
         begin = time.perf_counter()
         output = call()
         us.append((time.perf_counter() - begin) * 1e6)
     return Times(tuple(us)), output
 
 
-def _time_cuda(call: Callable[[], object], repetitions: int) -> tuple[Times, object]:
+def _time_cuda(
+    call: Callable[[], object], repetitions: int, align: Callable[[], object] | None
+) -> tuple[Times, object]:
     begins = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
     output = None
     torch.cuda.synchronize()
-    torch.cuda._sleep(HEAD_START_CYCLES)
+    torch.cuda._sleep(HEAD_START_CYCLES + (ALIGN_CYCLES * repetitions if align else 0))
     for begin, end in zip(begins, ends, strict=True):
+        if align:
+            align()
         begin.record()
         output = call()
         end.record()
@@ -76,7 +87,8 @@ def capture(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Only this thread's calls count: a process group's watchdog may query its events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = call()
     return graph, output
 
@@ -88,18 +100,20 @@ def measure(
     repetitions: int = 20,
     warmup: int = 3,
     check: Callable[[], object] = lambda: None,
+    align: Callable[[], object] | None = None,
 ) -> tuple[Times, object]:
     """Times of `call` and the output of its last repetition.
 
     `check` runs after the first call on a GPU and at the end: it should wait for the device and
-    raise what a launch reported, so that a failing call is not repeated.
+    raise what a launch reported, so that a failing call is not repeated. `align` runs before every
+    timed repetition and is not timed.
     """
     assert mode in MODES and repetitions >= 1, (mode, repetitions)
     if torch.device(device).type == "cpu":
         assert mode == EAGER, "a CUDA graph needs a GPU"
         for _ in range(warmup):
             call()
-        times, output = _time_cpu(call, repetitions)
+        times, output = _time_cpu(call, repetitions, align)
         check()
         return times, output
     call()
@@ -114,6 +128,6 @@ def measure(
         call = replay
     for _ in range(warmup):
         call()
-    times, output = _time_cuda(call, repetitions)
+    times, output = _time_cuda(call, repetitions, align)
     check()
     return times, output

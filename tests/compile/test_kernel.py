@@ -52,7 +52,7 @@ def test_variant(config, kernel, tmp_path, capfd):
     assert built.count("USETMAXREG") == 2
     # One K block peeled, one in the loop: block_k / 16 instructions each, of the full tile width.
     assert len(re.findall(r"HGMMA\.64x256x16\.F32\.BF16", built.sass)) == 2 * kernel.block_k // 16
-    assert built.count("UTMALDG") == 4  # A and B of FC1 and FC2
+    assert built.count("UTMALDG") == 6  # FC1 and FC2: two boxes of A, one of B
     assert built.count("UBLKCP") >= 2  # bulk pull and bulk store
 
 

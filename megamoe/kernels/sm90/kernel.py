@@ -53,6 +53,7 @@ from workspace.layout import layout_of
 
 arch = cute.arch
 
+WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 MATH_BARRIER = 1  # named barrier of the math warpgroups; 0 is the CTA
 WARP_LOAD_WEIGHTS = 2
 WARP_LOAD_TOKENS = 3
@@ -112,10 +113,10 @@ class MegaMoEKernel:
         )
         layout = shape.layout
         tokens = self.tokens_map(
-            local_base + layout["l1_token_buffer"].offset, rows, hidden, layout_a
+            local_base + layout["l1_token_buffer"].offset, rows, hidden
         )
         hiddens = self.tokens_map(
-            local_base + layout["fc1_output"].offset, rows, intermediate, layout_a
+            local_base + layout["fc1_output"].offset, rows, intermediate
         )
         gate_up = self.weights_map(w13, experts, 2 * intermediate, hidden, layout_b)
         down = self.weights_map(w2, experts, hidden, intermediate, layout_b)
@@ -131,12 +132,16 @@ class MegaMoEKernel:
             stream=stream,
         )  # fmt: skip
 
-    def tokens_map(self, address, rows, columns, smem_layout):
-        """TMA map over a [rows, columns] row-major buffer in tiles of block_m x block_k."""
+    def tokens_map(self, address, rows, columns):
+        """TMA map over a [rows, columns] row-major buffer in boxes of 64 rows x block_k: what one math
+        warpgroup reads, so that rows of a block that only pad it need not be loaded.
+        """
         pointer = cute.make_ptr(self.dtype, address, cute.AddressSpace.gmem, assumed_align=128)
         tensor = cute.make_tensor(pointer, cute.make_layout((rows, columns), stride=(columns, 1)))
-        box = (self.kernel_config.block_m, self.kernel_config.block_k)
-        stage = cute.slice_(smem_layout, (None, None, 0))
+        box = (WARPGROUP_ROWS, self.kernel_config.block_k)
+        tile = (WARPGROUP_ROWS, self.kernel_config.block_n, self.kernel_config.block_k)
+        half = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, self.dtype, 1)
+        stage = cute.slice_(half, (None, None, 0))
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, stage, box)
 
     def weights_map(self, address, experts, rows, columns, smem_layout):
@@ -378,13 +383,48 @@ class MegaMoEKernel:
                 running = Int32(0)
 
     @cute.jit
+    def load_rows(
+        self, atom, tensor, smem_a, full, empty, position, k_blocks, block, rows, lane
+    ):  # fmt: skip
+        """Load the rows of one pool block over K: one box per math warpgroup that has real rows."""
+        stages, box = self.kernel_config.num_stages, (WARPGROUP_ROWS, self.kernel_config.block_k)
+        boxes = self.kernel_config.num_math_warpgroups
+        box_bytes = self.budget.a_stage_bytes // boxes
+        sides = [
+            self.partition(
+                atom,
+                cute.local_tile(smem_a, box, (half, 0, None)),
+                tensor,
+                box,
+                (block * boxes + half, None),
+            )
+            for half in range(boxes)
+        ]
+        num_bytes = Int32(box_bytes)
+        for half in range_constexpr(1, boxes):
+            if rows > half * WARPGROUP_ROWS:
+                num_bytes += box_bytes
+        for k in cutlass.range(k_blocks, unroll=1):
+            stage = (position + k) % stages
+            arch.mbarrier_wait(empty + stage, ((position + k) // stages + 1) % 2)
+            if lane == 0:
+                arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
+            arch.sync_warp()
+            for half in range_constexpr(boxes):
+                smem_side, global_side = sides[half]
+                if half == 0 or rows > half * WARPGROUP_ROWS:
+                    cute.copy(
+                        atom, global_side[None, k], smem_side[None, stage], tma_bar_ptr=full + stage
+                    )
+
+    @cute.jit
     def load_tokens(
         self, launch, tokens_atom, tokens, hiddens_atom, hiddens, smem_a,
         full, empty, queue, queue_full, queue_empty, lane,
     ):  # fmt: skip
         """Wait until a tile's rows are ready, then load them."""
-        shape, config = self.shape, self.kernel_config
-        box = (config.block_m, config.block_k)
+        shape = self.shape
+        fc1_done = schedule.done_target(shape.fc1_columns, self.kernel_config.num_math_warps)
         position = Int32(0)
         taken = Int32(0)
         running = Int32(1)
@@ -398,45 +438,29 @@ class MegaMoEKernel:
             if lane == 0:
                 arch.mbarrier_arrive(queue_empty + slot)
             taken += 1
-            ring_block = pool % shape.ring
+            block = pool % shape.ring
+            role = faults.ROLE_LOAD_TOKENS
             began = sync.trace_clock(launch)
             if phase == schedule.PHASE_FC1:
-                sync.wait_for(
-                    launch, "l1_arrival_count", pool, 0, rows, faults.ROLE_LOAD_TOKENS, "gpu"
-                )
+                sync.wait_for(launch, "l1_arrival_count", pool, 0, rows, role, "gpu")
                 waited_tokens += sync.trace_clock(launch) - began
                 if taken == 1:
                     sync.mark(launch, "first_tile")
                 arch.fence_proxy("async.global")
-                smem_side, global_side = self.partition(
-                    tokens_atom, smem_a, tokens, box, (ring_block, None)
+                k_blocks = self.k_blocks(schedule.PHASE_FC1)
+                self.load_rows(
+                    tokens_atom, tokens, smem_a, full, empty, position, k_blocks, block, rows, lane
                 )
-                self.load_operand(
-                    tokens_atom, smem_side, global_side, full, empty, position,
-                    self.k_blocks(schedule.PHASE_FC1), lane, self.budget.a_stage_bytes,
-                )  # fmt: skip
-                position += self.k_blocks(schedule.PHASE_FC1)
+                position += k_blocks
             elif phase == schedule.PHASE_FC2:
-                target = schedule.done_target(shape.fc1_columns, config.num_math_warps)
-                sync.wait_for(
-                    launch,
-                    "fc1_done_counter",
-                    pool,
-                    0,
-                    Int32(target),
-                    faults.ROLE_LOAD_TOKENS,
-                    "gpu",
-                )
+                sync.wait_for(launch, "fc1_done_counter", pool, 0, Int32(fc1_done), role, "gpu")
                 waited_hidden += sync.trace_clock(launch) - began
                 arch.fence_proxy("async.global")
-                smem_side, global_side = self.partition(
-                    hiddens_atom, smem_a, hiddens, box, (ring_block, None)
+                k_blocks = self.k_blocks(schedule.PHASE_FC2)
+                self.load_rows(
+                    hiddens_atom, hiddens, smem_a, full, empty, position, k_blocks, block, rows, lane
                 )
-                self.load_operand(
-                    hiddens_atom, smem_side, global_side, full, empty, position,
-                    self.k_blocks(schedule.PHASE_FC2), lane, self.budget.a_stage_bytes,
-                )  # fmt: skip
-                position += self.k_blocks(schedule.PHASE_FC2)
+                position += k_blocks
             else:
                 running = Int32(0)
         if lane == 0:

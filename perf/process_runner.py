@@ -1,0 +1,97 @@
+"""Running a plan with one process per GPU: this rank's share, joined with the others' after timing.
+
+A repetition's time is the largest of the ranks, which begin it together. The output of the last
+repetition is checked on a sample of tokens (`perf.sample`). All ranks yield equal points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from perf.baselines import PROCESS_BASELINES
+from perf.cases import Case, Inputs, make_rank_inputs, make_weights
+from perf.measure import MAX_ERROR, MEGAMOE, Point, WrongResult, describe, layer_of
+from perf.plan import Plan
+from perf.processes import Job
+from perf.roofline import Work, counts_of, roofline_of, work_of_counts
+from perf.sample import Sample, sample_of
+from perf.timing import EAGER, Times, measure
+
+
+class ProcessRunner:
+    """Like `perf.measure.Runner`, for one rank of `job`; making one and `points` are collective."""
+
+    def __init__(self, plan: Plan, job: Job):
+        self.plan, self.job = plan, job
+        case = plan.case
+        first = job.rank * case.experts_per_rank
+        own = range(first, first + case.experts_per_rank)
+        self.w13, self.w2 = make_weights(case, plan.device, own)
+        self.moe = layer_of(plan, group=dist.group.WORLD)
+        self.moe.load_weights(self.w13, self.w2)
+        self.baseline = None
+        if plan.baseline:
+            masked = case.routing == "masked"
+            self.baseline = PROCESS_BASELINES[plan.baseline](self.w13, self.w2, job.size, masked)
+
+    def points(self, tokens: int) -> Iterator[Point]:
+        """The layer, then the baseline (eager: its host reads counts), on the same inputs."""
+        plan, case = self.plan, self.plan.case.with_tokens(tokens)
+        inputs = make_rank_inputs(case, self.job.rank, plan.device)
+        work = self._work(case, inputs)
+        roofline = None if plan.emulated else roofline_of(work)
+        sample = None
+        if plan.verify:
+            sample = sample_of(self.job, inputs, self.w13, self.w2, case.precision)
+        arguments = (inputs.x, inputs.topk_idx, inputs.topk_weights)
+
+        times, output = self._measure(lambda: self.moe(*arguments), plan.mode, self.moe.synchronize)
+        yield Point(
+            case=case,
+            mode=plan.mode,
+            impl=MEGAMOE,
+            times=times,
+            work=work,
+            roofline=roofline,
+            error=self._error(sample, output),
+            reset_bytes=self.moe.workspace.reset_bytes,
+            workspace_bytes=self.moe.workspace.total_bytes,
+            config=describe(self.moe.kernel_config, self.moe.num_sms),
+        )
+        if self.baseline is None:
+            return
+        error = self._error(sample, self.baseline(*arguments))
+        if error is not None and not error <= MAX_ERROR:
+            raise WrongResult(f"{plan.baseline} is wrong at {tokens} tokens: error {error:.2e}")
+        times, output = self._measure(lambda: self.baseline(*arguments), EAGER, lambda: None)
+        yield Point(
+            case=case,
+            mode=EAGER,
+            impl=plan.baseline,
+            times=times,
+            work=work,
+            roofline=roofline,
+            error=self._error(sample, output),
+        )
+
+    def _work(self, case: Case, inputs: Inputs) -> Work:
+        """The work of every GPU, from the routings of all ranks."""
+        counts_E = counts_of(case, inputs.topk_idx).to(self.job.device)
+        counts_WE = self.job.gather(counts_E.unsqueeze(0)).cpu()
+        return work_of_counts(case, counts_WE, [case.tokens] * case.num_ranks)
+
+    def _error(self, sample: Sample | None, output: torch.Tensor) -> float | None:
+        """The largest relative error of a rank; None without a sample."""
+        if sample is None:
+            return None
+        return self.job.max_over_ranks([sample.error(output)])[0]
+
+    def _measure(
+        self, call: Callable[[], torch.Tensor], mode: str, check: Callable[[], object]
+    ) -> tuple[Times, torch.Tensor]:
+        plan, align = self.plan, self.job.align
+        times, output = measure(call, plan.device, mode, plan.reps, plan.warmup, check, align=align)
+        return Times(tuple(self.job.max_over_ranks(times.us))), output

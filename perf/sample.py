@@ -1,0 +1,67 @@
+"""The expected output of some tokens of every rank, where no process holds all experts.
+
+Every rank computes, with the oracle's own stages, the slots that name its experts; their sum over
+the ranks is exact, because only one rank contributes to a slot. The slots of a token are then added
+in slot order by the oracle's `combine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megamoe import reference
+from megamoe.precision import precision_of
+from perf.cases import Inputs
+from perf.processes import Job
+
+#: Tokens per rank, spread evenly over all of them.
+SAMPLED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Positions of sampled tokens of this rank, and what the layer must answer there."""
+
+    tokens: torch.Tensor
+    expected: torch.Tensor
+
+    def error(self, output: torch.Tensor) -> float:
+        """Relative error on the sample; inf if any row of `output` is not finite."""
+        if not torch.isfinite(output).all():
+            return float("inf")
+        return reference.relative_error(output[self.tokens], self.expected)
+
+
+def sample_of(
+    job: Job,
+    inputs: Inputs,
+    w13_E2IH: torch.Tensor,
+    w2_EHI: torch.Tensor,
+    precision: str,
+    most: int = SAMPLED_TOKENS,
+) -> Sample:
+    """Collective: this rank's sample. All ranks pass equally many tokens and the weights of their
+    own experts.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    recipe, local = precision_of(precision), w13_E2IH.shape[0]
+    count = min(most, inputs.x.shape[0])
+    tokens = torch.arange(count, device=inputs.x.device) * inputs.x.shape[0] // count
+    x, topk_idx, topk_weights = (
+        job.gather(tensor[tokens]) for tensor in (inputs.x, inputs.topk_idx, inputs.topk_weights)
+    )
+    # Outputs are exact in float32, and every backend can add that.
+    slots = torch.zeros(*topk_idx.shape, x.shape[1], dtype=torch.float32, device=x.device)
+    for expert in topk_idx.unique().tolist():
+        if expert // local != job.rank:  # -1 // local is -1
+            continue
+        token, k = torch.where(topk_idx == expert)
+        w13, w2 = w13_E2IH[expert % local], w2_EHI[expert % local]
+        rows = reference.expert_rows(x[token], topk_weights[token, k], w13, w2, recipe)
+        slots[token, k] = rows.float()
+    slots = job.sum_over_ranks(slots)
+    mine = slice(job.rank * count, (job.rank + 1) * count)
+    expected = reference.combine(slots[mine], topk_idx[mine])
+    return Sample(tokens, expected.to(getattr(torch, recipe.output)))

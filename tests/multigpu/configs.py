@@ -1,0 +1,41 @@
+"""Configurations of the tests with one process per GPU: one list, so that their kernels can be
+built ahead of time on another machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+from megamoe.config import MoEConfig
+
+WORLDS = (2, 4)
+
+
+def _fields(num_experts, top_k, hidden, intermediate, tokens, ranks, **kernel) -> dict:
+    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks)
+    return {**dataclasses.asdict(config), "kernel": kernel}
+
+
+def _of_world(ranks: int) -> dict[str, dict]:
+    """`ring` differs from the first in max_tokens_per_rank, `stress` in hidden_size: the tests of
+    ranks that disagree rely on it.
+    """
+    name = f"mp{ranks}"
+    return {
+        name: _fields(16, 4, 512, 256, 256, ranks),
+        # Every launch goes round a ring of three blocks many times.
+        f"{name}_ring": _fields(16, 4, 512, 256, 384, ranks, pool_blocks=3, group_blocks=2),
+        # H is not a multiple of the tile, K = 16 exceeds E.
+        f"{name}_odd": _fields(3 * ranks, 16, 384, 384, 96, ranks),
+        f"{name}_stress": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=4),
+        # Several waves of tiles on every SM.
+        f"{name}_large": _fields(32, 8, 2048, 1024, 1024, ranks),
+    }
+
+
+CONFIGS = {name: fields for world in WORLDS for name, fields in _of_world(world).items()}
+
+if __name__ == "__main__":  # > list.json; python -m megamoe.compile --list list.json --out DIR
+    json.dump(list(CONFIGS.values()), sys.stdout)

@@ -1,0 +1,31 @@
+"""The workers of a test: one process per GPU, shared by all tests of one size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.multigpu.launcher import Jobs, setup_nccl
+
+
+def missing(world: int) -> str | None:
+    """Why `world` processes cannot run here, or None."""
+    have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if have < world:
+        return f"needs {world} GPUs, {have} are visible"
+    for device in range(world):
+        capability = torch.cuda.get_device_capability(device)
+        if capability != (9, 0):
+            return f"needs Hopper GPUs (9, 0), GPU {device} has compute capability {capability}"
+    return None
+
+
+@pytest.fixture(scope="session")
+def jobs(request):
+    """Jobs of `request.param` processes."""
+    reason = missing(request.param)
+    if reason:
+        pytest.skip(reason)
+    jobs = Jobs(request.param, setup_nccl)
+    yield jobs
+    jobs.close()

@@ -1,0 +1,170 @@
+"""Jobs of the tests in which every rank does its part: each runs on every worker."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy
+import torch
+
+from megamoe import MegaMoE
+from tests.gpu import harness
+from tests.multigpu import layer
+from tests.multigpu.launcher import Context
+
+MAX_DELAY_S = 0.02
+
+
+def bits(tensor: torch.Tensor) -> numpy.ndarray:
+    """The bytes of a bf16 tensor, as they travel between processes."""
+    return tensor.contiguous().view(torch.int16).cpu().numpy()
+
+
+def oracle(context: Context, name: str, routing: str, seed: int, tokens: int | None = None) -> None:
+    """One forward over poisoned memory against the oracle."""
+    moe = layer.shared(context, name)
+    layer.poison_together(context, moe)
+    inputs = layer.inputs_of(context, moe, routing, seed, tokens)
+    layer.assert_correct(moe, layer.forward(moe, inputs), inputs)
+    harness.assert_at_rest(moe)
+
+
+def token_counts(context: Context, name: str, counts: list[int]) -> None:
+    for tokens in counts:
+        oracle(context, name, "uniform", tokens, tokens)
+        context.meet()  # `at rest` looks at words that a peer's next launch writes
+
+
+def outputs(context: Context, name: str, cases: list[tuple[str, int]]) -> list[numpy.ndarray]:
+    """The bits of this rank's output of every (routing, seed)."""
+    moe = layer.shared(context, name)
+    return [
+        bits(layer.forward(moe, layer.inputs_of(context, moe, *case)))
+        for case in cases
+    ]  # fmt: skip
+
+
+def virtual_outputs(context: Context, name: str, cases: list[tuple[str, int]]) -> list | None:
+    """On rank 0: the same of all ranks, as virtual ranks of this one GPU with the same kernel."""
+    if context.rank != 0:
+        return None
+    moe = layer.construct(context, name, group=None, world=context.world)
+    moe.load_weights(*layer.all_weights(moe))
+    return [
+        [bits(y) for y in harness.forward(moe, *harness.inputs_of(moe, *case))] for case in cases
+    ]
+
+
+def input_buffer(context: Context, name: str) -> None:
+    """An x that starts in symmetric memory, int32 indices and `out`: the same bits."""
+    moe = layer.shared(context, name)
+    x, idx, weights = layer.inputs_of(context, moe, "masked", 3)
+    expected = layer.forward(moe, (x, idx, weights))
+    layer.poison_together(context, moe)
+    staged = moe.input_buffer()[: x.shape[0]].copy_(x)
+    out = torch.full_like(x, float("nan"))
+    assert moe(staged, idx.int(), weights, out) is out
+    moe.synchronize()
+    assert torch.equal(out, expected)
+
+
+def graph(context: Context, name: str, routings: list[str], tokens: int) -> None:
+    """Replay equals eager with other contents, while hosts are late at random."""
+    moe = layer.shared(context, name)
+    delays = random.Random(context.rank)
+    held = layer.inputs_of(context, moe, "uniform", 0, tokens)
+    layer.forward(moe, held)
+    replayed, out = layer.capture(moe, held)
+    known = []
+    for seed, routing in enumerate(routings):
+        fresh = layer.inputs_of(context, moe, routing, seed + 20, tokens)
+        expected = layer.forward(moe, fresh)
+        layer.poison_together(context, moe)
+        layer.refill(held, fresh)
+        time.sleep(delays.uniform(0, MAX_DELAY_S))
+        replayed.replay()
+        moe.synchronize()
+        assert torch.equal(out, expected), routing
+        known.append((fresh, expected))
+
+    wrong = torch.zeros((), dtype=torch.int64, device=context.device)
+    for turn in range(4 * len(known)):
+        fresh, expected = known[turn * 5 % len(known)]
+        if turn % 3 == 0:
+            time.sleep(delays.uniform(0, MAX_DELAY_S))
+        if turn % 2:
+            wrong += (moe(*fresh) != expected).any()
+        else:
+            layer.refill(held, fresh)
+            replayed.replay()
+            wrong += (out != expected).any()
+    moe.synchronize()
+    assert wrong.item() == 0, f"{wrong.item()} of alternating launches differ"
+    harness.assert_at_rest(moe)
+
+
+def first_launch_in_a_capture(context: Context, name: str) -> None:
+    moe = layer.make(context, name)
+    inputs = layer.inputs_of(context, moe, "skewed", 2)
+    replayed, out = layer.capture(moe, inputs)
+    replayed.replay()
+    moe.synchronize()
+    first = out.clone()
+    layer.assert_correct(moe, first, inputs)
+    assert torch.equal(layer.forward(moe, inputs), first)
+
+
+def share_a_workspace(context: Context, name: str, rounds: int) -> None:
+    """Two layers with other weights (the experts in reverse order) on one workspace."""
+    first = layer.shared(context, name)
+    second = layer.construct(context, name, workspace=first.workspace)
+    assert second.workspace is first.workspace
+    w13, w2 = layer.all_weights(first)
+    layer.load_slice(second, context.rank, w13.flip(0), w2.flip(0))
+    last = first.config.num_experts - 1
+    known = []
+    for seed in range(3):
+        inputs = x, idx, weights = layer.inputs_of(context, first, "masked", seed)
+        reverse = (x, torch.where(idx >= 0, last - idx, idx), weights)
+        expected = layer.forward(first, inputs), layer.forward(second, inputs)
+        layer.assert_correct(first, expected[0], inputs)
+        layer.assert_correct(first, expected[1], reverse)
+        known.append((inputs, expected))
+    wrong = torch.zeros((), dtype=torch.int64, device=context.device)
+    for turn in range(rounds):
+        inputs, expected = known[turn % len(known)]
+        wrong += (first(*inputs) != expected[0]).any()
+        wrong += (second(*inputs) != expected[1]).any()
+    second.synchronize()
+    first.synchronize()
+    assert wrong.item() == 0
+    harness.assert_at_rest(first)
+
+
+def disagree(context: Context, name: str, odd_rank: int, changes: dict) -> dict:
+    """Construct with `changes` on one rank only; what every rank saw."""
+    mine = changes if context.rank == odd_rank else {}
+    seen = layer.attempt(lambda: layer.construct(context, name, **mine))
+    # The next module of the job is in step again.
+    layer.forward(layer.shared(context, name), _any_inputs(context, name))
+    return seen
+
+
+def _any_inputs(context: Context, name: str) -> layer.Inputs:
+    return layer.inputs_of(context, layer.shared(context, name), "uniform", 1)
+
+
+def second_world(context: Context, name: str) -> str:
+    """`group` and `world` exclude each other, without a collective."""
+    try:
+        MegaMoE(group=torch.distributed.group.WORLD, world=context.world, **_plain(name))
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def _plain(name: str) -> dict:
+    fields = dict(layer.CONFIGS[name])
+    del fields["kernel"], fields["num_ranks"]
+    return fields

@@ -1,0 +1,137 @@
+"""Kernel keys, the command line, and building and finding libraries without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+
+import pytest
+
+from megamoe import compile
+from megamoe.config import MoEConfig, select
+
+CONFIG = MoEConfig(8, 2, 256, 128, 64, 2)
+
+
+def test_the_key_is_stable_and_separates_configurations():
+    name = compile.kernel_name(CONFIG, select(CONFIG))
+    assert name == compile.kernel_name(MoEConfig(8, 2, 256, 128, 64, 2), select(CONFIG))
+    others = [
+        compile.kernel_name(MoEConfig(8, 2, 256, 128, 65, 2), select(CONFIG)),
+        compile.kernel_name(MoEConfig(8, 2, 256, 128, 64, 1), select(CONFIG)),
+        compile.kernel_name(CONFIG, select(CONFIG, lag_waves=3)),
+    ]
+    assert len({name, *others}) == 4
+
+
+def test_the_key_changes_with_the_sources(monkeypatch):
+    name = compile.kernel_name(CONFIG, select(CONFIG))
+    monkeypatch.setattr(compile, "source_digest", lambda: "another version")
+    assert compile.kernel_name(CONFIG, select(CONFIG)) != name
+
+
+def test_the_digest_covers_what_shapes_a_kernel(tmp_path, monkeypatch):
+    for path in ("megamoe/kernels/sm90", "workspace"):
+        (tmp_path / path).mkdir(parents=True)
+    source = tmp_path / "megamoe" / "schedule.py"
+    host = tmp_path / "megamoe" / "module.py"
+    source.write_text("a")
+    host.write_text("a")
+    monkeypatch.setattr(compile, "__file__", str(tmp_path / "megamoe" / "compile.py"))
+    digest = compile.source_digest.__wrapped__
+    first = digest()
+    host.write_text("b")
+    assert digest() == first
+    source.write_text("b")
+    assert digest() != first
+
+
+def test_the_cache_directory_comes_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
+    assert compile.cache_dir() == tmp_path
+    monkeypatch.delenv("MEGAMOE_CACHE_DIR")
+    assert compile.cache_dir().name == "megamoe"
+
+
+def test_without_the_dsl_the_error_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(compile, "HAVE_DSL", False)
+    monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
+    with pytest.raises(compile.KernelNotFound, match="python -m megamoe.compile"):
+        compile.load(CONFIG, select(CONFIG))
+    with pytest.raises(compile.KernelNotFound, match="holds no megamoe-bf16-sm_90a-"):
+        compile.load(CONFIG, select(CONFIG), kernel_dir=tmp_path / "kernels")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num-experts 9 --num-ranks 2", "num_experts=9 is not divisible by num_ranks=2"),
+        ("--num-experts 8 --hidden-size 100", "hidden_size=100"),
+        ("--num-experts 8 --arch sm_70", "arch='sm_70'"),
+        ("--num-experts 2048", "num_experts=2048 is too large"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, message, tmp_path, capsys):
+    base = "--top-k 2 --hidden-size 256 --intermediate-size 128 --max-tokens-per-rank 8"
+    status = compile.main(["--out", str(tmp_path), *base.split(), *arguments.split()])
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_missing_arguments_are_named(tmp_path, capsys):
+    assert compile.main(["--out", str(tmp_path), "--num-experts", "8"]) == 2
+    assert "top_k" in capsys.readouterr().err
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_build_from_a_list_then_find_it(tmp_path, capsys):
+    entry = {
+        "num_experts": 8,
+        "top_k": 2,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "max_tokens_per_rank": 64,
+        "num_ranks": 2,
+        "kernel": {"pool_blocks": 4, "group_blocks": 2},
+    }
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    command = ["--out", str(tmp_path), "--list", str(tmp_path / "list.json")]
+    assert compile.main(command) == 0
+    kernel = select(CONFIG, pool_blocks=4, group_blocks=2)
+    library = tmp_path / f"{compile.kernel_name(CONFIG, kernel)}.so"
+    assert library.exists()
+    described = json.loads(library.with_suffix(".json").read_text())
+    assert described["arguments"] == [name for name, _ in compile.ARGUMENTS]
+    assert described["config"]["num_ranks"] == 2
+    before = library.stat().st_mtime_ns
+    assert compile.main(command) == 0  # found, not built again
+    assert library.stat().st_mtime_ns == before
+    capsys.readouterr()
+
+
+def test_a_launcher_packs_its_arguments_in_place():
+    seen = {}
+
+    def entry(packed, count):
+        pointers = list(packed)
+        seen["count"] = count.value
+        for (name, kind), pointer in zip(compile.ARGUMENTS, pointers, strict=True):
+            seen[name] = ctypes.cast(pointer, ctypes.POINTER(kind))[0]
+
+    launcher = compile.Launcher(entry)
+    launcher.set(rank=3, timeout_ns=1 << 40)
+    launcher(0xABC, x=1 << 45, num_tokens=7)
+    assert seen["count"] == len(compile.ARGUMENTS)
+    assert (seen["rank"], seen["timeout_ns"], seen["x"]) == (3, 1 << 40, 1 << 45)
+    assert (seen["num_tokens"], seen["stream"]) == (7, 0xABC)
+
+
+def test_a_launch_that_cuda_refuses_raises():
+    def entry(packed, count):
+        ctypes.cast(packed[count.value - 1], ctypes.POINTER(ctypes.c_int32))[0] = 701
+
+    with pytest.raises(RuntimeError, match="CUDA error 701"):
+        compile.Launcher(entry)(0)
