@@ -19,6 +19,7 @@ PASS_BYTES = 16 * 128  # one epilogue pass of a math warp: 16 rows x 64 bf16
 QUEUE_SLOTS = 4  # tiles handed over ahead of the math warps
 QUEUE_WORDS = 8  # int32 per handed-over tile
 FLAG_WORDS = 4
+FLAG_OK, FLAG_LAST, FLAG_STOP = 0, 1, 2  # this CTA's: no wait failed; last to arrive; end reduce
 NUM_PULL_BUFFERS = 2  # pieces per dispatch warp: one loading, one being stored
 
 

@@ -1,7 +1,8 @@
 """Running a plan: the layer and its baseline on the same inputs, checked against the oracle.
 
 The output that is checked is that of the last timed call, so a wrong result cannot hide behind a
-fast time. `Runner` has every rank in this process, `perf.process_runner` one. Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the points.
+fast time. `Runner` holds every rank of the job; `process_runner` has one for a process per rank.
+Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the points.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The command `sweep`: one model and routing over a list of token counts, one line per measurement.
 
-With `--device cuda` the figures are measurements: all ranks are virtual ranks of one GPU, or, under
-`torchrun --nproc-per-node N -m perf sweep`, each has a process and a GPU. Then rank 0 prints and
-writes, and the oracle checks a sample of every rank's tokens. With `--device cpu` the emulator runs the protocol: errors and byte counts are exact, times are a CPU's
-and say nothing about a GPU. Every output is checked against the dense oracle, unless --no-verify.
-Lines are printed and appended to the CSV file one at a time; an interrupt keeps what is finished.
+With `--device cuda` the figures are measurements. All ranks are virtual ranks of one GPU, or each
+has a process and a GPU of its own: `torchrun --nproc-per-node N -m perf sweep`; then rank 0 prints
+and writes. With `--device cpu` the emulator runs the protocol: errors and byte counts are exact,
+times are a CPU's and say nothing about a GPU. Every output is checked against the dense oracle
+(with a process per rank: on a sample of every rank's tokens), unless --no-verify. Lines are printed
+and appended to the CSV file one at a time; an interrupt keeps what is finished.
 """
 
 from __future__ import annotations

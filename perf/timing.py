@@ -3,9 +3,9 @@
 A repetition is timed on the GPU, between two events of the current stream. A pause is queued first,
 so that the host is ahead of the GPU and a graph replay's time holds no host latency; an eager call
 that needs more host time than GPU time shows that, as it does in use. All ranks of the process run
-in one call, so a time is the maximum over them; with a process per rank, `align` lets them begin a
-repetition together, before its first event, and the caller takes the maximum. The output that is returned is the one of the last
-timed repetition: what was timed is what gets verified.
+in one call, so a time is the maximum over them; with a process per rank, `align` lets the ranks
+begin a repetition together, before its first event, and the caller takes the maximum. The output
+that is returned is the one of the last timed repetition: what was timed is what gets verified.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ TRACE_NAMES = (
     "wait_tokens_ns", "wait_hidden_ns",
 )  # fmt: skip
 TRACE_CTAS, TRACE_MARKS = 160, 16
+#: Values of `combine_arrival_count` from the last slot on.
+SLOTS_IN, SLOTS_ADDED = 0, 1
 #: NVLink barriers of a launch; `nvlink_barrier_counter` grows by this.
 BARRIERS_PER_LAUNCH = 2
 #: Barrier words that different ranks write lie this many int32 apart, one cache line each.
@@ -118,6 +120,10 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                DATA,
                "FC2 epilogues of every owner rank", "the reduce of this rank",
                "exactly the slots that are not masked are written, and only they are read"),
+        Region("combine_arrival_count", "int32", (tokens,), SYMMETRIC, DATA,
+               "count: minus the live slots of a token; FC2 cleaners of every owner add 1 per row",
+               "the reduce: SLOTS_IN when all have come, SLOTS_ADDED once the token is done",
+               "set for every token of the launch before any peer may add"),
         Region("grid_sync_counter", "int32", (3, SIGNAL_STRIDE), LOCAL, COUNTER,
                "every CTA adds 1", "every CTA, and the last to arrive", "arrivals count from zero"),
         Region("load_balance_counter", "int32", (1,), LOCAL, COUNTER,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megamoe.emulator import prologue, roles
+from megamoe.emulator.combine import combine
 from megamoe.emulator.errors import EmulatorError, NotAtRest
 from megamoe.emulator.memory import Memory, Word
 from megamoe.emulator.prologue import Cta, Traffic
@@ -219,7 +220,7 @@ class Emulator:
             self.runtime.spawn(self._counted(role, shared.front_ended))
         for warp in range(len(agents.math)):
             self.runtime.spawn(self._counted(roles.math(cta, warp), shared.math_ended))
-        yield from prologue.combine(cta)
+        yield from combine(cta)
         while shared.front_ended.value < len(front):
             yield agents.leader, shared.front_ended, len(front)
         self.runtime.bump(ended)

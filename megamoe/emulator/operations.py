@@ -82,6 +82,7 @@ OPERATIONS: dict[str, Operation] = {
     **_counted("grid_sync.arrive", "all reservations come before any total is read"),
     **_waited("grid_sync.wait", "totals are complete only when every CTA has reserved"),
     "grid_sync.after": Operation("barrier", "one thread waits for the CTA"),
+    "count.expect": Operation("store", "the reduce waits for as many rows as slots are live"),
     "count.offsets_barrier": Operation("barrier", "all threads use the offsets in shared memory"),
     **_nvlink_barrier(
         "dispatched", "records are stored by all threads", "peers' records and tokens"
@@ -95,6 +96,11 @@ OPERATIONS: dict[str, Operation] = {
     "dispatch.drain_wait": Operation("bulk", "before a ring wait, a row is published too early"),
     "dispatch.last_wait": Operation("bulk", "the last row is published before it is in the pool"),
     **_counted("dispatch.arrive", "FC1 waits for all rows of the block"),
+    **_waited("dispatch.slots_wait", "a slot of the token is not in"),
+    "dispatch.slots_wait.sys": Operation("scope", "slots are written on other ranks"),
+    "dispatch.slots_added": Operation(
+        "store", "math need not add the slots again", "the token is reduced twice, to the same bits"
+    ),
     # tile queue
     "load_weights.ticket": Operation("increment", "every tile is done exactly once"),
     **_waited("load_weights.queue_empty", "a queue slot is reused before all have read it"),
@@ -122,10 +128,15 @@ OPERATIONS: dict[str, Operation] = {
     "math.fc2_done.acquire": Operation("acquire", "the cleaner zeroes what other warps have read"),
     "math.clean_begin": Operation("barrier", "one lane acquires, all lanes zero"),
     "math.clean_end": Operation("barrier", "all lanes zero, one lane releases"),
+    "math.rows_fence": Operation("fence", "rows that other warps stored come before their count"),
+    "math.rows_fence.sys": Operation("scope", "the rows are on other ranks"),
+    "math.rows_in": Operation("increment", "the reduce of a token waits for all its slots"),
+    "math.rows_in.sys": Operation("scope", "the word is read on another rank"),
     **_counted("math.clean_done", "dispatch reuses the ring slot"),
     # combine
     **_nvlink_barrier(
         "combined", "all math warps of the CTA must have ended", "peers' combine rows"
     ),
+    "combined.handover": Operation("barrier", "dispatch warps have stopped reducing"),
     "cleanup.epoch": Operation("store", "the next launch waits for higher signals"),
 }

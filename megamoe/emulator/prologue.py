@@ -1,4 +1,4 @@
-"""The roles of the whole CTA, `count` and `combine`, and the NVLink barrier of both.
+"""The role `count` of the whole CTA, and the NVLink barrier that it shares with `combine`.
 
 Owns steps of the protocol in which ranks meet. The threads of a CTA are stood for by two agents,
 one of which does the arrivals and waits; work is divided between them so that every CTA barrier has
@@ -9,15 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from megamoe.emulator.memory import GPU, SYS, Agent
 from megamoe.emulator.runtime import Role, Runtime
-from megamoe.emulator.state import CtaAgents, RankState, Shared, as_bits, as_float, pool_blocks_used
-from megamoe.reference import combine as reduce_slots
+from megamoe.emulator.state import CtaAgents, RankState, Shared
 from workspace.layout import (
-    BARRIERS_PER_LAUNCH,
-    GRID_COMBINED,
     GRID_COUNTED,
     GRID_DISPATCHED,
     SIGNAL_STRIDE,
@@ -182,10 +177,17 @@ def _offsets(cta: Cta) -> Role:
 
 
 def _records(cta: Cta) -> Role:
-    """Routed records and count records, stored on their owners."""
+    """What the reduce waits for; routed records and count records, stored on their owners."""
     experts, slots = cta.config.experts_per_rank, cta.config.max_slots_per_rank
     everything = slice(0, cta.config.num_experts)
     launch, running = cta.state.launch, [0] * cta.config.num_experts
+    top_k, num_threads = cta.config.top_k, len(cta.agents.threads)
+    for number, thread in enumerate(cta.agents.threads):
+        first_token = cta.index * num_threads + number
+        for token in range(first_token, launch.num_tokens, cta.num_ctas * num_threads):
+            live = sum(cta.target(token * top_k + k) >= 0 for k in range(top_k))
+            if cta.runtime.live("count.expect"):
+                cta.state.word("combine_arrival_count", token).write(thread, -live)
     for number, thread in enumerate(cta.agents.threads):
         first = (
             cta.shared.offset.read(thread, everything) + cta.shared.base.read(thread, everything)
@@ -212,67 +214,3 @@ def _records(cta: Cta) -> Role:
             yield
             owner.data["expert_recv_count"].write(thread, rows, records)
             cta.traffic.count(cta.rank, owner.rank, COUNT_RECORD_BYTES * experts)
-
-
-def combine(cta: Cta) -> Role:
-    """After the math warps of the CTA: wait for all ranks, clean up, add the slots of every token.
-
-    The other roles need not take part: all that they did is ordered before the math that used it.
-    """
-    runtime = cta.runtime
-    cta.agents.enter_combine()
-    counts = cta.counts(cta.agents.leader)
-    if runtime.live("combined.before"):
-        ended, warps = cta.shared.math_ended, cta.agents.math
-        while ended.value < len(warps):
-            yield cta.agents.leader, ended, len(warps)
-        lanes = [agent for warp in warps for agent in warp]
-        runtime.hand_over([*cta.agents.threads, *lanes], "combined.before")
-    yield from nvlink_barrier(cta, "combined", GRID_COMBINED, BARRIERS_PER_LAUNCH)
-    yield from _clean_up(cta, counts)
-    yield from _reduce(cta)
-
-
-def _clean_up(cta: Cta, counts: list[int]) -> Role:
-    """Zero this CTA's share of the counters that the launch has used."""
-    state, used = cta.state, pool_blocks_used(counts, cta.kernel.block_m)
-    shares = {
-        "l1_arrival_count": range(cta.index, used, cta.num_ctas),
-        "fc1_done_counter": range(cta.index, used, cta.num_ctas),
-        "fc2_done_counter": range(cta.index, used, cta.num_ctas),
-        "expert_send_count": range(cta.index, cta.config.num_experts, cta.num_ctas),
-    }
-    if cta.index == 0:
-        shares["load_balance_counter"] = range(1)
-        shares["grid_sync_counter"] = range(0, state.num_words("grid_sync_counter"), SIGNAL_STRIDE)
-    for region, indices in shares.items():
-        if region not in cta.resets:
-            continue
-        for index in indices:
-            thread = cta.agents.threads[index % len(cta.agents.threads)]
-            state.word(region, index).write(thread, 0)
-        yield
-    if cta.index == 0 and cta.runtime.live("cleanup.epoch"):
-        epoch = cta.epoch + BARRIERS_PER_LAUNCH
-        state.word("nvlink_barrier_counter").write(cta.agents.leader, epoch)
-
-
-def _reduce(cta: Cta) -> Role:
-    """Sum of the slots that are not masked; the others are not read."""
-    config, launch = cta.config, cta.state.launch
-    top_k, num_tokens = config.top_k, launch.num_tokens
-    slots = cta.state.data["combine_output"]
-    stride = cta.num_ctas * len(cta.agents.threads)
-    for number, thread in enumerate(cta.agents.threads):
-        for token in range(cta.index * len(cta.agents.threads) + number, num_tokens, stride):
-            targets = [cta.target(token * top_k + k) for k in range(top_k)]
-            rows = torch.zeros(1, top_k, config.hidden_size)
-            for k, expert in enumerate(targets):
-                if expert >= 0:
-                    rows[0, k] = as_float(
-                        slots.read(thread, token * top_k + k), config.recipe.output
-                    )[0]
-            summed = reduce_slots(rows, torch.tensor([targets]))
-            summed = summed.to(getattr(torch, config.recipe.output))
-            cta.state.data["layer_output"].write(thread, token, as_bits(summed))
-        yield

@@ -12,9 +12,10 @@ import torch
 
 from megamoe import reference
 from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS
+from megamoe.emulator.combine import reduce_early
 from megamoe.emulator.errors import PaddingNotInert
-from megamoe.emulator.memory import Agent
-from megamoe.emulator.prologue import Cta
+from megamoe.emulator.memory import SYS, Agent
+from megamoe.emulator.prologue import SIGNAL_BYTES, Cta
 from megamoe.emulator.runtime import Role
 from megamoe.emulator.state import NUM_TILE_STAGES, POISON, Tile, as_bits, as_float
 from megamoe.schedule import (
@@ -161,6 +162,8 @@ def dispatch(cta: Cta, warp: int) -> Role:
         state.data["token_src_metadata"].write(agent, ring_index, code)
         yield from pull.row(cta.ranks[rank], slot // config.top_k, ring_index, block)
     yield from pull.drain("dispatch.last_wait")
+    yield from reduce_early(cta, warp)
+    runtime.bump(cta.shared.dispatch_ended)
 
 
 def load_weights(cta: Cta) -> Role:
@@ -346,9 +349,23 @@ def _fc2_epilogue(
     if reported == tiling.fc2_done - 1:
         runtime.hand_over([leader, lanes], "math.clean_begin")
         first = ring_row(block, tiling.ring, tiling.block_m)
+        yield from _report_rows(cta, lanes, slice(first, first + tiling.block_m))
         for region in ("l1_topk_weights_buffer", "token_src_metadata"):
             if region in cta.resets:
                 yield
                 state.data[region].write(lanes, slice(first, first + tiling.block_m), 0)
         runtime.hand_over([leader, lanes], "math.clean_end")
         yield from runtime.add(leader, done, "math.clean_done", release=True)
+
+
+def _report_rows(cta: Cta, lanes: Agent, rows: slice) -> Role:
+    """Tell the source of every row of a finished block that the row is in its slot."""
+    runtime, config = cta.runtime, cta.config
+    codes = cta.state.data["token_src_metadata"].read(lanes, rows)[:, 0]
+    runtime.fence(lanes, "math.rows_fence")
+    for code in codes[codes != PADDING].tolist():
+        rank = source_rank(code, config.max_slots_per_rank)
+        token = source_slot(code, config.max_slots_per_rank) // config.top_k
+        arrived = cta.ranks[rank].word("combine_arrival_count", token)
+        yield from runtime.add(lanes, arrived, "math.rows_in", scope=SYS)
+        cta.traffic.count(cta.rank, rank, SIGNAL_BYTES)

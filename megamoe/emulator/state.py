@@ -28,6 +28,9 @@ NUM_CTA_THREADS = 2
 NUM_TILE_STAGES = 2
 TILE_WORDS = 6  # phase, expert, block in expert, pool block, column, rows
 
+#: Data regions of words that are used atomically.
+ATOMIC_DATA = ("combine_arrival_count",)
+
 CANARY = -0x5A5A5A5B
 #: What a poisoned region holds, by bytes per item: a NaN or a count that nothing survives.
 POISON = {2: 0x7FFF, 4: CANARY}
@@ -89,7 +92,7 @@ class RankState:
         self.data: dict[str, Data] = {}
         for name, view in workspace.regions(rank).items():
             region = self.layout[name]
-            if region.kind in (DATA, PADDING):
+            if region.kind in (DATA, PADDING) and name not in ATOMIC_DATA:
                 self.data[name] = self._data(region, view)
             else:
                 self._flat[name] = as_bits(view).reshape(-1)
@@ -129,7 +132,10 @@ class RankState:
         Bytes that a fast peer has already written for this launch stay.
         """
         for name, region in self.layout.regions.items():
-            if region.kind == DATA and name in resets:
+            if name in ATOMIC_DATA:
+                if name in resets or poison:
+                    self._flat[name].fill(0 if name in resets else POISON[region.item_bytes])
+            elif region.kind == DATA and name in resets:
                 self.data[name].refill(self.number, 0)
             elif region.kind == DATA and poison:
                 self.data[name].refill(self.number, POISON[region.item_bytes])
@@ -223,6 +229,7 @@ class Shared:
         self.stage_empty = words("stage_empty", NUM_TILE_STAGES)
         self.tiles: list[Tile | None] = [None] * NUM_TILE_STAGES
         self.math_ended = words("math_ended", 1)[0]
+        self.dispatch_ended = words("dispatch_ended", 1)[0]
         self.front_ended = words("front_ended", 1)[0]
 
 

@@ -1,7 +1,10 @@
-"""Combine: the barrier after which every slot of this rank is filled, the clean-up, and the reduce.
+"""Combine: add the slots of every token, pass the last barrier, clean up.
 
-Runs on the math warpgroups: when they have finished their tiles and every rank has passed the
-barrier, all pulls and loads are long consumed, so the front-end warps need not take part.
+A CTA reduces the tokens cta, cta + num_ctas, ... Its dispatch warps begin while GEMMs still run,
+with tokens whose slots have all come in (`combine_arrival_count`). When the math warpgroups have
+ended their tiles they pass the barrier after which every slot of this rank is filled, stop the
+dispatch warps and do the rest. Both ways add in slot order, so the bits do not depend on who did
+it.
 """
 
 from __future__ import annotations
@@ -10,26 +13,43 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
 
 from megamoe import faults
+from megamoe.budget import FLAG_OK, FLAG_STOP
 from megamoe.kernels import sync
 from megamoe.kernels.dispatch import read_expert
 from megamoe.kernels.launch import Launch, address
 from megamoe.kernels.ptx import (
     global_ptr,
-    load_global_v4,
+    load_acquire,
+    load_global_v4_if,
+    load_shared_volatile,
+    nanosleep,
     pack_bf16x2,
     store_global_v4,
     unpack_bf16x2,
 )
-from workspace.layout import BARRIERS_PER_LAUNCH, GRID_COMBINED
+from workspace.layout import BARRIERS_PER_LAUNCH, GRID_COMBINED, SLOTS_ADDED, SLOTS_IN
 
 arch = cute.arch
 
 VECTOR_BYTES = 16
+LOADS_IN_FLIGHT = 8  # slots that a lane loads before it adds: 32 registers
+WARP_BYTES = 32 * VECTOR_BYTES  # columns that a warp reduces with one load per lane and slot
 
 
 @cute.jit
-def combine(launch: Launch, flag_smem, thread, epoch, barrier_id: Constexpr, threads: Constexpr):
-    """Barrier over all ranks, then clean-up and reduce by `threads` threads of the CTA."""
+def combine(
+    launch: Launch,
+    flag_smem,
+    thread,
+    epoch,
+    barrier_id: Constexpr,
+    threads: Constexpr,
+    handover_id: Constexpr,
+    handover_threads: Constexpr,
+):
+    """The math warpgroups (`threads` threads, named barrier `barrier_id`): barrier over all ranks,
+    then clean-up and what is left of the reduce. The dispatch warps arrive at `handover_id`.
+    """
     sync.nvlink_barrier(
         launch,
         flag_smem,
@@ -42,9 +62,12 @@ def combine(launch: Launch, flag_smem, thread, epoch, barrier_id: Constexpr, thr
     )
     if thread == 0:
         sync.mark(launch, "combined")
-    if flag_smem[0] == 1:
+        flag_smem[FLAG_STOP] = Int32(1)
+    if flag_smem[FLAG_OK] == 1:
         clean_up(launch, thread, epoch, threads)
-        reduce(launch, thread, threads)
+    sync.cta_barrier(handover_id, handover_threads)  # dispatch warps have stopped
+    if flag_smem[FLAG_OK] == 1:
+        reduce_rest(launch, thread, threads)
     if thread == 0:
         sync.mark(launch, "end")
 
@@ -83,37 +106,109 @@ def clean_up(launch: Launch, thread, epoch, threads: Constexpr):
 
 
 @cute.jit
-def reduce(launch: Launch, thread, threads: Constexpr):
-    """y[t] = sum over live slots k, in slot order, in float32. One warp per (token, 256
-    columns).
-    """
+def live_slots(launch: Launch, token, lane) -> Int32:
+    """Bit k is set if slot k of `token` is neither masked nor invalid; for a whole warp."""
     top_k = launch.shape.config.top_k
+    expert = Int32(-1)
+    if lane < top_k:
+        expert = read_expert(launch, token * top_k + lane, False)
+    return arch.vote_ballot_sync(expert >= 0)
+
+
+@cute.jit
+def reduce_piece(launch: Launch, token, live, piece, lane, vectors: Constexpr):
+    """y[token] = sum over live slots, in slot order, in float32, for one piece of the columns:
+    `vectors` x 512 bytes, 16 bytes per lane and vector.
+    """
     row_bytes = launch.shape.output_row_bytes
-    piece_bytes = 32 * VECTOR_BYTES
-    pieces = (row_bytes + piece_bytes - 1) // piece_bytes
-    lane = thread % 32
-    warp = launch.cta * (threads // 32) + thread // 32
-    units = launch.num_tokens * pieces
-    for unit in range(warp, units, launch.num_ctas * (threads // 32)):
-        token = unit // pieces
-        column = (unit % pieces) * piece_bytes + lane * VECTOR_BYTES
-        live = Int32(-1)
-        if lane < top_k:
-            live = read_expert(launch, token * top_k + lane, False)
-        mask = arch.vote_ballot_sync(live >= 0)
+    for vector in range_constexpr(vectors):
+        column = (piece * vectors + vector) * WARP_BYTES + lane * VECTOR_BYTES
         if column < row_bytes:
             sums = cute.make_rmem_tensor((8,), Float32)
             sums.fill(0.0)
             source = address(launch, "combine_output", token) + column
-            for k in range_constexpr(top_k):
-                words = cute.make_rmem_tensor((4,), Int32)
-                words.fill(0)
-                if (mask >> k) & 1 == 1:
-                    w0, w1, w2, w3 = load_global_v4(source + Int64(k) * row_bytes)
-                    words[0], words[1], words[2], words[3] = w0, w1, w2, w3
-                for i in range_constexpr(4):
-                    low, high = unpack_bf16x2(words[i])
-                    sums[2 * i] += low
-                    sums[2 * i + 1] += high
+            top_k = launch.shape.config.top_k
+            for first in range_constexpr(0, top_k, LOADS_IN_FLIGHT):
+                slots = range(first, min(first + LOADS_IN_FLIGHT, top_k))
+                loaded = [
+                    load_global_v4_if(source + Int64(k) * row_bytes, (live >> k) & 1) for k in slots
+                ]
+                for words in loaded:
+                    for i in range_constexpr(4):
+                        low, high = unpack_bf16x2(words[i])
+                        sums[2 * i] += low
+                        sums[2 * i + 1] += high
             packed = [pack_bf16x2(sums[2 * i], sums[2 * i + 1]) for i in range(4)]
             store_global_v4(launch.y + Int64(token) * row_bytes + column, packed)
+
+
+@cute.jit
+def own_tokens(launch: Launch) -> Int32:
+    """Tokens that this CTA reduces: cta, cta + num_ctas, ..."""
+    return (launch.num_tokens - launch.cta + launch.num_ctas - 1) // launch.num_ctas
+
+
+@cute.jit
+def arrivals(launch: Launch, own, number) -> Int32:
+    """State of own token number `number`: below SLOTS_IN while slots are missing."""
+    state = Int32(SLOTS_ADDED)
+    if number < own:
+        token = launch.cta + number * launch.num_ctas
+        counter = global_ptr(address(launch, "combine_arrival_count", token))
+        state = arch.load(counter, Int32, sem="relaxed", scope="sys")
+    return state
+
+
+@cute.jit
+def reduce_early(launch: Launch, flag_smem, worker, workers: Constexpr, lane):
+    """Dispatch warps, once they have pulled all their rows: reduce own tokens as their slots come
+    in, under the GEMMs, until the math warps take over. What is half done then is done again.
+    """
+    own = own_tokens(launch)
+    pieces = (launch.shape.output_row_bytes + WARP_BYTES - 1) // WARP_BYTES
+    stop = Int32(0)
+    while stop == 0:
+        missing = Int32(0)
+        for start in range(worker * 32, own, workers * 32):
+            state = arrivals(launch, own, start + lane)
+            missing = missing | arch.vote_ballot_sync(state < SLOTS_IN)
+            ready = arch.vote_ballot_sync(state == SLOTS_IN)
+            while ready != 0 and stop == 0:
+                number = start + arch.popc((ready & -ready) - 1)
+                token = launch.cta + number * launch.num_ctas
+                counter = global_ptr(address(launch, "combine_arrival_count", token))
+                load_acquire(counter, "sys")
+                live = live_slots(launch, token, lane)
+                piece = Int32(0)
+                while piece < pieces and stop == 0:
+                    reduce_piece(launch, token, live, piece, lane, 1)
+                    piece += 1
+                    stop = load_shared_volatile(flag_smem + FLAG_STOP)
+                    stop = arch.shuffle_sync(stop, 0)
+                if piece == pieces:
+                    arch.store(counter, Int32(SLOTS_ADDED), sem="relaxed", scope="sys")
+                ready = ready & (ready - 1)
+        if stop == 0:
+            stop = load_shared_volatile(flag_smem + FLAG_STOP)
+            stop = arch.shuffle_sync(stop, 0)
+            if missing == 0:
+                stop = Int32(1)
+            elif stop == 0:
+                nanosleep(Int32(500))
+
+
+@cute.jit
+def reduce_rest(launch: Launch, thread, threads: Constexpr):
+    """Math warps, after the barrier: the own tokens that are not done, all warps on each."""
+    own = own_tokens(launch)
+    lane, warp = thread % 32, thread // 32
+    pieces = (launch.shape.output_row_bytes + 2 * WARP_BYTES - 1) // (2 * WARP_BYTES)
+    for start in range(0, own, 32):
+        ready = arch.vote_ballot_sync(arrivals(launch, own, start + lane) == SLOTS_IN)
+        while ready != 0:
+            number = start + arch.popc((ready & -ready) - 1)
+            token = launch.cta + number * launch.num_ctas
+            live = live_slots(launch, token, lane)
+            for piece in range(warp, pieces, threads // 32):
+                reduce_piece(launch, token, live, piece, lane, 2)
+            ready = ready & (ready - 1)

@@ -12,6 +12,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
+from megamoe.budget import FLAG_OK
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import (
@@ -123,6 +124,13 @@ def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexp
         segment_offsets(launch, totals, offsets)
     arch.sync_threads()
 
+    for token in range(first, launch.num_tokens, stride):
+        live = Int32(0)
+        for k in range(top_k):
+            if read_expert(launch, token * top_k + k, False) >= 0:
+                live += 1
+        awaited = global_ptr(address(launch, "combine_arrival_count", token))
+        arch.store(awaited, -live, sem="relaxed", scope="gpu")
     for entry in range(first, entries, stride):
         expert = read_expert(launch, entry, False)
         if expert >= 0:
@@ -149,7 +157,7 @@ def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexp
     counts = global_ptr(address(launch, "expert_recv_count"))
     for expert in range(launch.thread, local, threads):
         total = Int32(0)
-        if flag_smem[0] == 1:
+        if flag_smem[FLAG_OK] == 1:
             for rank in range(ranks):
                 total += counts[(rank * local + expert) * 2]
         received[expert] = total

@@ -38,12 +38,17 @@ def store_global(address, word):
     global_ptr(address)[0] = word
 
 
-def load_global_v4(address):
-    """16 bytes as four Int32."""
+def load_global_v4_if(address, condition):
+    """16 bytes as four Int32, or zeros without touching memory where `condition` (Int32) is 0.
+
+    A predicated load and not a branch, so that several of them are in flight together.
+    """
     return arch.inline_ptx(
-        "ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; mov.b32 {$w0}, 0; mov.b32 {$w1}, 0; "
+        "mov.b32 {$w2}, 0; mov.b32 {$w3}, 0; "
+        "@p ld.global.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}]; }",
         write_only_types=[Int32] * 4,
-        read_only_args=[global_ptr(address, Int32, 16)],
+        read_only_args=[global_ptr(address, Int32, 16), condition],
     )
 
 
@@ -75,6 +80,13 @@ def load_shared_v4(pointer):
         "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
         write_only_types=[Int32] * 4,
         read_only_args=[pointer],
+    )
+
+
+def load_shared_volatile(pointer):
+    """One Int32 that another warp may change at any time."""
+    return arch.inline_ptx(
+        "ld.volatile.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[pointer]
     )
 
 
@@ -129,3 +141,7 @@ def bulk_store(address, shared, num_bytes):
 def global_timer():
     """Nanoseconds; the same clock on every CTA of a GPU."""
     return Int64(arch.globaltimer())
+
+
+def nanosleep(nanoseconds):
+    prims.nanosleep(nanoseconds)

@@ -18,6 +18,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32, Int64, const_expr
 
 from megamoe import faults
+from megamoe.budget import FLAG_LAST, FLAG_OK
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
 from workspace.layout import TRACE_NAMES
@@ -190,13 +191,13 @@ def grid_sync(
     barrier_id: Constexpr,
     threads: Constexpr,
 ):
-    """Barrier over the CTAs of this rank; `flag_smem[0]` becomes 0 if the wait failed."""
+    """Barrier over the CTAs of this rank; `flag_smem[FLAG_OK]` becomes 0 if the wait failed."""
     cta_barrier(barrier_id, threads)
     if launch.thread == 0:
         counter = global_ptr(address(launch, "grid_sync_counter", which))
         arch.red(counter, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
         if wait_for(launch, "grid_sync_counter", which, 0, launch.num_ctas, role, "gpu") == 0:
-            flag_smem[0] = Int32(0)
+            flag_smem[FLAG_OK] = Int32(0)
     cta_barrier(barrier_id, threads)
 
 
@@ -211,32 +212,32 @@ def nvlink_barrier(
     barrier_id: Constexpr,
     threads: Constexpr,
 ):
-    """Barrier over all CTAs of all ranks with sys-scope release/acquire; `flag_smem[0]` becomes 0
-    if it failed.
+    """Barrier over all CTAs of all ranks with sys-scope release/acquire; `flag_smem[FLAG_OK]`
+    becomes 0 if it failed.
 
     The last CTA of a rank to arrive signals every rank, one thread per peer. A CTA that has aborted
-    does not arrive, so peers never take an unfinished rank for a finished one. `flag_smem[1]` is
-    scratch.
+    does not arrive, so peers never take an unfinished rank for a finished one.
+    `flag_smem[FLAG_LAST]` is scratch.
     """
     ranks = launch.shape.config.num_ranks
     cta_barrier(barrier_id, threads)
     if thread == 0:
         last = Int32(0)
-        if flag_smem[0] == 1:
+        if flag_smem[FLAG_OK] == 1:
             if abort_word(launch, ABORT_WORD) == 0:
                 arch.fence_acq_rel_sys()
                 counter = global_ptr(address(launch, "grid_sync_counter", which))
                 arrived = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
                 if arrived == launch.num_ctas - 1:
                     last = Int32(1)
-        flag_smem[1] = last
+        flag_smem[FLAG_LAST] = last
     cta_barrier(barrier_id, threads)
     if thread < ranks:
-        if flag_smem[1] == 1:
+        if flag_smem[FLAG_LAST] == 1:
             remote = global_ptr(peer_address(launch, "nvlink_barrier_signal", thread, launch.rank))
             arch.red(remote, Int32(1), op="add", dtype="s32", sem="release", scope="sys")
         if wait_for(launch, "nvlink_barrier_signal", thread, 0, target, role, "sys") == 0:
-            flag_smem[0] = Int32(0)
+            flag_smem[FLAG_OK] = Int32(0)
     cta_barrier(barrier_id, threads)
 
 

@@ -20,6 +20,7 @@ def _warm(context: Context, name: str):
     """(module, inputs, expected) after a good launch."""
     moe = layer.shared(context, name, layer.FAULT_TIMEOUT_S)
     inputs = layer.inputs_of(context, moe, "uniform", 4)
+    context.meet()  # the timeout is short: nobody may be late by chance
     expected = layer.forward(moe, inputs)
     layer.assert_correct(moe, expected, inputs)
     context.meet()
@@ -130,6 +131,7 @@ def victim(context: Context, name: str, victim: int, how: str, launches: int) ->
     """One rank dies after `launches` launches of a fresh module; what its survivors see."""
     moe = layer.make(context, name, layer.FAULT_TIMEOUT_S)
     inputs = layer.inputs_of(context, moe, "uniform", 4)
+    context.meet()
     for _ in range(launches):
         moe(*inputs)
     moe.synchronize()

@@ -8,7 +8,6 @@ import time
 import numpy
 import torch
 
-from megamoe import MegaMoE
 from tests.gpu import harness
 from tests.multigpu import layer
 from tests.multigpu.launcher import Context
@@ -39,10 +38,7 @@ def token_counts(context: Context, name: str, counts: list[int]) -> None:
 def outputs(context: Context, name: str, cases: list[tuple[str, int]]) -> list[numpy.ndarray]:
     """The bits of this rank's output of every (routing, seed)."""
     moe = layer.shared(context, name)
-    return [
-        bits(layer.forward(moe, layer.inputs_of(context, moe, *case)))
-        for case in cases
-    ]  # fmt: skip
+    return [bits(layer.forward(moe, layer.inputs_of(context, moe, *case))) for case in cases]
 
 
 def virtual_outputs(context: Context, name: str, cases: list[tuple[str, int]]) -> list | None:
@@ -142,29 +138,13 @@ def share_a_workspace(context: Context, name: str, rounds: int) -> None:
     harness.assert_at_rest(first)
 
 
-def disagree(context: Context, name: str, odd_rank: int, changes: dict) -> dict:
-    """Construct with `changes` on one rank only; what every rank saw."""
-    mine = changes if context.rank == odd_rank else {}
-    seen = layer.attempt(lambda: layer.construct(context, name, **mine))
+def disagree(context: Context, name: str, odd_rank: int, other: str, changes: dict) -> dict:
+    """One rank constructs `other` with `changes`; what every rank saw."""
+    odd = context.rank == odd_rank
+    seen = layer.attempt(
+        lambda: layer.construct(context, other if odd else name, **(changes if odd else {}))
+    )
     # The next module of the job is in step again.
-    layer.forward(layer.shared(context, name), _any_inputs(context, name))
+    moe = layer.shared(context, name)
+    layer.forward(moe, layer.inputs_of(context, moe, "uniform", 1))
     return seen
-
-
-def _any_inputs(context: Context, name: str) -> layer.Inputs:
-    return layer.inputs_of(context, layer.shared(context, name), "uniform", 1)
-
-
-def second_world(context: Context, name: str) -> str:
-    """`group` and `world` exclude each other, without a collective."""
-    try:
-        MegaMoE(group=torch.distributed.group.WORLD, world=context.world, **_plain(name))
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("no error")
-
-
-def _plain(name: str) -> dict:
-    fields = dict(layer.CONFIGS[name])
-    del fields["kernel"], fields["num_ranks"]
-    return fields

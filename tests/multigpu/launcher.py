@@ -31,7 +31,11 @@ SET_PARENT_DEATH_SIGNAL = 1  # prctl
 
 
 class WorkerFailed(RuntimeError):
-    """A worker raised; the message has its rank and traceback."""
+    """A worker raised; the message has its rank and traceback. `secondary`: another one began."""
+
+    def __init__(self, message: str, secondary: bool = False):
+        super().__init__(message)
+        self.secondary = secondary
 
 
 class WorkerDied(WorkerFailed):
@@ -136,10 +140,11 @@ def _call(context: Context, message: tuple, pipe: connection.Connection) -> None
     context.begin(task, fresh)
     try:
         pipe.send(("ok", function(context, **kwargs)))
-    except Exception:
+    except Exception as error:
         text = traceback.format_exc()
+        pipe.send(("error", text, context.healthy(), isinstance(error, PeerGone)))
+        # Only now: the answers of those who hear of it come after the cause.
         context.store.set(context.failed_key(), str(context.rank))
-        pipe.send(("error", text, context.healthy()))
 
 
 def _serve(rank: int, world: int, setup: Callable, port: int, pipe) -> None:
@@ -149,7 +154,7 @@ def _serve(rank: int, world: int, setup: Callable, port: int, pipe) -> None:
         context = setup(rank, world, port)
         pipe.send(("ok", os.getpid()))
     except Exception:
-        pipe.send(("error", traceback.format_exc(), False))
+        pipe.send(("error", traceback.format_exc(), False, False))
         os._exit(1)
     with contextlib.suppress(EOFError):
         while (message := pipe.recv()) is not None:
@@ -240,6 +245,8 @@ class Pool:
             if not ready:
                 late = f"ranks {pending} did not answer {name}"
                 self._kill(late)
+                if failure is not None:
+                    failure.add_note(f"then {late} and were killed")
                 raise failure or WorkerTimeout(f"{late} in {timeout_s} s and were killed")
             for rank in pending:
                 process = self._processes[rank]
@@ -253,7 +260,8 @@ class Pool:
                         continue
                 if error is not None:
                     self.store.set(f"task/{self._task}/failed", str(rank))
-                    failure = failure or error
+                    if failure is None or (failure.secondary and not error.secondary):
+                        failure = error
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         if failure is not None:
             self._fresh = True
@@ -266,12 +274,14 @@ class Pool:
         """(result, error) of a worker that has answered or ended."""
         try:
             if self._pipes[rank].poll():
-                kind, value, *healthy = self._pipes[rank].recv()
+                kind, value, *more = self._pipes[rank].recv()
                 if kind == "ok":
                     return value, None
-                if healthy == [False]:
+                healthy, secondary = more
+                if not healthy:
                     self.broken = f"rank {rank} cannot go on after {name}"
-                return None, WorkerFailed(f"rank {rank} failed in {name}:\n{value}")
+                text = f"rank {rank} failed in {name}:\n{value}"
+                return None, WorkerFailed(text, secondary)
         except (EOFError, OSError):
             pass
         process = self._processes[rank]

@@ -1,4 +1,4 @@
-"""What the jobs share: a module per configuration on this worker's GPU, inputs, forwards, poison."""
+"""What the jobs share: a module per configuration on this GPU, inputs, forwards, poison."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_nvlink_bytes():
         for rank, idx in enumerate(inputs[1])
     )
     row = config.hidden_size * 2
-    expected = remote * (ROUTED_RECORD_BYTES + 2 * row)
+    expected = remote * (ROUTED_RECORD_BYTES + 4 + 2 * row)  # 4: the arrival of a combine row
     expected += 4 * 3 * (config.experts_per_rank * COUNT_RECORD_BYTES + 2 * 4)
     assert layer.emulator.nvlink_bytes == expected
 

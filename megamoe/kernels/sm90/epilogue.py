@@ -14,7 +14,7 @@ from cutlass import Constexpr, Int32, Int64, range_constexpr
 
 from megamoe import schedule
 from megamoe.kernels import sync
-from megamoe.kernels.launch import Launch, address, peer_base
+from megamoe.kernels.launch import Launch, address, peer_address, peer_base
 from megamoe.kernels.ptx import (
     as_float,
     global_ptr,
@@ -142,10 +142,11 @@ def store_fc2(launch: Launch, accumulator, staging, warp, lane, pool, column):
 
 @cute.jit
 def report_fc2(launch: Launch, lane, pool):
-    """One report per warp; the last one of the block cleans its padding metadata and frees the ring
-    slot.
+    """One report per warp. The last one of the block tells the source of every row that it is in,
+    cleans the padding metadata and frees the ring slot.
     """
     shape = launch.shape
+    max_slots = shape.config.max_slots_per_rank
     arch.sync_warp()
     before = Int32(0)
     if lane == 0:
@@ -154,7 +155,15 @@ def report_fc2(launch: Launch, lane, pool):
     before = arch.shuffle_sync(before, 0)
     if before == schedule.done_target(shape.fc2_columns, shape.kernel.num_math_warps) - 1:
         first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m)
+        # Orders all rows of the block, which other warps stored and reported, before the counts.
+        arch.fence_acq_rel_sys()
         for row in range(lane, shape.kernel.block_m, 32):
+            code = read_metadata(launch, "token_src_metadata", first_row + row)
+            if code != wire.PADDING:
+                rank = wire.source_rank(code, max_slots)
+                token = wire.source_slot(code, max_slots) // shape.config.top_k
+                arrived = global_ptr(peer_address(launch, "combine_arrival_count", rank, token))
+                arch.red(arrived, Int32(1), op="add", dtype="s32", sem="relaxed", scope="sys")
             store_global(address(launch, "l1_topk_weights_buffer", first_row + row), Int32(0))
             store_global(address(launch, "token_src_metadata", first_row + row), Int32(0))
         arch.sync_warp()

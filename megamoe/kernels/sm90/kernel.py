@@ -1,17 +1,12 @@
 """The SM90 megakernel: dispatch, FC1, FC2 and combine of one rank in one launch.
 
 Roles of a CTA (384 threads, 1 CTA per SM, persistent):
-  warps      role           registers  does
-  all        count          168        histogram, routed records, barrier of all ranks
-  (kernels.dispatch)
-  0-1        dispatch       frontend   pull token rows peer -> pool
-  (kernels.dispatch)
-  2          load_weights   frontend   takes tickets, hands tiles over, TMA of B
-  (here)
-  3          load_tokens    frontend   waits for readiness, TMA of A
-  (here)
-  4-11       math           math       WGMMA and epilogues, then combine
-  (mainloop, epilogue, combine)
+  warps  role          registers  does (module)
+  all    count         168        histogram, routed records, barrier of all ranks (dispatch)
+  0-1    dispatch      frontend   pull token rows, then reduce what is in (dispatch, combine)
+  2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (here)
+  3      load_tokens   frontend   waits for readiness, TMA of A (here)
+  4-11   math          math       WGMMA, epilogues, combine (mainloop, epilogue, combine)
 
 Pipelines (producer -> consumer, arrivals):
   full[stage]   load_tokens + load_weights -> math     2 arrivals + bytes of A and B
@@ -44,7 +39,7 @@ from megamoe import faults, schedule
 from megamoe.budget import FLAG_WORDS, NUM_PULL_BUFFERS, PASS_BYTES, QUEUE_SLOTS, QUEUE_WORDS, check
 from megamoe.config import KernelConfig, MoEConfig
 from megamoe.kernels import sync
-from megamoe.kernels.combine import combine
+from megamoe.kernels.combine import combine, reduce_early
 from megamoe.kernels.dispatch import count, pull
 from megamoe.kernels.launch import Launch, Shape, address
 from megamoe.kernels.ptx import global_ptr
@@ -54,6 +49,7 @@ from workspace.layout import layout_of
 arch = cute.arch
 
 WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
+HANDOVER_BARRIER = 2  # dispatch warps arrive, math warpgroups wait
 MATH_BARRIER = 1  # named barrier of the math warpgroups; 0 is the CTA
 WARP_LOAD_WEIGHTS = 2
 WARP_LOAD_TOKENS = 3
@@ -67,6 +63,7 @@ class MegaMoEKernel:
         self.kernel_config = kernel
         self.budget = check(config, kernel)
         self.shape = Shape(config, kernel, layout_of(config, kernel))
+        self.handover_threads = 32 * kernel.num_dispatch_warps + 128 * kernel.num_math_warpgroups
         self.dtype = {"bfloat16": BFloat16}[config.recipe.token]
 
     # ------------------------------------------------------------------ host
@@ -112,12 +109,8 @@ class MegaMoEKernel:
             tiler_mn=(64, kernel.block_n),
         )
         layout = shape.layout
-        tokens = self.tokens_map(
-            local_base + layout["l1_token_buffer"].offset, rows, hidden
-        )
-        hiddens = self.tokens_map(
-            local_base + layout["fc1_output"].offset, rows, intermediate
-        )
+        tokens = self.tokens_map(local_base + layout["l1_token_buffer"].offset, rows, hidden)
+        hiddens = self.tokens_map(local_base + layout["fc1_output"].offset, rows, intermediate)
         gate_up = self.weights_map(w13, experts, 2 * intermediate, hidden, layout_b)
         down = self.weights_map(w2, experts, hidden, intermediate, layout_b)
         self.kernel(
@@ -133,8 +126,8 @@ class MegaMoEKernel:
         )  # fmt: skip
 
     def tokens_map(self, address, rows, columns):
-        """TMA map over a [rows, columns] row-major buffer in boxes of 64 rows x block_k: what one math
-        warpgroup reads, so that rows of a block that only pad it need not be loaded.
+        """TMA map over a [rows, columns] row-major buffer in boxes of 64 rows x block_k: what one
+        math warpgroup reads, so that rows of a block that only pad it need not be loaded.
         """
         pointer = cute.make_ptr(self.dtype, address, cute.AddressSpace.gmem, assumed_align=128)
         tensor = cute.make_tensor(pointer, cute.make_layout((rows, columns), stride=(columns, 1)))
@@ -249,6 +242,11 @@ class MegaMoEKernel:
                     )  # fmt: skip
                     if warp == 0:
                         sync.mark(launch, "last_pull")
+                arch.sync_warp()
+                reduce_early(launch, flags, warp, config.num_dispatch_warps, lane)
+                arch.barrier_arrive(
+                    barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads
+                )
             elif warp == WARP_LOAD_WEIGHTS:
                 self.load_weights(
                     launch, gate_up_atom, gate_up, down_atom, down, smem_b, received,
@@ -276,7 +274,10 @@ class MegaMoEKernel:
                 lane,
             )
             threads = 128 * config.num_math_warpgroups
-            combine(launch, flags, thread - 128, epoch, MATH_BARRIER, threads)
+            combine(
+                launch, flags, thread - 128, epoch, MATH_BARRIER, threads,
+                HANDOVER_BARRIER, self.handover_threads,
+            )  # fmt: skip
         assert experts
 
     def partition(self, atom, smem, tensor, box, coordinate):
@@ -458,7 +459,16 @@ class MegaMoEKernel:
                 arch.fence_proxy("async.global")
                 k_blocks = self.k_blocks(schedule.PHASE_FC2)
                 self.load_rows(
-                    hiddens_atom, hiddens, smem_a, full, empty, position, k_blocks, block, rows, lane
+                    hiddens_atom,
+                    hiddens,
+                    smem_a,
+                    full,
+                    empty,
+                    position,
+                    k_blocks,
+                    block,
+                    rows,
+                    lane,
                 )
                 position += k_blocks
             else:

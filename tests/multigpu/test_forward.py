@@ -1,0 +1,66 @@
+"""One process per GPU against the oracle, and bit for bit against virtual ranks on one GPU."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy
+import pytest
+
+from tests.multigpu import jobs as work
+from tests.multigpu.configs import WORLDS
+from tests.routing import ROUTINGS
+
+pytestmark = pytest.mark.gpu
+
+VARIANTS = ("", "_ring", "_odd", "_stress")
+LARGE_ROUTINGS = ("uniform", "skewed", "all_to_one_rank", "ragged")
+worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
+
+
+def seed_of(*parts: str) -> int:
+    """The same in every process, unlike `hash`."""
+    return zlib.crc32("/".join(parts).encode()) % 1000
+
+
+@worlds
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_matches_the_oracle(jobs, variant, routing):
+    name = f"mp{jobs.world}{variant}"
+    jobs.run(work.oracle, name=name, routing=routing, seed=seed_of(name, routing))
+
+
+@worlds
+@pytest.mark.parametrize("routing", LARGE_ROUTINGS)
+def test_a_large_forward_matches_the_oracle(jobs, routing):
+    jobs.run(work.oracle, name=f"mp{jobs.world}_large", routing=routing, seed=1)
+
+
+@worlds
+def test_token_counts(jobs):
+    jobs.run(work.token_counts, name=f"mp{jobs.world}", counts=[0, 1, 2, 7, 127, 128, 129, 255])
+
+
+@worlds
+@pytest.mark.parametrize("variant", [*VARIANTS, "_large"])
+def test_bits_are_those_of_virtual_ranks_on_one_gpu(jobs, variant):
+    name = f"mp{jobs.world}{variant}"
+    cases = [("uniform", 11), ("skewed", 12), ("ragged", 13), ("masked", 14)]
+    real = jobs.run(work.outputs, name=name, cases=cases)
+    virtual = jobs.run(work.virtual_outputs, name=name, cases=cases)[0]
+    for number, case in enumerate(cases):
+        for rank in range(jobs.world):
+            one, other = real[rank][number], virtual[number][rank]
+            assert one.shape == other.shape
+            assert numpy.array_equal(one, other), f"rank {rank}, {case}: {(one != other).sum()}"
+
+
+@worlds
+def test_staged_input_narrow_indices_and_out(jobs):
+    jobs.run(work.input_buffer, name=f"mp{jobs.world}")
+
+
+@worlds
+def test_two_layers_share_a_workspace(jobs):
+    jobs.run(work.share_a_workspace, name=f"mp{jobs.world}", rounds=50)

@@ -1,0 +1,275 @@
+"""A process per rank: places, collectives, the sampled oracle, the exchanged baseline."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import megamoe
+from megamoe import reference
+from megamoe.config import KernelConfig
+from megamoe.faults import LaunchTimeout
+from perf import processes
+from perf.__main__ import main, parser
+from perf.baselines import ExchangedTorchBf16
+from perf.cases import MODELS, Case, make_inputs, make_rank_inputs, make_weights
+from perf.plan import plan_of
+from perf.process_runner import ProcessRunner
+from perf.processes import Job, Place, place_of
+from perf.results import ResultsFile, load
+from perf.roofline import work_of
+from perf.sample import sample_of
+from perf.sweep import heading, measure_all
+from perf.timing import measure
+
+RANKS, TOKENS, MOST = 2, 37, 16
+ROUTINGS = ("balanced", "random", "masked", "hot-rank")
+#: A few bf16 roundings (2^-9 each) of independent signs.
+BOUND = 8e-3
+
+
+def torchrun(rank: int = 0, size: int = 4) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+
+
+def case_of(routing: str = "balanced") -> Case:
+    return Case(MODELS["emulated"], RANKS, TOKENS, routing=routing)
+
+
+def fields(inputs) -> tuple[torch.Tensor, ...]:
+    return inputs.x, inputs.topk_idx, inputs.topk_weights
+
+
+class FakeMoE:
+    """The exchanged baseline behind the layer's interface."""
+
+    scale = 1.0
+
+    def __init__(self, **arguments):
+        assert arguments["group"] is dist.group.WORLD and "world" not in arguments
+        assert arguments["max_tokens_per_rank"] == 9
+        self.workspace = SimpleNamespace(reset_bytes=1024, total_bytes=65536)
+        self.kernel_config, self.num_sms = KernelConfig(), 5
+
+    def load_weights(self, w13, w2):
+        assert w13.shape[0] == w2.shape[0] == MODELS["emulated"].num_experts // RANKS
+        self.layer = ExchangedTorchBf16(w13, w2, RANKS)
+
+    def __call__(self, *inputs):
+        return self.layer(*inputs) * self.scale
+
+    def synchronize(self):
+        pass
+
+
+def sweep(job: Job, csv: Path) -> tuple[int, str]:
+    """Status and standard output of a small sweep with a process per rank."""
+    options = ["--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16", "--csv", str(csv)]
+    plan = plan_of(parser().parse_args(["sweep", "--ranks", "2", *options]))
+    plan = dataclasses.replace(plan, case=dataclasses.replace(plan.case, ranks_per_gpu=1))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = measure_all(plan, ResultsFile(csv), lambda: ProcessRunner(plan, job), job)
+    return status, out.getvalue()
+
+
+def work(rank: int, directory: Path) -> None:
+    """What every process runs; what it found goes to `directory`."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=RANKS
+    )
+    job = Job(torch.device("cpu"))
+    job.align()
+    found = {
+        "max": job.max_over_ranks([rank, -rank, float("inf") if rank else 0.5]),
+        "sum": job.sum_over_ranks(torch.tensor([rank + 1, 10])),
+        "gather": job.gather(torch.full((2, 1), rank)),
+    }
+    for routing in ROUTINGS:
+        case = case_of(routing)
+        inputs = make_rank_inputs(case, rank)
+        own = range(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
+        weights = make_weights(case, experts=own)
+        found[routing, "sample"] = sample_of(job, inputs, *weights, case.precision, MOST)
+        masked = routing == "masked"
+        found[routing, "out"] = ExchangedTorchBf16(*weights, RANKS, masked)(*fields(inputs))
+    megamoe.MegaMoE = FakeMoE
+    found["sweep"] = sweep(job, directory / "rows.csv")
+    count = SimpleNamespace(job=job)
+    found["work"] = ProcessRunner._work(count, case_of(), make_rank_inputs(case_of(), rank))
+    FakeMoE.scale = 1.05
+    found["wrong"] = sweep(job, directory / "wrong.csv")
+    torch.save(found, directory / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> tuple[list[dict], Path]:
+    """What two processes found, and where they wrote."""
+    directory = tmp_path_factory.mktemp("job")
+    torch.multiprocessing.spawn(work, (directory,), nprocs=RANKS)
+    found = [torch.load(directory / f"{r}.pt", weights_only=False) for r in range(RANKS)]
+    return found, directory
+
+
+def test_collectives(ranks):
+    for found in ranks[0]:
+        assert found["max"] == [1, 0, float("inf")]
+        assert found["sum"].tolist() == [3, 20]
+        assert found["gather"].flatten().tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_sample_and_the_baseline_equal_the_oracle_on_all_weights(ranks, routing):
+    case = case_of(routing)
+    weights = make_weights(case)
+    for found, inputs in zip(ranks[0], make_inputs(case), strict=True):
+        whole = reference.moe_forward(*fields(inputs), *weights)
+        sample, out = found[routing, "sample"], found[routing, "out"]
+        assert sample.tokens.tolist() == [i * TOKENS // MOST for i in range(MOST)]
+        assert reference.relative_error(sample.expected, whole[sample.tokens]) < 1e-3
+        assert sample.expected.dtype == torch.bfloat16
+        assert reference.relative_error(out, whole) < BOUND
+        assert sample.error(out) < BOUND
+        assert sample.error(out.roll(1, 0)) > 0.5
+        out[1, 3] = float("nan")  # a token outside the sample
+        assert 1 not in sample.tokens and sample.error(out) == float("inf")
+
+
+def test_rank_0_alone_prints_and_keeps_rows(ranks):
+    (first, second), directory = ranks
+    assert (first["sweep"][0], second["sweep"][0]) == (0, 0)
+    assert second["sweep"][1] == "" and first["sweep"][1].count("torch_bf16") == 2
+    rows = load(directory / "rows.csv")
+    assert rows.tokens.tolist() == [2, 2, 9, 9]
+    assert rows.impl.tolist() == ["megamoe", "torch_bf16"] * 2
+    assert (rows.num_ranks == RANKS).all() and (rows.ranks_per_gpu == 1).all()
+    assert (rows.error_rel > 0).all() and (rows.error_rel < BOUND).all()
+    assert rows.workspace_bytes[0] == 65536
+
+
+def test_every_rank_counts_the_work_of_all(ranks):
+    expected = work_of(case_of(), [inputs.topk_idx for inputs in make_inputs(case_of())])
+    assert expected.nvlink_bytes[0] > 0
+    assert [found["work"] for found in ranks[0]] == [expected] * RANKS
+
+
+def test_all_ranks_agree_on_a_wrong_output(ranks):
+    assert [found["wrong"][0] for found in ranks[0]] == [1, 1]
+
+
+def test_an_experts_weights_do_not_depend_on_who_makes_them():
+    case = case_of()
+    for whole, part in zip(
+        make_weights(case), make_weights(case, experts=range(5, 7)), strict=True
+    ):
+        assert torch.equal(whole[5:7], part) and not torch.equal(whole[5], whole[6])
+
+
+def test_place():
+    assert place_of(torchrun(3)) == Place(rank=3, size=4, local_rank=3)
+    assert place_of(torchrun(0, size=1)) is None
+    assert place_of({"WORLD_SIZE": "4"}) is None and place_of({}) is None
+    with pytest.raises(ValueError, match="RANK='x' is not an integer"):
+        place_of({**torchrun(), "RANK": "x"})
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "torchrun needs --device cuda"),
+        (["--device", "cuda", "--ranks", "2"], "--ranks 2, but torchrun started 4 processes"),
+        (["--device", "cuda", "--num-experts", "18"], "num_experts=18 is not divisible by"),
+    ],
+)
+def test_bad_arguments_under_torchrun_are_one_line(argv, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in torchrun().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and expected in err
+
+
+def test_plan_under_torchrun(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    argv = ["sweep", "--device", "cuda", "--model", "pro", "--tokens", "1,8", "--graph"]
+    args = parser().parse_args([*argv, "--experts-per-gpu", "8", "--baseline", "torch_bf16"])
+    plan = plan_of(args, place_of(torchrun(2)))
+    assert plan.device == torch.device("cuda:2") and plan.max_tokens == 8
+    assert (plan.case.num_ranks, plan.case.ranks_per_gpu, plan.case.num_gpus) == (4, 1, 4)
+    assert plan.case.model.num_experts == 32
+    text = heading(plan, "H200", ())
+    assert "4 x H200" in text and "counts read by the host" in text
+    with pytest.raises(ValueError, match="process 4 of this machine has no GPU"):
+        plan_of(args, Place(rank=4, size=8, local_rank=4))
+
+
+def test_ranks_align_before_the_first_event_of_every_repetition(monkeypatch):
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.name = "begin" if Event.made % 4 < 2 else "end"
+            Event.made += 1
+
+        made = 0
+
+        def record(self):
+            log.append(self.name)
+
+        def elapsed_time(self, other):
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"))
+    call, align = (lambda name=name: log.append(name) for name in ("call", "align"))
+    times, _ = measure(call, "cuda", repetitions=2, warmup=1, align=align)
+    assert log == ["call", "call", "wait", "pause", *["align", "begin", "call", "end"] * 2, "wait"]
+    assert times.us == (500, 500)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [(LaunchTimeout("rank 1, role math"), 1, "launch failed after 0"), (ValueError("no"), 2, "no")],
+)
+def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monkeypatch, capsys):
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(os, "_exit", end)
+    for name in ("LAST_WORDS_S", "dist"):
+        fake = SimpleNamespace(init_process_group=lambda *a, **k: None)
+        monkeypatch.setattr(processes, name, 0 if name == "LAST_WORDS_S" else fake)
+    for name in processes.NO_MULTICAST:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    job = SimpleNamespace(rank=3, align=lambda: None)
+    job.abort = lambda *arguments: Job.abort(job, *arguments)
+    monkeypatch.setattr(processes, "Job", lambda device: job)
+    plan = plan_of(parser().parse_args(["sweep"]))
+    with pytest.raises(Ended) as ended, processes.joined(Place(3, 4, 3)) as joined:
+        measure_all(plan, None, fail, joined)
+    assert ended.value.args == (status,)
+    err = capsys.readouterr().err
+    assert err.startswith("rank 3: ") and message in err
