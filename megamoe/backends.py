@@ -71,7 +71,7 @@ class GpuBackend:
         group: Group | None,
     ):
         self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
-        self.group, self.timeout_s, self.failed = group, timeout_s, False
+        self.group, self.timeout_s = group, timeout_s
         kernel.to_device(self.device.index)
         self.ranks = workspace.local_ranks
         views = [workspace.regions(rank) for rank in self.ranks]
@@ -110,7 +110,7 @@ class GpuBackend:
             with torch.cuda.device(self.device):
                 return self.forward(xs, ids, weights, outs)
         reported = any(record[faults.STATUS] for record in self.status)
-        if (reported or self.failed) and not torch.cuda.is_current_stream_capturing():
+        if (reported or self.workspace.failed) and not torch.cuda.is_current_stream_capturing():
             self.synchronize()
             self.recover()
         ys = [
@@ -161,8 +161,9 @@ class GpuBackend:
         # The cause first: a wait of its own, then a peer's failure, then bad input.
         kinds = (faults.InvalidExpertError, faults.PeerFailed, faults.LaunchTimeout)
         errors.sort(key=lambda error: -kinds.index(type(error)))
-        self.failed |= isinstance(errors[0], faults.LaunchTimeout)
-        if self.failed and self.group is None:
+        if isinstance(errors[0], faults.LaunchTimeout):
+            self.workspace.failed = True
+        if self.workspace.failed and self.group is None:
             self.recover()
         raise errors[0]
 
@@ -179,4 +180,4 @@ class GpuBackend:
         torch.cuda.synchronize(self.device)
         if self.group is not None:
             self.group.meet(self.timeout_s)
-        self.failed = False
+        self.workspace.failed = False

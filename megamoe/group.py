@@ -43,9 +43,9 @@ class Group:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         name = getattr(group, "group_name", "world")
-        self._prefix = f"megamoe/{name}/{next(_serial)}"
+        self.prefix = f"megamoe/{name}/{next(_serial)}"
         self._store = dist.distributed_c10d._get_default_store()
-        self._meetings = itertools.count()
+        self._met = 0
 
     def agree(self, facts: dict[str, object]) -> None:
         """Collective: raise the same ValueError on every rank unless all passed equal `facts`.
@@ -53,7 +53,7 @@ class Group:
         A fact named "error" that is not None (a rank could not even check its arguments) is raised
         on every rank. "gpu" and "host" say where a rank runs: GPUs must differ, hosts must not.
         """
-        facts = {**facts, "serial": self._prefix}
+        facts = {**facts, "serial": self.prefix}
         gathered: list = [None] * self.size
         dist.all_gather_object(gathered, facts, group=self.process_group)
         for rank, theirs in enumerate(gathered):
@@ -75,16 +75,23 @@ class Group:
         """Wait until every rank has come here as often as this one; MissingRank names who has
         not.
         """
-        meeting = f"{self._prefix}/meeting/{next(self._meetings)}"
+        meeting = f"{self.prefix}/meeting/{self._met}"
         keys = [f"{meeting}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], "here")
         try:
+            self._store.set(keys[self.rank], "here")
             self._store.wait(keys, timedelta(seconds=timeout_s))
         except (RuntimeError, dist.DistError) as error:
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise MissingRank(
-                f"rank {self.rank} waited {timeout_s} s for ranks {missing} to recover"
+                f"rank {self.rank} waited {timeout_s} s to recover: {self._missing(keys)}"
             ) from error
+        self._met += 1  # a meeting that was missed can be tried again
+
+    def _missing(self, keys: list[str]) -> str:
+        try:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        except (RuntimeError, dist.DistError):
+            return "the process that hosts the store (rank 0, as a rule) is gone"
+        return f"ranks {missing} did not come"
 
 
 def where(device: torch.device) -> dict[str, object]:

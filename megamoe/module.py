@@ -87,14 +87,18 @@ class MegaMoE:
         error = None
         try:
             kernel = self._settle(device, kernel_dir, kernel_options, workspace)
-        except (ValueError, compile.KernelNotFound) as caught:
+        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
             error = caught
         if self.group is not None:
-            self.group.agree(self._facts(error))
+            shared = None if workspace is None else workspace.name
+            self.group.agree(self._facts(error) | {"shared workspace": shared})
         if error is not None:
             raise error
         self.workspace = workspace or Workspace(
-            self.layout, self.device, group=self.group and self.group.process_group
+            self.layout,
+            self.device,
+            group=self.group and self.group.process_group,
+            name=self.group.prefix if self.group else "",
         )
         if kernel is None:
             self.backend = EmulatorBackend(self.workspace)

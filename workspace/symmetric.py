@@ -92,13 +92,24 @@ def torch_symmetric(layout: Layout, device: torch.device, group: dist.ProcessGro
     import torch.distributed._symmetric_memory as symmetric_memory
 
     rank = dist.get_rank(group)
-    buffer = symmetric_memory.empty(layout.num_bytes(SYMMETRIC), dtype=torch.uint8, device=device)
+    failure = None
+    try:
+        buffer = symmetric_memory.empty(
+            layout.num_bytes(SYMMETRIC), dtype=torch.uint8, device=device
+        )
+        local = _zeros(layout.num_bytes(LOCAL), device)
+    except RuntimeError as error:  # out of memory: the others must not wait in the rendezvous
+        failure = str(error)
+    failures: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, failure, group=group)
+    for failed, reason in enumerate(failures):
+        if reason is not None:
+            raise MemoryError(f"rank {failed} cannot allocate its workspace: {reason}")
     handle = symmetric_memory.rendezvous(buffer, group)
     # A buffer may lie inside a larger registered block; its place there is the same on every rank.
     skip = buffer.data_ptr() - handle.buffer_ptrs[rank]
     bases = tuple(base + skip for base in handle.buffer_ptrs)
     buffer.zero_()
-    local = _zeros(layout.num_bytes(LOCAL), device)
     torch.cuda.synchronize(device)
     dist.barrier(group)  # no peer may signal into memory that is still to be zeroed
     return Allocation({rank: {SYMMETRIC: buffer, LOCAL: local}}, bases, handle)

@@ -33,10 +33,13 @@ class Workspace:
         device: torch.device | str = "cpu",
         allocation: Allocation | None = None,
         group=None,
+        name: str = "",
     ):
         self.layout = layout
         self.device = torch.device(device)
         self.allocation = allocation or allocate(layout, self.device, group)
+        self.name = name  # the same on every rank of a job
+        self.failed = False  # a launch timed out: counters and barrier words need `recover`
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     @property

@@ -76,9 +76,6 @@ def test_a_meeting_names_who_is_missing(jobs, absent):
     assert 0.4 < seconds < 3
 
 
-@pytest.mark.xfail(
-    strict=True, raises=WorkerFailed, reason="Group.meet counts a meeting that was given up"
-)
 def test_a_meeting_that_was_missed_does_not_count(jobs):
     """Otherwise a rank is one meeting behind for ever, and no recovery can succeed."""
     assert jobs.run(dummy_jobs.meet_again_after_a_miss, absent=1) == [True, True]
