@@ -82,7 +82,7 @@ class Group:
             self._store.wait(keys, timedelta(seconds=timeout_s))
         except (RuntimeError, dist.DistError) as error:
             raise MissingRank(
-                f"rank {self.rank} waited {timeout_s} s to recover: {self._missing(keys)}"
+                f"rank {self.rank} waited {timeout_s} s for {self._missing(keys)} to recover"
             ) from error
         self._met += 1  # a meeting that was missed can be tried again
 
@@ -90,8 +90,8 @@ class Group:
         try:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
         except (RuntimeError, dist.DistError):
-            return "the process that hosts the store (rank 0, as a rule) is gone"
-        return f"ranks {missing} did not come"
+            return "the process that hosts the store (rank 0, as a rule)"
+        return f"ranks {missing}"
 
 
 def where(device: torch.device) -> dict[str, object]:

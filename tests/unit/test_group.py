@@ -6,7 +6,7 @@ import pytest
 
 from megamoe import MegaMoE
 from megamoe.group import Group
-from tests.multigpu.launcher import Died, Jobs, WorkerFailed, setup_gloo
+from tests.multigpu.launcher import Died, Jobs, setup_gloo
 from tests.unit import dummy_jobs
 
 pytestmark = pytest.mark.slow

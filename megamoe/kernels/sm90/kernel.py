@@ -36,7 +36,16 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
 from megamoe import faults, schedule
-from megamoe.budget import FLAG_WORDS, NUM_PULL_BUFFERS, PASS_BYTES, QUEUE_SLOTS, QUEUE_WORDS, check
+from megamoe.budget import (
+    FLAG_OK,
+    FLAG_STOP,
+    FLAG_WORDS,
+    NUM_PULL_BUFFERS,
+    PASS_BYTES,
+    QUEUE_SLOTS,
+    QUEUE_WORDS,
+    check,
+)
 from megamoe.config import KernelConfig, MoEConfig
 from megamoe.kernels import sync
 from megamoe.kernels.combine import combine, reduce_early
@@ -208,7 +217,8 @@ class MegaMoEKernel:
         pull_barriers = queue_empty + QUEUE_SLOTS
 
         if thread == 0:
-            flags[0] = Int32(1)
+            flags[FLAG_OK] = Int32(1)
+            flags[FLAG_STOP] = Int32(0)
             for stage in range_constexpr(config.num_stages):
                 arch.mbarrier_init(full + stage, budget.full_arrivals)
                 arch.mbarrier_init(empty + stage, budget.empty_arrivals)
