@@ -18,8 +18,10 @@ REGISTERS_PER_TRIPLE = (
 PASS_BYTES = 16 * 128  # one epilogue pass of a math warp: 16 rows x 64 bf16
 QUEUE_SLOTS = 4  # tiles handed over ahead of the math warps
 QUEUE_WORDS = 8  # int32 per handed-over tile
+WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 FLAG_WORDS = 4
 FLAG_OK, FLAG_LAST, FLAG_STOP = 0, 1, 2  # this CTA's: no wait failed; last to arrive; end reduce
+ZERO_BYTES = 1024  # zeros that dispatch copies to rows that pad a block, at most
 NUM_PULL_BUFFERS = 2  # pieces per dispatch warp: one loading, one being stored
 
 
@@ -32,6 +34,7 @@ class Budget:
     staging_bytes: int
     piece_bytes: int
     pull_bytes: int
+    zero_bytes: int
     count_words: int
     num_barriers: int
     full_arrivals: int  # per stage: the token loader and the weight loader
@@ -53,12 +56,19 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     staging = kernel.num_math_warps * PASS_BYTES
     piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
     pull = kernel.num_dispatch_warps * NUM_PULL_BUFFERS * piece
+    zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
     barriers = (
         2 * kernel.num_stages + 2 * QUEUE_SLOTS + kernel.num_dispatch_warps * NUM_PULL_BUFFERS
     )
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
     total = (
-        kernel.num_stages * (a_stage + b_stage) + staging + pull + 8 * barriers + 4 * words + 1024
+        kernel.num_stages * (a_stage + b_stage)
+        + staging
+        + pull
+        + zeros
+        + 8 * barriers
+        + 4 * words
+        + 1024
     )
     return Budget(
         a_stage_bytes=a_stage,
@@ -66,6 +76,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         staging_bytes=staging,
         piece_bytes=piece,
         pull_bytes=pull,
+        zero_bytes=zeros,
         count_words=config.experts_per_rank,
         num_barriers=barriers,
         full_arrivals=2,

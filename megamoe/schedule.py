@@ -78,6 +78,12 @@ def rows_in_block(count, block, block_m):
 
 
 @dsl.jit
+def padding_rows(count, granule):
+    """Rows between `count` and the next multiple of `granule`."""
+    return (count + granule - 1) // granule * granule - count
+
+
+@dsl.jit
 def skip_empty(counts, num_experts, expert):
     """First expert >= `expert` with rows, or `num_experts`."""
     while expert < num_experts and counts[expert] == 0:

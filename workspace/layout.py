@@ -38,10 +38,11 @@ SPACES = (SYMMETRIC, LOCAL)
 #: Words of `grid_sync_counter`: one grid-wide arrival each, used once per launch.
 GRID_COUNTED, GRID_DISPATCHED, GRID_COMBINED = 0, 1, 2
 #: Marks that a CTA leaves with `KernelConfig.trace`, in nanoseconds of the GPU's global timer, and
-#: the two sums of its waits; rows of region `trace` for the CTAs of any GPU.
+#: the two sums of its waits, and its clock at both ends; rows of region `trace` for the CTAs of any
+#: GPU.
 TRACE_NAMES = (
     "start", "counted", "dispatched", "first_tile", "last_pull", "last_tile", "combined", "end",
-    "wait_tokens_ns", "wait_hidden_ns",
+    "wait_tokens_ns", "wait_hidden_ns", "start_cycles", "end_cycles",
 )  # fmt: skip
 TRACE_CTAS, TRACE_MARKS = 160, 16
 #: Values of `combine_arrival_count` from the last slot on.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megamoe import reference
-from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS
+from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS, WARPGROUP_ROWS
 from megamoe.emulator.combine import reduce_early
 from megamoe.emulator.errors import PaddingNotInert
 from megamoe.emulator.memory import SYS, Agent
@@ -25,6 +25,7 @@ from megamoe.schedule import (
     advance_walk,
     ceil_div,
     done_target,
+    padding_rows,
     pick_source,
     ring_row,
     rows_in_block,
@@ -106,6 +107,11 @@ class Pull:
         self.cta.state.data["l1_token_buffer"].bulk_write(self.agent, row, buffer, columns)
         return block
 
+    def zero(self, row: int) -> None:
+        """Start to store zeros to a row that pads its warpgroup."""
+        columns = (0, self.cta.config.hidden_size)
+        self.cta.state.data["l1_token_buffer"].bulk_write(self.agent, row, [np.int16(0)], columns)
+
     def drain(self, label: str) -> Role:
         """Store and publish everything that is under way."""
         yield from self.finish_store(label)
@@ -160,6 +166,9 @@ def dispatch(cta: Cta, warp: int) -> Role:
         state.data["l1_topk_weights_buffer"].write(agent, ring_index, weight)
         code = encode_source(rank, slot, slots)
         state.data["token_src_metadata"].write(agent, ring_index, code)
+        if index == counts[expert] - 1:
+            for padding in range(padding_rows(index + 1, WARPGROUP_ROWS)):
+                pull.zero(ring_index + 1 + padding)
         yield from pull.row(cta.ranks[rank], slot // config.top_k, ring_index, block)
     yield from pull.drain("dispatch.last_wait")
     yield from reduce_early(cta, warp)

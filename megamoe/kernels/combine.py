@@ -70,6 +70,7 @@ def combine(
         reduce_rest(launch, thread, threads)
     if thread == 0:
         sync.mark(launch, "end")
+        sync.mark_cycles(launch, "end_cycles")
 
 
 @cute.jit
@@ -194,7 +195,7 @@ def reduce_early(launch: Launch, flag_smem, worker, workers: Constexpr, lane):
             if missing == 0:
                 stop = Int32(1)
             elif stop == 0:
-                nanosleep(Int32(500))
+                nanosleep(Int32(2000))
 
 
 @cute.jit

@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
-from megamoe.budget import FLAG_OK
+from megamoe.budget import FLAG_OK, WARPGROUP_ROWS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import (
@@ -190,18 +190,20 @@ def pull(
     received,
     buffers,
     barriers,
+    zeros,
     worker,
     num_workers,
     piece_bytes: Constexpr,
     num_buffers: Constexpr,
+    zero_bytes: Constexpr,
 ):
     """Dispatch role, one thread: pull rows `worker`, `worker` + `num_workers`, ... of the dense
     order.
 
     A row moves in pieces through two buffers: while one piece is loading, the one before is being
-    stored. A row is published when the store of its last piece has completed, during the next row.
-    Before a wait for a ring slot the
-    pipeline is drained: the slot may depend on the row that is still unpublished.
+    stored. A row is published when the store of its last piece has completed, during the next row. Before a wait for
+    a ring slot the pipeline is drained: the slot may depend on the row that is still unpublished.
+    `zeros` is shared memory with `zero_bytes` of zeros.
     """
     shape = launch.shape
     block_m, local, ranks = shape.kernel.block_m, shape.experts, shape.config.num_ranks
@@ -257,6 +259,12 @@ def pull(
         if source != launch.rank:
             origin = peer_address(launch, "input_token_buffer", source, token)
         destination = address(launch, "l1_token_buffer", ring_row)
+        if index == received[position.expert] - 1:
+            # The last row of its expert: rows that pad its warpgroup become zero. Nothing depends on
+            # it but power, which bounds large GEMMs: multiplying old rows costs as much as new ones.
+            padding = schedule.padding_rows(index + 1, WARPGROUP_ROWS)
+            for part in range(padding * (row_bytes // zero_bytes)):
+                bulk_store(destination + row_bytes + Int64(part) * zero_bytes, zeros, zero_bytes)
         for part in range(pieces):
             unpublished = finish_store(launch, unpublished)
             buffer = piece % num_buffers

@@ -152,6 +152,13 @@ def record(launch: Launch, name: Constexpr, value):
 
 
 @cute.jit
+def mark_cycles(launch: Launch, name: Constexpr):
+    """Record the SM's cycle counter: with the times, the clock that the launch really had."""
+    if const_expr(launch.shape.kernel.trace):
+        record(launch, name, Int64(arch.clock64()))
+
+
+@cute.jit
 def trace_clock(launch: Launch) -> Int64:
     """Nanoseconds now, or 0 (and no instruction) unless the kernel is built to trace."""
     now = Int64(0)

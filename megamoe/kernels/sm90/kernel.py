@@ -44,6 +44,7 @@ from megamoe.budget import (
     PASS_BYTES,
     QUEUE_SLOTS,
     QUEUE_WORDS,
+    WARPGROUP_ROWS,
     check,
 )
 from megamoe.config import KernelConfig, MoEConfig
@@ -51,13 +52,12 @@ from megamoe.kernels import sync
 from megamoe.kernels.combine import combine, reduce_early
 from megamoe.kernels.dispatch import count, pull
 from megamoe.kernels.launch import Launch, Shape, address
-from megamoe.kernels.ptx import global_ptr
+from megamoe.kernels.ptx import global_ptr, store_shared
 from megamoe.kernels.sm90 import epilogue, mainloop
 from workspace.layout import layout_of
 
 arch = cute.arch
 
-WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 HANDOVER_BARRIER = 2  # dispatch warps arrive, math warpgroups wait
 MATH_BARRIER = 1  # named barrier of the math warpgroups; 0 is the CTA
 WARP_LOAD_WEIGHTS = 2
@@ -206,6 +206,7 @@ class MegaMoEKernel:
             Uint8, cute.make_layout(budget.staging_bytes), 128
         ).iterator
         buffers = memory.allocate_tensor(Uint8, cute.make_layout(budget.pull_bytes), 128).iterator
+        zeros = memory.allocate_tensor(Uint8, cute.make_layout(budget.zero_bytes), 128).iterator
         barriers = memory.allocate_array(Int64, budget.num_barriers)
         received = memory.allocate_array(Int32, budget.count_words)
         queue = memory.allocate_array(Int32, QUEUE_SLOTS * QUEUE_WORDS)
@@ -227,12 +228,16 @@ class MegaMoEKernel:
                 arch.mbarrier_init(queue_empty + slot, budget.queue_empty_arrivals)
             for buffer in range_constexpr(config.num_dispatch_warps * NUM_PULL_BUFFERS):
                 arch.mbarrier_init(pull_barriers + buffer, 1)
+        for word in range(thread, budget.zero_bytes // 4, config.num_threads):
+            store_shared(zeros + 4 * word, Int32(0))
+        arch.fence_proxy("async.shared", space="cta")  # bulk copies read the zeros
         arch.mbarrier_init_fence()
         arch.sync_threads()
 
         sync.report_unrecovered(launch)
         if thread == 0:
             sync.mark(launch, "start")
+            sync.mark_cycles(launch, "start_cycles")
         epoch = sync.read_epoch(launch)
         scratch = cute.recast_ptr(staging, dtype=Int32)
         count(launch, scratch, received, flags, epoch, config.num_threads)
@@ -247,8 +252,8 @@ class MegaMoEKernel:
                     mine = warp * NUM_PULL_BUFFERS
                     pull(
                         launch, received, buffers + mine * budget.piece_bytes, pull_barriers + mine,
-                        worker, num_ctas * config.num_dispatch_warps, budget.piece_bytes,
-                        NUM_PULL_BUFFERS,
+                        zeros, worker, num_ctas * config.num_dispatch_warps, budget.piece_bytes,
+                        NUM_PULL_BUFFERS, budget.zero_bytes,
                     )  # fmt: skip
                     if warp == 0:
                         sync.mark(launch, "last_pull")
