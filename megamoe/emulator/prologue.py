@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megamoe.emulator.memory import GPU, SYS, Agent
 from megamoe.emulator.runtime import Role, Runtime
 from megamoe.emulator.state import CtaAgents, RankState, Shared
+from megamoe.shape import Shape
 from workspace.layout import (
     GRID_COUNTED,
     GRID_DISPATCHED,
@@ -56,6 +57,10 @@ class Cta:
     @property
     def kernel(self):
         return self.state.layout.kernel
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.config, self.kernel, self.state.layout)
 
     @property
     def rank(self) -> int:

@@ -23,50 +23,18 @@ from megamoe.schedule import (
     PHASE_FC1,
     PullWalk,
     advance_walk,
-    ceil_div,
-    done_target,
     padding_rows,
     pick_source,
     ring_row,
     rows_in_block,
     seek_pull,
     seek_walk,
-    slot_free_target,
     start_walk,
     tile_of,
 )  # fmt: skip
+from megamoe.shape import Shape
 from megamoe.weights import INTERLEAVE
 from workspace.wire import PADDING, encode_source, source_rank, source_slot
-
-
-class Tiling:
-    """Integers of the tile stream of one rank."""
-
-    def __init__(self, cta: Cta):
-        config, kernel = cta.config, cta.kernel
-        self.block_m, self.block_n = kernel.block_m, kernel.block_n
-        self.fc1_columns = 2 * config.intermediate_size // kernel.block_n
-        self.fc2_columns = ceil_div(config.hidden_size, kernel.block_n)
-        self.num_math_warps = kernel.num_math_warps
-        self.warp_rows = kernel.block_m // kernel.num_math_warps
-        self.ring = cta.state.data["l1_token_buffer"].rows // kernel.block_m
-        self.lag = kernel.lag_waves * cta.num_ctas
-        self.stream = (
-            config.experts_per_rank, kernel.block_m, kernel.group_blocks,
-            self.fc1_columns, self.fc2_columns, self.lag, self.ring,
-        )  # fmt: skip
-
-    @property
-    def fc1_done(self) -> int:
-        return done_target(self.fc1_columns, self.num_math_warps)
-
-    @property
-    def fc2_done(self) -> int:
-        return done_target(self.fc2_columns, self.num_math_warps)
-
-    @property
-    def slot_free(self) -> int:
-        return slot_free_target(self.fc2_columns, self.num_math_warps)
 
 
 class Pull:
@@ -138,7 +106,7 @@ class Pull:
 def dispatch(cta: Cta, warp: int) -> Role:
     """Pull the rows of the local experts, round-robin over warps, in dense row order."""
     runtime, state, config = cta.runtime, cta.state, cta.config
-    agent, tiling = cta.agents.dispatch[warp], Tiling(cta)
+    agent, shape = cta.agents.dispatch[warp], cta.shape
     experts, slots, num_ranks = config.experts_per_rank, config.max_slots_per_rank, config.num_ranks
     counts = cta.counts(agent)
     sources = np.arange(num_ranks) * experts
@@ -147,26 +115,28 @@ def dispatch(cta: Cta, warp: int) -> Role:
     warps_per_cta = len(cta.agents.dispatch)
     first_row, stride = cta.index * warps_per_cta + warp, cta.num_ctas * warps_per_cta
     for row in range(first_row, sum(counts), stride):
-        position = seek_pull(position, row, counts, experts, tiling.block_m)
+        position = seek_pull(position, row, counts, experts, shape.kernel.block_m)
         expert, index = position.expert, row - position.first_row
-        block = position.first_block + index // tiling.block_m
+        block = position.first_block + index // shape.kernel.block_m
         # Not before the first row: a warp without rows publishes nothing, so nobody waits for it.
         received = state.data["expert_recv_count"].read(agent, sources + expert).ravel().tolist()
         rank, turn = pick_source(received, 0, 2, num_ranks, index)
         record = rank * slots + received[2 * rank + 1] + turn
         slot, weight = state.data["routed_record"].read(agent, record)[0].tolist()
-        if block >= tiling.ring:
-            freed = state.word("fc2_done_counter", block - tiling.ring)
+        if block >= shape.ring:
+            freed = state.word("fc2_done_counter", block - shape.ring)
             yield
-            if freed.value < tiling.slot_free and runtime.live("dispatch.ring_drain"):
+            if freed.value < shape.slot_free and runtime.live("dispatch.ring_drain"):
                 yield from pull.drain("dispatch.drain_wait")
-            yield from runtime.wait(agent, freed, tiling.slot_free, "dispatch.ring_wait")
-        ring_index = ring_row(block, tiling.ring, tiling.block_m) + index % tiling.block_m
+            yield from runtime.wait(agent, freed, shape.slot_free, "dispatch.ring_wait")
+        ring_index = (
+            ring_row(block, shape.ring, shape.kernel.block_m) + index % shape.kernel.block_m
+        )
         yield
         state.data["l1_topk_weights_buffer"].write(agent, ring_index, weight)
         code = encode_source(rank, slot, slots)
         state.data["token_src_metadata"].write(agent, ring_index, code)
-        if index == counts[expert] - 1:
+        if index == counts[expert] - 1 and index >= shape.kernel.block_m:
             for padding in range(padding_rows(index + 1, WARPGROUP_ROWS)):
                 pull.zero(ring_index + 1 + padding)
         yield from pull.row(cta.ranks[rank], slot // config.top_k, ring_index, block)
@@ -178,19 +148,20 @@ def dispatch(cta: Cta, warp: int) -> Role:
 def load_weights(cta: Cta) -> Role:
     """Take tickets in stream order and hand their tiles to the other roles of the CTA."""
     runtime, shared, agent = cta.runtime, cta.shared, cta.agents.load_weights
-    tiling, counts = Tiling(cta), cta.counts(agent)
-    walk = advance_walk(start_walk(counts, tiling.stream[0]), counts, *tiling.stream)
-    readers = 1 + tiling.num_math_warps
+    shape, counts = cta.shape, cta.counts(agent)
+    stream = shape.stream(cta.num_ctas)
+    walk = advance_walk(start_walk(counts, shape.experts), counts, *stream)
+    readers = 1 + shape.kernel.num_math_warps
     number = 0
     while True:
         tickets = cta.state.word("load_balance_counter")
         ticket = yield from runtime.add(agent, tickets, "load_weights.ticket")
         if walk.phase != PHASE_DONE:
-            walk = seek_walk(walk, ticket, counts, *tiling.stream)
+            walk = seek_walk(walk, ticket, counts, *stream)
         words = [walk.phase, 0, 0, 0, 0, 0]
         if walk.phase != PHASE_DONE:
             tile = tile_of(walk, ticket)
-            rows = rows_in_block(counts[walk.expert], tile.block, tiling.block_m)
+            rows = rows_in_block(counts[walk.expert], tile.block, shape.kernel.block_m)
             words = [walk.phase, walk.expert, tile.block, tile.pool, tile.column, rows]
         slot, turn = number % QUEUE_SLOTS, number // QUEUE_SLOTS
         yield from runtime.wait(
@@ -220,14 +191,14 @@ def _take_tile(
 def load_tokens(cta: Cta) -> Role:
     """Wait until the tokens of a tile are there, and load its real rows into a stage."""
     runtime, state, shared = cta.runtime, cta.state, cta.shared
-    agent, tiling, dtype = cta.agents.load_tokens, Tiling(cta), cta.config.recipe.token
+    agent, shape, dtype = cta.agents.load_tokens, cta.shape, cta.config.recipe.token
     number = 0
     while True:
         phase, _, _, block, _, rows = yield from _take_tile(cta, agent, number, "load_tokens")
         if phase == PHASE_DONE:
             return
         stage, turn = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
-        free = turn * tiling.num_math_warps
+        free = turn * shape.kernel.num_math_warps
         yield from runtime.wait(agent, shared.stage_empty[stage], free, "load_tokens.stage_empty")
         if phase == PHASE_FC1:
             label, region, ready, target = (
@@ -241,12 +212,12 @@ def load_tokens(cta: Cta) -> Role:
                 "load_tokens.fc2",
                 "fc1_output",
                 "fc1_done_counter",
-                tiling.fc1_done,
+                shape.fc1_done,
             )
         yield from runtime.wait(agent, state.word(ready, block), target, f"{label}_wait")
         if runtime.live(f"{label}_proxy"):
             runtime.memory.proxy_fence(agent)
-        first = ring_row(block, tiling.ring, tiling.block_m)
+        first = ring_row(block, shape.ring, shape.kernel.block_m)
         bits = state.data[region].read(agent, slice(first, first + rows), asynchronous=True)
         shared.stage.write(agent, stage, number)
         shared.tiles[stage] = Tile(as_float(bits, dtype))
@@ -259,7 +230,7 @@ def load_tokens(cta: Cta) -> Role:
 def math(cta: Cta, warp: int) -> Role:
     """One math warp: its rows of every tile of the CTA."""
     runtime, shared, state = cta.runtime, cta.shared, cta.state
-    (leader, lanes), tiling = cta.agents.math[warp], Tiling(cta)
+    (leader, lanes), shape = cta.agents.math[warp], cta.shape
     number = 0
     while True:
         words = yield from _take_tile(cta, leader, number, "math", also=(lanes,))
@@ -271,37 +242,37 @@ def math(cta: Cta, warp: int) -> Role:
         yield from runtime.wait(leader, full, turn + 1, "math.stage_full", also=(lanes,))
         shared.stage.read(leader, stage)
         if phase == PHASE_FC1:
-            begin, end = column * tiling.block_n, (column + 1) * tiling.block_n
+            begin, end = column * shape.kernel.block_n, (column + 1) * shape.kernel.block_n
             weights = state.w13[expert][begin:end]
         else:
             begin, end = (
-                column * tiling.block_n,
-                min((column + 1) * tiling.block_n, cta.config.hidden_size),
+                column * shape.kernel.block_n,
+                min((column + 1) * shape.kernel.block_n, cta.config.hidden_size),
             )
             weights = state.w2[expert][begin:end]
-        own = slice(warp * tiling.warp_rows, (warp + 1) * tiling.warp_rows)
-        real = max(0, min(rows - own.start, tiling.warp_rows))
+        own = slice(warp * shape.warp_rows, (warp + 1) * shape.warp_rows)
+        real = max(0, min(rows - own.start, shape.warp_rows))
         product = shared.tiles[stage].times(weights)[own] if real else None
         yield from runtime.add(leader, shared.stage_empty[stage], "math.stage_empty", release=True)
-        first = ring_row(block, tiling.ring, tiling.block_m) + own.start
+        first = ring_row(block, shape.ring, shape.kernel.block_m) + own.start
         if phase == PHASE_FC1:
             yield from _fc1_epilogue(
-                cta, tiling, (leader, lanes), product, first, real, block, column
+                cta, shape, (leader, lanes), product, first, real, block, column
             )
         else:
             yield from _fc2_epilogue(
-                cta, tiling, (leader, lanes), product, first, real, block, (begin, end)
+                cta, shape, (leader, lanes), product, first, real, block, (begin, end)
             )
         number += 1
 
 
 def _fc1_epilogue(
-    cta: Cta, tiling: Tiling, warp, product, first: int, real: int, block: int, column: int
+    cta: Cta, shape: Shape, warp, product, first: int, real: int, block: int, column: int
 ) -> Role:
     """SwiGLU, router weight, one rounding, store; then report the tile."""
     leader, lanes = warp
     state, runtime = cta.state, cta.runtime
-    bits = state.data["l1_topk_weights_buffer"].read(lanes, slice(first, first + tiling.warp_rows))
+    bits = state.data["l1_topk_weights_buffer"].read(lanes, slice(first, first + shape.warp_rows))
     weights = as_float(bits[:, 0].copy(), "float32")
     if weights[real:].any():
         row = first + real + int(weights[real:].nonzero()[0])
@@ -316,7 +287,7 @@ def _fc1_epilogue(
             * weights[:real, None]
         )
         values = as_bits(hidden.to(getattr(torch, cta.config.recipe.token)))
-        width = tiling.block_n // 2
+        width = shape.kernel.block_n // 2
         yield
         columns = (column * width, (column + 1) * width)
         state.data["fc1_output"].write(lanes, slice(first, first + real), values, columns)
@@ -327,15 +298,15 @@ def _fc1_epilogue(
 
 
 def _fc2_epilogue(
-    cta: Cta, tiling: Tiling, warp, product, first: int, real: int, block: int, columns
+    cta: Cta, shape: Shape, warp, product, first: int, real: int, block: int, columns
 ) -> Role:
     """Store real rows to their sources; report; the last warp of the block cleans its ring slot."""
     leader, lanes = warp
     state, runtime, config = cta.state, cta.runtime, cta.config
-    codes = state.data["token_src_metadata"].read(lanes, slice(first, first + tiling.warp_rows))[
+    codes = state.data["token_src_metadata"].read(lanes, slice(first, first + shape.warp_rows))[
         :, 0
     ]
-    wrong = np.flatnonzero((codes != PADDING) != (np.arange(tiling.warp_rows) < real))
+    wrong = np.flatnonzero((codes != PADDING) != (np.arange(shape.warp_rows) < real))
     if len(wrong):
         row = int(wrong[0])
         raise PaddingNotInert(
@@ -355,14 +326,14 @@ def _fc2_epilogue(
     runtime.hand_over([leader, lanes], "math.fc2_warp_sync")
     done = state.word("fc2_done_counter", block)
     reported = yield from runtime.add(leader, done, "math.fc2_done", release=True, acquire=True)
-    if reported == tiling.fc2_done - 1:
+    if reported == shape.fc2_done - 1:
         runtime.hand_over([leader, lanes], "math.clean_begin")
-        first = ring_row(block, tiling.ring, tiling.block_m)
-        yield from _report_rows(cta, lanes, slice(first, first + tiling.block_m))
+        first = ring_row(block, shape.ring, shape.kernel.block_m)
+        yield from _report_rows(cta, lanes, slice(first, first + shape.kernel.block_m))
         for region in ("l1_topk_weights_buffer", "token_src_metadata"):
             if region in cta.resets:
                 yield
-                state.data[region].write(lanes, slice(first, first + tiling.block_m), 0)
+                state.data[region].write(lanes, slice(first, first + shape.kernel.block_m), 0)
         runtime.hand_over([leader, lanes], "math.clean_end")
         yield from runtime.add(leader, done, "math.clean_done", release=True)
 

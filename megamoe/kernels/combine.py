@@ -32,6 +32,7 @@ from workspace.layout import BARRIERS_PER_LAUNCH, GRID_COMBINED, SLOTS_ADDED, SL
 arch = cute.arch
 
 VECTOR_BYTES = 16
+MIN_EARLY_TOKENS = 8  # of a CTA: with fewer, polling costs more than the late reduce
 LOADS_IN_FLIGHT = 8  # slots that a lane loads before it adds: 32 registers
 WARP_BYTES = 32 * VECTOR_BYTES  # columns that a warp reduces with one load per lane and slot
 
@@ -90,14 +91,7 @@ def clean_up(launch: Launch, thread, epoch, threads: Constexpr):
     """
     first = launch.cta * threads + thread
     stride = launch.num_ctas * threads
-    for name in (
-        "grid_sync_counter",
-        "load_balance_counter",
-        "expert_send_count",
-        "l1_arrival_count",
-        "fc1_done_counter",
-        "fc2_done_counter",
-    ):
+    for name in launch.shape.counters:
         zero(launch, name, first, stride)
     if first == 0:
         counter = global_ptr(address(launch, "nvlink_barrier_counter"))
@@ -168,6 +162,8 @@ def reduce_early(launch: Launch, flag_smem, worker, workers: Constexpr, lane):
     own = own_tokens(launch)
     pieces = (launch.shape.output_row_bytes + WARP_BYTES - 1) // WARP_BYTES
     stop = Int32(0)
+    if own < MIN_EARLY_TOKENS:
+        stop = Int32(1)
     while stop == 0:
         missing = Int32(0)
         for start in range(worker * 32, own, workers * 32):

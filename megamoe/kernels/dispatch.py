@@ -201,16 +201,16 @@ def pull(
     order.
 
     A row moves in pieces through two buffers: while one piece is loading, the one before is being
-    stored. A row is published when the store of its last piece has completed, during the next row. Before a wait for
-    a ring slot the pipeline is drained: the slot may depend on the row that is still unpublished.
-    `zeros` is shared memory with `zero_bytes` of zeros.
+    stored. A row is published when the store of its last piece has completed, during the next row.
+    Before a wait for a ring slot the pipeline is drained: the slot may depend on the row that is
+    still unpublished. `zeros` is shared memory with `zero_bytes` of zeros.
     """
     shape = launch.shape
     block_m, local, ranks = shape.kernel.block_m, shape.experts, shape.config.num_ranks
     row_bytes = shape.token_row_bytes
     pieces = row_bytes // piece_bytes
     counts = global_ptr(address(launch, "expert_recv_count"))
-    free = schedule.slot_free_target(shape.fc2_columns, shape.kernel.num_math_warps)
+    free = shape.slot_free
 
     piece = Int32(0)  # pieces loaded so far
     loading = Int32(0)  # 1 while piece - 1 is loaded but not stored
@@ -259,9 +259,10 @@ def pull(
         if source != launch.rank:
             origin = peer_address(launch, "input_token_buffer", source, token)
         destination = address(launch, "l1_token_buffer", ring_row)
-        if index == received[position.expert] - 1:
-            # The last row of its expert: rows that pad its warpgroup become zero. Nothing depends on
-            # it but power, which bounds large GEMMs: multiplying old rows costs as much as new ones.
+        if index == received[position.expert] - 1 and index >= block_m:
+            # The last row of an expert with a full block: rows that pad its warpgroup become zero.
+            # Only power depends on it, which bounds large GEMMs (H200: +2 % at 512 rows an expert);
+            # multiplying rows that an earlier launch left costs as much as real ones.
             padding = schedule.padding_rows(index + 1, WARPGROUP_ROWS)
             for part in range(padding * (row_bytes // zero_bytes)):
                 bulk_store(destination + row_bytes + Int64(part) * zero_bytes, zeros, zero_bytes)

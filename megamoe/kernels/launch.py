@@ -11,51 +11,9 @@ from dataclasses import dataclass
 
 from cutlass import Int32, Int64
 
-from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks
 from megamoe.kernels.ptx import global_ptr
-from megamoe.schedule import ceil_div
-from workspace.layout import SYMMETRIC, Layout
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Integers that follow from the configuration, named as the protocol names them."""
-
-    config: MoEConfig
-    kernel: KernelConfig
-    layout: Layout
-
-    @property
-    def experts(self) -> int:
-        return self.config.experts_per_rank
-
-    @property
-    def ring(self) -> int:
-        return pool_blocks(self.config, self.kernel)
-
-    @property
-    def max_blocks(self) -> int:
-        return max_pool_blocks(self.config, self.kernel)
-
-    @property
-    def fc1_columns(self) -> int:
-        return ceil_div(2 * self.config.intermediate_size, self.kernel.block_n)
-
-    @property
-    def fc2_columns(self) -> int:
-        return ceil_div(self.config.hidden_size, self.kernel.block_n)
-
-    @property
-    def token_row_bytes(self) -> int:
-        return self.config.hidden_size * self.config.recipe.token_bytes
-
-    @property
-    def hidden_row_bytes(self) -> int:
-        return self.config.intermediate_size * self.config.recipe.token_bytes
-
-    @property
-    def output_row_bytes(self) -> int:
-        return self.config.hidden_size * self.config.recipe.output_bytes
+from megamoe.shape import Shape
+from workspace.layout import SYMMETRIC
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def report_fc2(launch: Launch, lane, pool):
         counter = global_ptr(address(launch, "fc2_done_counter", pool))
         before = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
     before = arch.shuffle_sync(before, 0)
-    if before == schedule.done_target(shape.fc2_columns, shape.kernel.num_math_warps) - 1:
+    if before == shape.fc2_done - 1:
         first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m)
         # Orders all rows of the block, which other warps stored and reported, before the counts.
         arch.fence_acq_rel_sys()

@@ -26,11 +26,13 @@ nothing of its own unpublished.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, range_constexpr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -62,6 +64,16 @@ HANDOVER_BARRIER = 2  # dispatch warps arrive, math warpgroups wait
 MATH_BARRIER = 1  # named barrier of the math warpgroups; 0 is the CTA
 WARP_LOAD_WEIGHTS = 2
 WARP_LOAD_TOKENS = 3
+
+
+class Pipes(NamedTuple):
+    """Shared-memory pointers of the pipelines above: mbarriers, and the words of the tile queue."""
+
+    full: cute.Pointer
+    empty: cute.Pointer
+    queue: cute.Pointer
+    queue_full: cute.Pointer
+    queue_empty: cute.Pointer
 
 
 class MegaMoEKernel:
@@ -187,7 +199,7 @@ class MegaMoEKernel:
         num_tokens: Int32,
         wide_idx: Int32,
     ):
-        config, budget, experts = self.kernel_config, self.budget, self.shape.experts
+        config, budget = self.kernel_config, self.budget
         thread, _, _ = arch.thread_idx()
         cta, _, _ = arch.block_idx()
         num_ctas, _, _ = arch.grid_dim()
@@ -211,21 +223,25 @@ class MegaMoEKernel:
         received = memory.allocate_array(Int32, budget.count_words)
         queue = memory.allocate_array(Int32, QUEUE_SLOTS * QUEUE_WORDS)
         flags = memory.allocate_array(Int32, FLAG_WORDS)
-        full = barriers
-        empty = full + config.num_stages
-        queue_full = empty + config.num_stages
-        queue_empty = queue_full + QUEUE_SLOTS
-        pull_barriers = queue_empty + QUEUE_SLOTS
+        queue_full = barriers + 2 * config.num_stages
+        pipes = Pipes(
+            full=barriers,
+            empty=barriers + config.num_stages,
+            queue=queue,
+            queue_full=queue_full,
+            queue_empty=queue_full + QUEUE_SLOTS,
+        )
+        pull_barriers = queue_full + 2 * QUEUE_SLOTS
 
         if thread == 0:
             flags[FLAG_OK] = Int32(1)
             flags[FLAG_STOP] = Int32(0)
             for stage in range_constexpr(config.num_stages):
-                arch.mbarrier_init(full + stage, budget.full_arrivals)
-                arch.mbarrier_init(empty + stage, budget.empty_arrivals)
+                arch.mbarrier_init(pipes.full + stage, budget.full_arrivals)
+                arch.mbarrier_init(pipes.empty + stage, budget.empty_arrivals)
             for slot in range_constexpr(QUEUE_SLOTS):
-                arch.mbarrier_init(queue_full + slot, 1)
-                arch.mbarrier_init(queue_empty + slot, budget.queue_empty_arrivals)
+                arch.mbarrier_init(pipes.queue_full + slot, 1)
+                arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
             for buffer in range_constexpr(config.num_dispatch_warps * NUM_PULL_BUFFERS):
                 arch.mbarrier_init(pull_barriers + buffer, 1)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
@@ -265,35 +281,20 @@ class MegaMoEKernel:
             elif warp == WARP_LOAD_WEIGHTS:
                 self.load_weights(
                     launch, gate_up_atom, gate_up, down_atom, down, smem_b, received,
-                    full, empty, queue, queue_full, queue_empty, lane,
+                    pipes, lane,
                 )  # fmt: skip
             elif warp == WARP_LOAD_TOKENS:
                 self.load_tokens(
-                    launch, tokens_atom, tokens, hiddens_atom, hiddens, smem_a,
-                    full, empty, queue, queue_full, queue_empty, lane,
+                    launch, tokens_atom, tokens, hiddens_atom, hiddens, smem_a, pipes, lane,
                 )  # fmt: skip
         else:
             arch.setmaxregister_increase(config.math_registers)
-            self.math(
-                launch,
-                mma,
-                smem_a,
-                smem_b,
-                staging,
-                full,
-                empty,
-                queue,
-                queue_full,
-                queue_empty,
-                warp - 4,
-                lane,
-            )
+            self.math(launch, mma, smem_a, smem_b, staging, pipes, warp - 4, lane)
             threads = 128 * config.num_math_warpgroups
             combine(
                 launch, flags, thread - 128, epoch, MATH_BARRIER, threads,
                 HANDOVER_BARRIER, self.handover_threads,
             )  # fmt: skip
-        assert experts
 
     def partition(self, atom, smem, tensor, box, coordinate):
         """(shared side, global side) of one operand's TMA copies along K."""
@@ -304,50 +305,38 @@ class MegaMoEKernel:
 
     @cute.jit
     def load_operand(
-        self,
-        atom,
-        smem_side,
-        global_side,
-        full,
-        empty,
-        position,
-        k_blocks,
-        lane,
-        num_bytes: cutlass.Constexpr,
+        self, atom, smem_side, global_side, pipes, position, k_blocks, lane, num_bytes: Constexpr
     ):
         """Load `k_blocks` K blocks of one operand into consecutive stages, from ring position
         `position`.
         """
         stages = self.kernel_config.num_stages
-        for block in cutlass.range(k_blocks, unroll=1):
-            stage = (position + block) % stages
-            arch.mbarrier_wait(empty + stage, ((position + block) // stages + 1) % 2)
+        for k in cutlass.range(k_blocks, unroll=1):
+            stage = (position + k) % stages
+            full = pipes.full + stage
+            arch.mbarrier_wait(pipes.empty + stage, ((position + k) // stages + 1) % 2)
             if lane == 0:
-                arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
             arch.sync_warp()
-            cute.copy(
-                atom, global_side[None, block], smem_side[None, stage], tma_bar_ptr=full + stage
-            )
+            cute.copy(atom, global_side[None, k], smem_side[None, stage], tma_bar_ptr=full)
 
-    def k_blocks(self, phase):
+    def k_blocks(self, phase: int) -> int:
         """K blocks of an FC1 or FC2 tile."""
         config = self.config
-        fc1, fc2 = config.hidden_size, config.intermediate_size
-        block = self.kernel_config.block_k
-        return fc1 // block if phase == schedule.PHASE_FC1 else fc2 // block
+        columns = config.hidden_size if phase == schedule.PHASE_FC1 else config.intermediate_size
+        return columns // self.kernel_config.block_k
 
     @cute.jit
     def load_weights(
-        self, launch, gate_up_atom, gate_up, down_atom, down, smem_b, received,
-        full, empty, queue, queue_full, queue_empty, lane,
-    ):  # fmt: skip
+        self, launch, gate_up_atom, gate_up, down_atom, down, smem_b, received, pipes, lane
+    ):
         """Take tickets, hand tiles over, load weight tiles. Waits only for free queue slots and
         stages.
         """
         shape, config = self.shape, self.kernel_config
-        box = (config.block_n, config.block_k)
-        lag = config.lag_waves * launch.num_ctas
+        box, num_bytes = (config.block_n, config.block_k), self.budget.b_stage_bytes
         tickets = global_ptr(address(launch, "load_balance_counter"))
+        stream = shape.stream(launch.num_ctas)
         walk = schedule.start_walk(received, Int32(shape.experts))
         position = Int32(0)
         handed = Int32(0)
@@ -357,105 +346,90 @@ class MegaMoEKernel:
             if lane == 0:
                 ticket = arch.atomic_add(tickets, Int32(1), sem="relaxed", scope="gpu")
             ticket = arch.shuffle_sync(ticket, 0)
-            walk = schedule.seek_walk(
-                walk, ticket, received, Int32(shape.experts), config.block_m, config.group_blocks,
-                shape.fc1_columns, shape.fc2_columns, lag, shape.ring,
-            )  # fmt: skip
+            walk = schedule.seek_walk(walk, ticket, received, *stream)
             slot = handed % QUEUE_SLOTS
-            arch.mbarrier_wait(queue_empty + slot, (handed // QUEUE_SLOTS + 1) % 2)
+            arch.mbarrier_wait(pipes.queue_empty + slot, (handed // QUEUE_SLOTS + 1) % 2)
             tile = schedule.Tile(Int32(0), Int32(0), Int32(0))
             rows = Int32(0)
             if walk.phase != schedule.PHASE_DONE:
                 tile = schedule.tile_of(walk, ticket)
                 rows = schedule.rows_in_block(received[walk.expert], tile.block, config.block_m)
             if lane == 0:
-                entry = queue + slot * QUEUE_WORDS
+                entry = pipes.queue + slot * QUEUE_WORDS
                 entry[0] = walk.phase
                 entry[1] = tile.pool
                 entry[2] = tile.column
                 entry[3] = rows
-                arch.mbarrier_arrive(queue_full + slot)
+                arch.mbarrier_arrive(pipes.queue_full + slot)
             arch.sync_warp()
             handed += 1
+            place = (tile.column, None, walk.expert)
             if walk.phase == schedule.PHASE_FC1:
-                smem_side, global_side = self.partition(
-                    gate_up_atom, smem_b, gate_up, box, (tile.column, None, walk.expert)
-                )
+                to, source = self.partition(gate_up_atom, smem_b, gate_up, box, place)
+                k_blocks = self.k_blocks(schedule.PHASE_FC1)
                 self.load_operand(
-                    gate_up_atom, smem_side, global_side, full, empty, position,
-                    self.k_blocks(schedule.PHASE_FC1), lane, self.budget.b_stage_bytes,
-                )  # fmt: skip
-                position += self.k_blocks(schedule.PHASE_FC1)
+                    gate_up_atom, to, source, pipes, position, k_blocks, lane, num_bytes
+                )
+                position += k_blocks
             elif walk.phase == schedule.PHASE_FC2:
-                smem_side, global_side = self.partition(
-                    down_atom, smem_b, down, box, (tile.column, None, walk.expert)
-                )
-                self.load_operand(
-                    down_atom, smem_side, global_side, full, empty, position,
-                    self.k_blocks(schedule.PHASE_FC2), lane, self.budget.b_stage_bytes,
-                )  # fmt: skip
-                position += self.k_blocks(schedule.PHASE_FC2)
+                to, source = self.partition(down_atom, smem_b, down, box, place)
+                k_blocks = self.k_blocks(schedule.PHASE_FC2)
+                self.load_operand(down_atom, to, source, pipes, position, k_blocks, lane, num_bytes)
+                position += k_blocks
             else:
                 running = Int32(0)
 
     @cute.jit
-    def load_rows(
-        self, atom, tensor, smem_a, full, empty, position, k_blocks, block, rows, lane
-    ):  # fmt: skip
+    def load_rows(self, atom, tensor, smem_a, pipes, position, k_blocks, block, rows, lane):
         """Load the rows of one pool block over K: one box per math warpgroup that has real rows."""
         stages, box = self.kernel_config.num_stages, (WARPGROUP_ROWS, self.kernel_config.block_k)
         boxes = self.kernel_config.num_math_warpgroups
         box_bytes = self.budget.a_stage_bytes // boxes
-        sides = [
-            self.partition(
-                atom,
-                cute.local_tile(smem_a, box, (half, 0, None)),
-                tensor,
-                box,
-                (block * boxes + half, None),
-            )
-            for half in range(boxes)
-        ]
+        sides = []
+        for half in range_constexpr(boxes):
+            smem_box = cute.local_tile(smem_a, box, (half, 0, None))
+            place = (block * boxes + half, None)
+            sides.append(self.partition(atom, smem_box, tensor, box, place))
         num_bytes = Int32(box_bytes)
         for half in range_constexpr(1, boxes):
             if rows > half * WARPGROUP_ROWS:
                 num_bytes += box_bytes
         for k in cutlass.range(k_blocks, unroll=1):
             stage = (position + k) % stages
-            arch.mbarrier_wait(empty + stage, ((position + k) // stages + 1) % 2)
+            full = pipes.full + stage
+            arch.mbarrier_wait(pipes.empty + stage, ((position + k) // stages + 1) % 2)
             if lane == 0:
-                arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
             arch.sync_warp()
             for half in range_constexpr(boxes):
-                smem_side, global_side = sides[half]
+                to, source = sides[half]
                 if half == 0 or rows > half * WARPGROUP_ROWS:
-                    cute.copy(
-                        atom, global_side[None, k], smem_side[None, stage], tma_bar_ptr=full + stage
-                    )
+                    cute.copy(atom, source[None, k], to[None, stage], tma_bar_ptr=full)
 
     @cute.jit
-    def load_tokens(
-        self, launch, tokens_atom, tokens, hiddens_atom, hiddens, smem_a,
-        full, empty, queue, queue_full, queue_empty, lane,
-    ):  # fmt: skip
+    def take_tile(self, pipes, taken, lane):
+        """The next tile of the queue: (phase, pool block, column, real rows)."""
+        slot = taken % QUEUE_SLOTS
+        arch.mbarrier_wait(pipes.queue_full + slot, (taken // QUEUE_SLOTS) % 2)
+        entry = pipes.queue + slot * QUEUE_WORDS
+        phase, pool, column, rows = entry[0], entry[1], entry[2], entry[3]
+        arch.sync_warp()
+        if lane == 0:
+            arch.mbarrier_arrive(pipes.queue_empty + slot)
+        return phase, pool, column, rows
+
+    @cute.jit
+    def load_tokens(self, launch, tokens_atom, tokens, hiddens_atom, hiddens, smem_a, pipes, lane):
         """Wait until a tile's rows are ready, then load them."""
-        shape = self.shape
-        fc1_done = schedule.done_target(shape.fc1_columns, self.kernel_config.num_math_warps)
+        shape, role = self.shape, faults.ROLE_LOAD_TOKENS
         position = Int32(0)
         taken = Int32(0)
         running = Int32(1)
         waited_tokens, waited_hidden = Int64(0), Int64(0)  # ns, if the kernel is built to trace
         while running == 1:
-            slot = taken % QUEUE_SLOTS
-            arch.mbarrier_wait(queue_full + slot, (taken // QUEUE_SLOTS) % 2)
-            entry = queue + slot * QUEUE_WORDS
-            phase, pool, rows = entry[0], entry[1], entry[3]
-            arch.sync_warp()
-            if lane == 0:
-                arch.mbarrier_arrive(queue_empty + slot)
+            phase, pool, _column, rows = self.take_tile(pipes, taken, lane)
             taken += 1
             block = pool % shape.ring
-            role = faults.ROLE_LOAD_TOKENS
             began = sync.trace_clock(launch)
             if phase == schedule.PHASE_FC1:
                 sync.wait_for(launch, "l1_arrival_count", pool, 0, rows, role, "gpu")
@@ -465,25 +439,17 @@ class MegaMoEKernel:
                 arch.fence_proxy("async.global")
                 k_blocks = self.k_blocks(schedule.PHASE_FC1)
                 self.load_rows(
-                    tokens_atom, tokens, smem_a, full, empty, position, k_blocks, block, rows, lane
+                    tokens_atom, tokens, smem_a, pipes, position, k_blocks, block, rows, lane
                 )
                 position += k_blocks
             elif phase == schedule.PHASE_FC2:
-                sync.wait_for(launch, "fc1_done_counter", pool, 0, Int32(fc1_done), role, "gpu")
+                done = Int32(shape.fc1_done)
+                sync.wait_for(launch, "fc1_done_counter", pool, 0, done, role, "gpu")
                 waited_hidden += sync.trace_clock(launch) - began
                 arch.fence_proxy("async.global")
                 k_blocks = self.k_blocks(schedule.PHASE_FC2)
                 self.load_rows(
-                    hiddens_atom,
-                    hiddens,
-                    smem_a,
-                    full,
-                    empty,
-                    position,
-                    k_blocks,
-                    block,
-                    rows,
-                    lane,
+                    hiddens_atom, hiddens, smem_a, pipes, position, k_blocks, block, rows, lane
                 )
                 position += k_blocks
             else:
@@ -493,44 +459,23 @@ class MegaMoEKernel:
             sync.record(launch, "wait_hidden_ns", waited_hidden)
 
     @cute.jit
-    def math(
-        self,
-        launch,
-        mma,
-        smem_a,
-        smem_b,
-        staging,
-        full,
-        empty,
-        queue,
-        queue_full,
-        queue_empty,
-        warp,
-        lane,
-    ):
+    def math(self, launch, mma, smem_a, smem_b, staging, pipes, warp, lane):
         """Compute tiles in the order handed over; warp is 0..7, its rows 16 * warp .. of the
         tile.
         """
         config = self.kernel_config
-        stages = config.num_stages
-        slice_ = mma.get_slice(launch.thread - 128)
-        a = mma.make_fragment_A(slice_.partition_A(smem_a))
-        b = mma.make_fragment_B(slice_.partition_B(smem_b))
-        accumulator = cute.make_rmem_tensor(
-            slice_.partition_shape_C((config.block_m, config.block_n)), Float32
-        )
+        stages, full, empty = config.num_stages, pipes.full, pipes.empty
+        part = mma.get_slice(launch.thread - 128)
+        a = mma.make_fragment_A(part.partition_A(smem_a))
+        b = mma.make_fragment_B(part.partition_B(smem_b))
+        tile = part.partition_shape_C((config.block_m, config.block_n))
+        accumulator = cute.make_rmem_tensor(tile, Float32)
         mine = staging + warp * PASS_BYTES
         position = Int32(0)
         taken = Int32(0)
         running = Int32(1)
         while running == 1:
-            slot = taken % QUEUE_SLOTS
-            arch.mbarrier_wait(queue_full + slot, (taken // QUEUE_SLOTS) % 2)
-            entry = queue + slot * QUEUE_WORDS
-            phase, pool, column, rows = entry[0], entry[1], entry[2], entry[3]
-            arch.sync_warp()
-            if lane == 0:
-                arch.mbarrier_arrive(queue_empty + slot)
+            phase, pool, column, rows = self.take_tile(pipes, taken, lane)
             taken += 1
             if phase == schedule.PHASE_DONE:
                 running = Int32(0)
@@ -538,7 +483,7 @@ class MegaMoEKernel:
                 k_blocks = Int32(self.k_blocks(schedule.PHASE_FC1))
                 if phase == schedule.PHASE_FC2:
                     k_blocks = Int32(self.k_blocks(schedule.PHASE_FC2))
-                if rows > (warp // 4) * 64:
+                if rows > (warp // 4) * WARPGROUP_ROWS:
                     mainloop.accumulate(
                         mma, accumulator, a, b, full, empty, position, k_blocks, lane, stages
                     )

@@ -1,0 +1,86 @@
+"""Integers of one rank's launch that follow from the configuration, named as the protocol names
+them. The kernel and the emulator both read them from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks
+from megamoe.schedule import ceil_div, done_target, slot_free_target
+from workspace.layout import COUNTER, Layout
+
+
+@dataclass(frozen=True)
+class Shape:
+    config: MoEConfig
+    kernel: KernelConfig
+    layout: Layout
+
+    @property
+    def experts(self) -> int:
+        """Local experts (e)."""
+        return self.config.experts_per_rank
+
+    @property
+    def ring(self) -> int:
+        """Pool blocks of the ring (R)."""
+        return pool_blocks(self.config, self.kernel)
+
+    @property
+    def max_blocks(self) -> int:
+        return max_pool_blocks(self.config, self.kernel)
+
+    @property
+    def fc1_columns(self) -> int:
+        """Tile columns of FC1: gate and up rows together."""
+        return ceil_div(2 * self.config.intermediate_size, self.kernel.block_n)
+
+    @property
+    def fc2_columns(self) -> int:
+        return ceil_div(self.config.hidden_size, self.kernel.block_n)
+
+    @property
+    def warp_rows(self) -> int:
+        """Rows of a tile that one math warp owns."""
+        return self.kernel.block_m // self.kernel.num_math_warps
+
+    @property
+    def fc1_done(self) -> int:
+        """`fc1_done_counter` of a block whose FC1 tiles are all stored."""
+        return done_target(self.fc1_columns, self.kernel.num_math_warps)
+
+    @property
+    def fc2_done(self) -> int:
+        """`fc2_done_counter` of a block whose FC2 tiles are all stored."""
+        return done_target(self.fc2_columns, self.kernel.num_math_warps)
+
+    @property
+    def slot_free(self) -> int:
+        """`fc2_done_counter` of a block whose ring slot is clean and free."""
+        return slot_free_target(self.fc2_columns, self.kernel.num_math_warps)
+
+    def stream(self, num_ctas) -> tuple:
+        """Arguments of `schedule.seek_walk` after the counts."""
+        kernel = self.kernel
+        return (
+            self.experts, kernel.block_m, kernel.group_blocks,
+            self.fc1_columns, self.fc2_columns, kernel.lag_waves * num_ctas, self.ring,
+        )  # fmt: skip
+
+    @property
+    def token_row_bytes(self) -> int:
+        return self.config.hidden_size * self.config.recipe.token_bytes
+
+    @property
+    def hidden_row_bytes(self) -> int:
+        return self.config.intermediate_size * self.config.recipe.token_bytes
+
+    @property
+    def output_row_bytes(self) -> int:
+        return self.config.hidden_size * self.config.recipe.output_bytes
+
+    @property
+    def counters(self) -> tuple[str, ...]:
+        """Regions that the clean-up of a launch zeroes."""
+        return tuple(name for name, region in self.layout.regions.items() if region.kind == COUNTER)
