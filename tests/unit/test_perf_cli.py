@@ -15,7 +15,7 @@ import megamoe
 from megamoe import reference
 from megamoe.config import KernelConfig
 from megamoe.faults import LaunchTimeout
-from perf import gpu_session, plan
+from perf import plan, publish
 from perf.__main__ import main, parser
 from perf.options import nearest, token_counts
 from perf.plan import plan_of
@@ -239,8 +239,8 @@ def test_help_lists_every_model_and_routing(capsys):
 
 def test_every_published_step_is_a_valid_sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for step in gpu_session.STEPS:
-        command = gpu_session.command_of(step, tmp_path, ["--reps", "3"])
+    for step in publish.STEPS:
+        command = publish.command_of(step, tmp_path, ["--reps", "3"])
         assert command[1:4] == ["-m", "perf", "sweep"]
         args = parser().parse_args(command[3:])
         measured = plan_of(args)
@@ -260,16 +260,16 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     directory = tmp_path / "new"
-    assert gpu_session.main([str(directory), "--only", "smoke,tiny,v3_prefill"]) == 1
+    assert publish.main([str(directory), "--only", "smoke,tiny,v3_prefill"]) == 1
     assert list(limits) == ["smoke", "v3_prefill", "tiny"] and directory.is_dir()
     summary = capsys.readouterr().out.splitlines()[-3:]
     assert summary == ["smoke: stopped after 120 s", "v3_prefill: ok", "tiny: exit status 3"]
-    assert gpu_session.main([str(directory), "--only", "v3_prefill"]) == 0
+    assert publish.main([str(directory), "--only", "v3_prefill"]) == 0
 
 
 def test_an_unknown_step_is_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        gpu_session.main([str(tmp_path), "--only", "v3_prefil"])
+        publish.main([str(tmp_path), "--only", "v3_prefil"])
     assert stop.value.code == 2
     assert "did you mean v3_prefill" in capsys.readouterr().err
 

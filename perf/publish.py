@@ -1,6 +1,6 @@
 """The measurements that are published, in one go on a GPU machine.
 
-`python -m perf.gpu_session DIR`. Each step is one sweep in its own process with a time limit and
+`python -m perf.publish DIR`. Each step is one sweep in its own process with a time limit and
 writes DIR/<step>.csv, so that a hang, a crash or a lost CUDA context costs that step only. The most
 wanted figures come first. On a machine of several GPUs the steps are those with a process per GPU,
 on all or some of them; else those of one GPU. Exit status: 1 if any step failed.
@@ -166,7 +166,7 @@ def run_step(command: Sequence[str], limit_s: float, gpus: int = 1) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps, print a summary; the exit status."""
     known = {step.name: step for step in (*STEPS, *EP_STEPS)}
-    parser = Parser(prog="python -m perf.gpu_session", description="Measure what is published.")
+    parser = Parser(prog="python -m perf.publish", description="Measure what is published.")
     parser.add_argument("directory", type=Path, help="where the CSV files go")
     parser.add_argument("--only", metavar="STEPS", help=f"comma-separated, of {', '.join(known)}")
     parser.add_argument(
