@@ -6,6 +6,8 @@ Flags, one line each (who writes -> who waits, target, scope, who resets):
   l1_arrival_count       dispatch warps -> load_tokens, rows of the block, gpu, clean-up
   fc1_done_counter       math warps -> load_tokens, tiles x warps, gpu, clean-up
   fc2_done_counter       math warps and cleaner -> dispatch warps, tiles x warps + 1, gpu, clean-up
+  combine_arrival_count  cleaners of all ranks -> dispatch warps, 0 from minus the live slots, sys,
+                         set anew by count
 Waits inside a CTA (mbarriers, named barriers) depend only on warps whose own waits are bounded, so
 they end too.
 
