@@ -15,7 +15,9 @@ SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
 REGISTERS_PER_TRIPLE = (
     504  # 168 x 3: setmaxnreg values of three warpgroups may not add up to more, or the CTA hangs
 )
-PASS_BYTES = 16 * 128  # one epilogue pass of a math warp: 16 rows x 64 bf16
+WARP_ROWS = 16  # rows of a tile that one math warp owns
+PASS_ROW_BYTES = 128  # of a row in one epilogue pass: 64 bf16
+PASS_BYTES = WARP_ROWS * PASS_ROW_BYTES  # shared memory of a math warp's pass
 QUEUE_SLOTS = 4  # tiles handed over ahead of the math warps
 QUEUE_WORDS = 8  # int32 per handed-over tile
 WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks
+from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.schedule import ceil_div, done_target, slot_free_target
 from workspace.layout import COUNTER, Layout
 
@@ -26,10 +26,6 @@ class Shape:
     def ring(self) -> int:
         """Pool blocks of the ring (R)."""
         return pool_blocks(self.config, self.kernel)
-
-    @property
-    def max_blocks(self) -> int:
-        return max_pool_blocks(self.config, self.kernel)
 
     @property
     def fc1_columns(self) -> int:

@@ -27,6 +27,7 @@ from megamoe.kernels.ptx import (
     store_global_v4,
     unpack_bf16x2,
 )
+from megamoe.schedule import ceil_div
 from workspace.layout import BARRIERS_PER_LAUNCH, GRID_COMBINED, SLOTS_ADDED, SLOTS_IN
 
 arch = cute.arch
@@ -56,7 +57,7 @@ def combine(
         flag_smem,
         thread,
         GRID_COMBINED,
-        epoch + 2,
+        epoch + BARRIERS_PER_LAUNCH,
         faults.ROLE_COMBINE,
         barrier_id,
         threads,
@@ -140,7 +141,7 @@ def reduce_piece(launch: Launch, token, live, piece, lane, vectors: Constexpr):
 @cute.jit
 def own_tokens(launch: Launch) -> Int32:
     """Tokens that this CTA reduces: cta, cta + num_ctas, ..."""
-    return (launch.num_tokens - launch.cta + launch.num_ctas - 1) // launch.num_ctas
+    return ceil_div(launch.num_tokens - launch.cta, launch.num_ctas)
 
 
 @cute.jit
@@ -155,12 +156,18 @@ def arrivals(launch: Launch, own, number) -> Int32:
 
 
 @cute.jit
+def told_to_stop(flag_smem) -> Int32:
+    """1 once the math warps take over; the same for the whole warp."""
+    return arch.shuffle_sync(load_shared_volatile(flag_smem + FLAG_STOP), 0)
+
+
+@cute.jit
 def reduce_early(launch: Launch, flag_smem, worker, workers: Constexpr, lane):
     """Dispatch warps, once they have pulled all their rows: reduce own tokens as their slots come
     in, under the GEMMs, until the math warps take over. What is half done then is done again.
     """
     own = own_tokens(launch)
-    pieces = (launch.shape.output_row_bytes + WARP_BYTES - 1) // WARP_BYTES
+    pieces = ceil_div(launch.shape.output_row_bytes, WARP_BYTES)
     stop = Int32(0)
     if own < MIN_EARLY_TOKENS:
         stop = Int32(1)
@@ -180,14 +187,12 @@ def reduce_early(launch: Launch, flag_smem, worker, workers: Constexpr, lane):
                 while piece < pieces and stop == 0:
                     reduce_piece(launch, token, live, piece, lane, 1)
                     piece += 1
-                    stop = load_shared_volatile(flag_smem + FLAG_STOP)
-                    stop = arch.shuffle_sync(stop, 0)
+                    stop = told_to_stop(flag_smem)
                 if piece == pieces:
                     arch.store(counter, Int32(SLOTS_ADDED), sem="relaxed", scope="sys")
                 ready = ready & (ready - 1)
         if stop == 0:
-            stop = load_shared_volatile(flag_smem + FLAG_STOP)
-            stop = arch.shuffle_sync(stop, 0)
+            stop = told_to_stop(flag_smem)
             if missing == 0:
                 stop = Int32(1)
             elif stop == 0:
@@ -199,7 +204,7 @@ def reduce_rest(launch: Launch, thread, threads: Constexpr):
     """Math warps, after the barrier: the own tokens that are not done, all warps on each."""
     own = own_tokens(launch)
     lane, warp = thread % 32, thread // 32
-    pieces = (launch.shape.output_row_bytes + 2 * WARP_BYTES - 1) // (2 * WARP_BYTES)
+    pieces = ceil_div(launch.shape.output_row_bytes, 2 * WARP_BYTES)
     for start in range(0, own, 32):
         ready = arch.vote_ballot_sync(arrivals(launch, own, start + lane) == SLOTS_IN)
         while ready != 0:

@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, range_constexpr
 
 from megamoe import schedule
+from megamoe.budget import PASS_ROW_BYTES, WARP_ROWS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address, peer_base
 from megamoe.kernels.ptx import (
@@ -29,10 +30,7 @@ from workspace import wire
 
 arch = cute.arch
 
-PASS_COLUMNS = 64
-PASS_ROW_BYTES = 2 * PASS_COLUMNS
-WARP_ROWS = 16
-WARP_STAGING_BYTES = WARP_ROWS * PASS_ROW_BYTES
+PASS_COLUMNS = PASS_ROW_BYTES // 2
 SLABS_PER_PASS = PASS_COLUMNS // 8
 #: Rows that one lane stores per pass: the warp covers 4 rows of 128 bytes with one instruction.
 STORES_PER_PASS = WARP_ROWS // 4

@@ -32,7 +32,7 @@ import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint8, range_constexpr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, range_constexpr
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -304,11 +304,10 @@ class MegaMoEKernel:
         )
 
     @cute.jit
-    def load_operand(
-        self, atom, smem_side, global_side, pipes, position, k_blocks, lane, num_bytes: Constexpr
-    ):
+    def load_stages(self, atom, sides, pipes, position, k_blocks, rows, num_bytes, lane):
         """Load `k_blocks` K blocks of one operand into consecutive stages, from ring position
-        `position`.
+        `position`. A stage takes one box from each of `sides`; all but the first only if `rows`
+        reach into it. `num_bytes`: of the boxes together.
         """
         stages = self.kernel_config.num_stages
         for k in cutlass.range(k_blocks, unroll=1):
@@ -318,7 +317,10 @@ class MegaMoEKernel:
             if lane == 0:
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
             arch.sync_warp()
-            cute.copy(atom, global_side[None, k], smem_side[None, stage], tma_bar_ptr=full)
+            for part in range_constexpr(len(sides)):
+                to, source = sides[part]
+                if part == 0 or rows > part * WARPGROUP_ROWS:
+                    cute.copy(atom, source[None, k], to[None, stage], tma_bar_ptr=full)
 
     def k_blocks(self, phase: int) -> int:
         """K blocks of an FC1 or FC2 tile."""
@@ -365,16 +367,16 @@ class MegaMoEKernel:
             handed += 1
             place = (tile.column, None, walk.expert)
             if walk.phase == schedule.PHASE_FC1:
-                to, source = self.partition(gate_up_atom, smem_b, gate_up, box, place)
+                sides = [self.partition(gate_up_atom, smem_b, gate_up, box, place)]
                 k_blocks = self.k_blocks(schedule.PHASE_FC1)
-                self.load_operand(
-                    gate_up_atom, to, source, pipes, position, k_blocks, lane, num_bytes
+                self.load_stages(
+                    gate_up_atom, sides, pipes, position, k_blocks, rows, num_bytes, lane
                 )
                 position += k_blocks
             elif walk.phase == schedule.PHASE_FC2:
-                to, source = self.partition(down_atom, smem_b, down, box, place)
+                sides = [self.partition(down_atom, smem_b, down, box, place)]
                 k_blocks = self.k_blocks(schedule.PHASE_FC2)
-                self.load_operand(down_atom, to, source, pipes, position, k_blocks, lane, num_bytes)
+                self.load_stages(down_atom, sides, pipes, position, k_blocks, rows, num_bytes, lane)
                 position += k_blocks
             else:
                 running = Int32(0)
@@ -382,7 +384,7 @@ class MegaMoEKernel:
     @cute.jit
     def load_rows(self, atom, tensor, smem_a, pipes, position, k_blocks, block, rows, lane):
         """Load the rows of one pool block over K: one box per math warpgroup that has real rows."""
-        stages, box = self.kernel_config.num_stages, (WARPGROUP_ROWS, self.kernel_config.block_k)
+        box = (WARPGROUP_ROWS, self.kernel_config.block_k)
         boxes = self.kernel_config.num_math_warpgroups
         box_bytes = self.budget.a_stage_bytes // boxes
         sides = []
@@ -394,17 +396,7 @@ class MegaMoEKernel:
         for half in range_constexpr(1, boxes):
             if rows > half * WARPGROUP_ROWS:
                 num_bytes += box_bytes
-        for k in cutlass.range(k_blocks, unroll=1):
-            stage = (position + k) % stages
-            full = pipes.full + stage
-            arch.mbarrier_wait(pipes.empty + stage, ((position + k) // stages + 1) % 2)
-            if lane == 0:
-                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-            arch.sync_warp()
-            for half in range_constexpr(boxes):
-                to, source = sides[half]
-                if half == 0 or rows > half * WARPGROUP_ROWS:
-                    cute.copy(atom, source[None, k], to[None, stage], tma_bar_ptr=full)
+        self.load_stages(atom, sides, pipes, position, k_blocks, rows, num_bytes, lane)
 
     @cute.jit
     def take_tile(self, pipes, taken, lane):
