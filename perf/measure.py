@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -104,10 +105,15 @@ def largest_error(
     return max(reference.relative_error(out, want) for out, want in pairs)
 
 
-def describe(kernel: object, num_sms: int | None) -> str:
-    """The kernel's configuration in one cell: name=value, spaces between."""
-    values = {**dataclasses.asdict(kernel), "num_sms": num_sms}
-    return " ".join(f"{name}={value}" for name, value in values.items())
+def layer_facts(moe: megamoe.MegaMoE) -> dict[str, object]:
+    """What a point says of the layer itself: memory, and its configuration in one cell."""
+    values = {**dataclasses.asdict(moe.kernel_config), "num_sms": moe.num_sms}
+    return {
+        "impl": MEGAMOE,
+        "reset_bytes": moe.workspace.reset_bytes,
+        "workspace_bytes": moe.workspace.total_bytes,
+        "config": " ".join(f"{name}={value}" for name, value in values.items()),
+    }
 
 
 def layer_of(plan: Plan, **ranks) -> megamoe.MegaMoE:
@@ -147,38 +153,25 @@ class Runner:
         inputs = make_inputs(case, plan.device)
         work = work_of(case, [i.topk_idx for i in inputs])
         roofline = None if plan.emulated else roofline_of(work)
+        point = partial(Point, case=case, mode=plan.mode, work=work, roofline=roofline)
         expected = oracle(inputs, self.w13, self.w2, case.precision) if plan.verify else None
         columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
         single = case.num_ranks == 1
 
         arguments = [column[0] for column in columns] if single else columns
         times, output = self._measure(lambda: self.moe(*arguments), self.moe.synchronize)
-        yield Point(
-            case=case,
-            mode=plan.mode,
-            impl=MEGAMOE,
+        yield point(
             times=times,
-            work=work,
-            roofline=roofline,
             error=largest_error([output] if single else output, expected),
-            nvlink_bytes=self.moe.nvlink_bytes if plan.emulated else None,
-            reset_bytes=self.moe.workspace.reset_bytes,
-            workspace_bytes=self.moe.workspace.total_bytes,
-            config=describe(self.moe.kernel_config, self.moe.num_sms),
+            nvlink_bytes=self.moe.nvlink_bytes,
+            **layer_facts(self.moe),
         )
         if self.baseline is None:
             return
         joined = [torch.cat(column) for column in columns]
         times, output = self._measure(lambda: self.baseline(*joined), lambda: None)
-        yield Point(
-            case=case,
-            mode=plan.mode,
-            impl=plan.baseline,
-            times=times,
-            work=work,
-            roofline=roofline,
-            error=largest_error(output.split(tokens), expected),
-        )
+        error = largest_error(output.split(tokens), expected)
+        yield point(impl=plan.baseline, times=times, error=error)
 
     def _measure(
         self, call: Callable[[], object], check: Callable[[], object]

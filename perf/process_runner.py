@@ -7,13 +7,14 @@ repetition is checked on a sample of tokens (`perf.sample`). All ranks yield equ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from perf.baselines import PROCESS_BASELINES
 from perf.cases import Case, Inputs, make_rank_inputs, make_weights
-from perf.measure import MAX_ERROR, MEGAMOE, Point, WrongResult, describe, layer_of
+from perf.measure import MAX_ERROR, Point, WrongResult, layer_facts, layer_of
 from perf.plan import Plan
 from perf.processes import Job
 from perf.roofline import Work, counts_of, roofline_of, work_of_counts
@@ -43,39 +44,23 @@ class ProcessRunner:
         inputs = make_rank_inputs(case, self.job.rank, plan.device)
         work = self._work(case, inputs)
         roofline = None if plan.emulated else roofline_of(work)
+        point = partial(Point, case=case, work=work, roofline=roofline)
         sample = None
         if plan.verify:
             sample = sample_of(self.job, inputs, self.w13, self.w2, case.precision)
         arguments = (inputs.x, inputs.topk_idx, inputs.topk_weights)
 
         times, output = self._measure(lambda: self.moe(*arguments), plan.mode, self.moe.synchronize)
-        yield Point(
-            case=case,
-            mode=plan.mode,
-            impl=MEGAMOE,
-            times=times,
-            work=work,
-            roofline=roofline,
-            error=self._error(sample, output),
-            reset_bytes=self.moe.workspace.reset_bytes,
-            workspace_bytes=self.moe.workspace.total_bytes,
-            config=describe(self.moe.kernel_config, self.moe.num_sms),
-        )
+        error = self._error(sample, output)
+        yield point(mode=plan.mode, times=times, error=error, **layer_facts(self.moe))
         if self.baseline is None:
             return
         error = self._error(sample, self.baseline(*arguments))
         if error is not None and not error <= MAX_ERROR:
             raise WrongResult(f"{plan.baseline} is wrong at {tokens} tokens: error {error:.2e}")
         times, output = self._measure(lambda: self.baseline(*arguments), EAGER, lambda: None)
-        yield Point(
-            case=case,
-            mode=EAGER,
-            impl=plan.baseline,
-            times=times,
-            work=work,
-            roofline=roofline,
-            error=self._error(sample, output),
-        )
+        error = self._error(sample, output)
+        yield point(mode=EAGER, impl=plan.baseline, times=times, error=error)
 
     def _work(self, case: Case, inputs: Inputs) -> Work:
         """The work of every GPU, from the routings of all ranks."""

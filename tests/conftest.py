@@ -40,3 +40,12 @@ def cuda() -> torch.device:
     if not have_gpu():
         pytest.skip(NO_GPU)
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Products of the emulator are tiny; a thread pool only gets in the way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

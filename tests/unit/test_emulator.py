@@ -20,14 +20,7 @@ from tests.routing import ROUTINGS
 from workspace import Workspace
 from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The products are tiny; a thread pool only gets in the way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

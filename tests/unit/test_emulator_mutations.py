@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from megamoe.emulator import OPERATIONS
 from megamoe.emulator.operations import KINDS
@@ -38,12 +37,7 @@ SHOWN_BY_VALUES = [
 ROUTINGS = ("uniform", "skewed", "ragged")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_layer(drop) -> Layer:

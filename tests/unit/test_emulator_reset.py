@@ -20,12 +20,7 @@ BARRIER_REGIONS = [region.name for region in TABLE if region.kind == BARRIER]
 LAUNCHES = (("uniform", 1), ("uniform", 2), ("masked", 3))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_layer(**emulator) -> Layer:
