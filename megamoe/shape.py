@@ -7,8 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
+from megamoe.precision import num_scales
 from megamoe.schedule import ceil_div, done_target, slot_free_target
 from workspace.layout import COUNTER, Layout
+from workspace.wire import scale_words
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,21 @@ class Shape:
     @property
     def hidden_row_bytes(self) -> int:
         return self.config.intermediate_size * self.config.recipe.token_bytes
+
+    @property
+    def token_scales(self) -> int:
+        """Scales of a token row; 0 if the recipe has none."""
+        return num_scales(self.config.hidden_size, self.config.recipe.token_block)
+
+    @property
+    def hidden_scales(self) -> int:
+        """Scales of a row of FC1's output."""
+        return num_scales(self.config.intermediate_size, self.config.recipe.hidden_block)
+
+    @property
+    def token_scale_bytes(self) -> int:
+        """Bytes of a row of `input_sf_buffer`."""
+        return 4 * scale_words(self.token_scales)
 
     @property
     def output_row_bytes(self) -> int:
