@@ -56,6 +56,13 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
     return max(size for size in range(16, min(row_bytes, limit) + 1, 16) if row_bytes % size == 0)
 
 
+def weight_sf_bytes(config: MoEConfig) -> int:
+    """Block scales of one tile's weights over all of K; 0 for recipes without."""
+    block = config.recipe.weight_block[1]
+    columns = max(config.hidden_size, config.intermediate_size)
+    return WEIGHT_SF_BYTES * num_scales(columns, block) if block > 0 else 0
+
+
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget; see `check` for what must hold."""
     item = config.recipe.token_bytes
@@ -64,14 +71,12 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     staging = kernel.num_math_warps * PASS_BYTES
     piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
     pull = kernel.num_dispatch_warps * NUM_PULL_BUFFERS * piece
-    scaled, row_scales = config.recipe.scaled, num_scales(
-        config.hidden_size, config.recipe.token_block
+    scaled, row_scales = (
+        config.recipe.scaled,
+        num_scales(config.hidden_size, config.recipe.token_block),
     )
     sf_stage = 4 * kernel.block_m if scaled else 0
-    weight_sf = 0
-    if config.recipe.weight_block[1] > 0:
-        columns = max(config.hidden_size, config.intermediate_size)
-        weight_sf = WEIGHT_SF_BYTES * num_scales(columns, config.recipe.weight_block[1])
+    weight_sf = weight_sf_bytes(config)
     pull_sf = 4 * scale_words(row_scales) * kernel.num_dispatch_warps * NUM_PULL_BUFFERS
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
     barriers = (

@@ -100,7 +100,7 @@ DEFAULT_POOL_BLOCKS = 192
 SCALED_DEFAULTS = {
     "block_k": 128,
     "pull_chunk_bytes": 1792,
-    "frontend_registers": 56,
+    "frontend_registers": 48,
     "math_registers": 224,
 }
 #: Smallest legal value of the integer fields of `KernelConfig` that have no stricter rule.
