@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 #: A block that spans the whole row.
 WHOLE_ROW = -1
 

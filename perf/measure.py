@@ -91,7 +91,8 @@ def oracle(
     """The expected output of every rank, with true float32 products on the inputs' device."""
     torch.backends.cuda.matmul.allow_tf32 = False
     return [
-        reference.moe_forward(i.x, i.topk_idx, i.topk_weights, w13, w2, precision) for i in inputs
+        reference.moe_forward(i.x, i.topk_idx, i.topk_weights, w13, w2, precision=precision)
+        for i in inputs
     ]
 
 

@@ -58,8 +58,8 @@ def sample_of(
         if expert // local != job.rank:  # -1 // local is -1
             continue
         token, k = torch.where(topk_idx == expert)
-        w13, w2 = w13_E2IH[expert % local], w2_EHI[expert % local]
-        rows = reference.expert_rows(x[token], topk_weights[token, k], w13, w2, recipe)
+        weights = reference.Weights(w13_E2IH[expert % local], w2_EHI[expert % local])
+        rows = reference.expert_rows((x[token], None), topk_weights[token, k], weights, recipe)
         slots[token, k] = rows.float()
     slots = job.sum_over_ranks(slots)
     mine = slice(job.rank * count, (job.rank + 1) * count)

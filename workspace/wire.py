@@ -6,8 +6,8 @@
   its first record.
 - source code (int32, `token_src_metadata`): 0 for a row that pads a block, else 1 + rank *
   max_slots + slot.
-- scales of a token row (float32, `input_sf_buffer`): padded with whole words to 16 bytes, what a bulk
-  copy moves.
+- scales of a token row (float32, `input_sf_buffer`): padded with whole words to 16 bytes, what a
+  bulk copy moves.
 - combine row: H outputs at `combine_output[token][k]` of the source rank, addressed by the slot.
 
 Owns these encodings; the kernel and the emulator call the same functions.

@@ -129,7 +129,7 @@ def test_activations_stay_of_order_one():
     assert w13.dtype == w2.dtype == torch.bfloat16
     assert w13.shape == (32, 512, 256) and w2.shape == (32, 256, 256)
     inputs = make_inputs(case)[0]
-    gate_up = reference.fc1(inputs.x.float(), w13[0].float())
+    gate_up = reference.product(inputs.x.float(), w13[0].float())
     assert 0.9 < gate_up.std() < 1.1
     out = reference.moe_forward(inputs.x, inputs.topk_idx, inputs.topk_weights, w13, w2)
     assert 0.1 < out.float().std() < 2

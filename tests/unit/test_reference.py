@@ -104,9 +104,9 @@ def test_each_rounding_point_matters(monkeypatch, stage):
     else:
         rows = reference.expert_rows
 
-        def weight_last(x_RH, weights_R, w13_2IH, w2_HI, recipe, rounding):
-            out = rows(x_RH, torch.ones_like(weights_R), w13_2IH, w2_HI, recipe, rounding)
-            return (out * weights_R[:, None]).to(out.dtype)
+        def weight_last(values, router_R, *rest):
+            out = rows(values, torch.ones_like(router_R), *rest)
+            return (out * router_R[:, None]).to(out.dtype)
 
         monkeypatch.setattr(reference, "expert_rows", weight_last)
     other = reference.moe_forward(*args).to(torch.bfloat16)
@@ -179,11 +179,9 @@ def test_swiglu_takes_gate_first():
     torch.testing.assert_close(reference.swiglu(gate_up), expected, rtol=1e-14, atol=0)
 
 
-def test_fc1_and_fc2_contract_the_last_dimension():
-    x = torch.arange(6.0).view(2, 3)
-    w13, w2 = torch.arange(12.0).view(4, 3), torch.arange(8.0).view(4, 2)
-    assert torch.equal(reference.fc1(x, w13), torch.einsum("th,ih->ti", x, w13))
-    assert torch.equal(reference.fc2(x[:, :2], w2), torch.einsum("ti,hi->th", x[:, :2], w2))
+def test_products_contract_the_last_dimension():
+    x, w13 = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    assert torch.equal(reference.product(x, w13), torch.einsum("th,ih->ti", x, w13))
 
 
 def test_combine_adds_in_slot_order_in_float32():
