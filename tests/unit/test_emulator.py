@@ -15,6 +15,7 @@ from megamoe.emulator import (
     UnwrittenRead,
 )
 from megamoe.faults import LaunchTimeout, MegaMoEError
+from megamoe.reference import Weights
 from tests.emulated import Layer
 from tests.routing import ROUTINGS
 from workspace import Workspace
@@ -253,8 +254,9 @@ def test_not_at_rest():
 def test_wrong_numbers_are_noticed():
     """The comparison is not vacuous: one expert's weights differ, by little."""
     layer = Layer(2)
-    layer.w2 = layer.w2.clone()
-    layer.w2[0] *= 1.03
+    w13, w2 = layer.weights.w13, layer.weights.w2.clone()
+    w2[0] *= 1.03
+    layer.weights = Weights(w13, w2)
     with pytest.raises(AssertionError, match="relative error"):
         layer.check("uniform", 0)
 
@@ -277,8 +279,8 @@ def test_arguments_are_checked():
         layer.emulator.launch([xs[0].float(), xs[1]], idx, weights)
     with pytest.raises(ValueError, match="topk_idx has shape"):
         layer.emulator.launch(xs, [idx[0][:1], idx[1]], weights)
-    with pytest.raises(ValueError, match="w13 is given for 1 ranks"):
-        layer.emulator.load_weights([layer.w13], [layer.w2])
+    with pytest.raises(ValueError, match="weights are given for 1 ranks"):
+        layer.emulator.load_weights([layer.weights])
     with pytest.raises(EmulatorError, match="load_weights"):
         Emulator(Workspace(layer.layout)).launch(xs, idx, weights)
 
