@@ -221,8 +221,8 @@ class MegaMoE:
         [n, H]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W
         with a process per rank (its experts are number rank * e and following).
 
-        All are contiguous, on the device and aligned to 16 bytes. Weights are not copied: they must
-        stay alive and unchanged. Raises ValueError, naming the tensor, otherwise.
+        All are contiguous and on the device. Weights are not copied: they must start at a multiple
+        of 16 bytes, stay alive and unchanged. Raises ValueError, naming the tensor, otherwise.
         """
         weights = Weights(w13, w2, w13_scale, w2_scale)
         local, ranks = self.config.experts_per_rank, len(self.local_ranks)

@@ -210,6 +210,11 @@ def test_bad_weights_of_a_recipe_are_named(precision, changes, words):
         assert word in str(error.value)
 
 
+def test_scales_of_blocks_are_laid_out_anew_wherever_they_start():
+    made = broken("fp8_block", w13_scale=lambda w: unaligned(w.w13_scale))
+    check_weights(config_of("fp8_block"), 4, CPU, made)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_good_weights_of_a_recipe_pass(precision):
     check_weights(config_of(precision), 4, CPU, broken(precision))
