@@ -91,6 +91,15 @@ def input_rows(
     return stored(x_TH, recipe.token, recipe.token_block)
 
 
+def take_rows(
+    rows: tuple[torch.Tensor, torch.Tensor | None], index_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Some of the rows that `input_rows` returned."""
+    values, scale = rows
+    values = values.view(torch.uint8)[index_R].view(values.dtype)  # not every device indexes e4m3
+    return values, None if scale is None else scale[index_R]
+
+
 def scale_rows(scale: torch.Tensor | None, channels: int) -> torch.Tensor | None:
     """Scales of one weight matrix, by output channel: [N/block, S] or [N] -> [N, S]."""
     if scale is None:
@@ -211,15 +220,14 @@ def moe_forward(
     num_tokens, top_k = topk_idx_TK.shape
     output = getattr(torch, recipe.output) if rounding else torch.float64
     slots = torch.zeros(num_tokens, top_k, x_TH.shape[1], dtype=output, device=x_TH.device)
-    values, scale = input_rows(x_TH, x_scale, recipe)
+    rows = input_rows(x_TH, x_scale, recipe)
     for expert in topk_idx_TK.unique().tolist():
         if expert < 0:
             continue
         token, k = torch.where(topk_idx_TK == expert)
-        rows = (values[token], None if scale is None else scale[token])
         router = topk_weights_TK[token, k]
         slots[token, k] = expert_rows(
-            rows, router, weights.of(expert), recipe, clamp, rounding, compute
+            take_rows(rows, token), router, weights.of(expert), recipe, clamp, rounding, compute
         )
     return combine(slots, topk_idx_TK, torch.float32 if rounding else torch.float64).to(output)
 

@@ -132,13 +132,19 @@ def first_launch_in_a_capture(context: Context, name: str) -> None:
     assert torch.equal(layer.forward(moe, inputs), first)
 
 
+def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """tensor[index] of any dtype, by its bytes."""
+    return tensor.view(torch.uint8)[index].view(tensor.dtype)
+
+
 def share_a_workspace(context: Context, name: str, rounds: int) -> None:
     """Two layers with other weights (the experts in reverse order) on one workspace."""
     first = layer.shared(context, name)
     second = layer.construct(context, name, workspace=first.workspace)
     assert second.workspace is first.workspace
     weights = harness.all_weights(first)
-    flipped = (None if field is None else field.flip(0) for field in weights)
+    backwards = torch.arange(first.config.num_experts - 1, -1, -1, device=context.device)
+    flipped = (None if field is None else take(field, backwards) for field in weights)
     layer.load_slice(second, context.rank, Weights(*flipped))
     last = first.config.num_experts - 1
     known = []
