@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from perf.baselines import PROCESS_BASELINES
-from perf.cases import Case, Inputs, make_rank_inputs, make_weights
+from perf.cases import Case, Inputs, make_layer_weights, make_rank_inputs, make_weights
 from perf.measure import MAX_ERROR, Point, WrongResult, layer_facts, layer_of
 from perf.plan import Plan
 from perf.processes import Job
@@ -30,13 +30,16 @@ class ProcessRunner:
         case = plan.case
         first = job.rank * case.experts_per_rank
         own = range(first, first + case.experts_per_rank)
-        self.w13, self.w2 = make_weights(case, plan.device, own)
+        self.weights = make_layer_weights(case, plan.device, own)
         self.moe = layer_of(plan, group=dist.group.WORLD)
-        self.moe.load_weights(self.w13, self.w2)
+        self.moe.load_weights(*self.weights)
         self.baseline = None
         if plan.baseline:
             masked = case.routing == "masked"
-            self.baseline = PROCESS_BASELINES[plan.baseline](self.w13, self.w2, job.size, masked)
+            weights = self.weights[:2]
+            if case.config(1).recipe.scaled:
+                weights = make_weights(case, plan.device, own)
+            self.baseline = PROCESS_BASELINES[plan.baseline](*weights, job.size, masked)
 
     def points(self, tokens: int) -> Iterator[Point]:
         """The layer, then the baseline (eager: its host reads counts), on the same inputs."""
@@ -47,7 +50,7 @@ class ProcessRunner:
         point = partial(Point, case=case, work=work, roofline=roofline)
         sample = None
         if plan.verify:
-            sample = sample_of(self.job, inputs, self.w13, self.w2, case.precision)
+            sample = sample_of(self.job, inputs, self.weights, case.precision)
         arguments = (inputs.x, inputs.topk_idx, inputs.topk_weights)
 
         times, output = self._measure(lambda: self.moe(*arguments), plan.mode, self.moe.synchronize)
