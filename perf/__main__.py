@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import sweep
+from perf import compare, sweep
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
-COMMANDS = {"sweep": sweep}
+COMMANDS = {"sweep": sweep, "compare": compare}
 
 
 def parser() -> Parser:

@@ -88,6 +88,17 @@ def integer(
     return parse
 
 
+def percent(text: str) -> float:
+    """Option type: `3` or `3%` is 0.03; in 0..1000."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of percent") from None
+    if not 0 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} must be in 0..1000 percent")
+    return value / 100
+
+
 def token_counts(text: str) -> list[int]:
     """Option type: `1,8,64`, or `1:4096` (doubling, both ends included), or a mix of both."""
     number = integer(1, MAX_TOKENS)

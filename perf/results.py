@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+#: What stands in `gpu` where the emulator ran.
+EMULATION = "cpu emulation"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def load(*paths: str | Path):
-    """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added."""
+    """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added.
+    ValueError for a file that does not exist or has another header.
+    """
     import pandas
 
     files: list[Path] = []
@@ -115,8 +119,11 @@ def load(*paths: str | Path):
         files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
     frames = [pandas.DataFrame(columns=[*COLUMNS, "file"])] if not files else []
     for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist")
+        with file.open(newline="") as text:
+            _check_header(file, next(csv.reader(text), []))
         frame = pandas.read_csv(file, dtype={"commit": str, "driver": str, "config": str})
-        _check_header(file, list(frame.columns))
         frames.append(frame.assign(file=file.name))
     return pandas.concat(frames, ignore_index=True)
 
@@ -162,7 +169,7 @@ def environment(device: torch.device | str) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": dirty,
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu emulation",
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else EMULATION,
         "driver": _driver_version() if on_gpu else "",
         "torch": torch.__version__,
         "dsl": _dsl_version(),
