@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import compare, sweep
+from perf import compare, report, sweep
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
-COMMANDS = {"sweep": sweep, "compare": compare}
+COMMANDS = {"sweep": sweep, "compare": compare, "report": report}
 
 
 def parser() -> Parser:

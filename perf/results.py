@@ -11,6 +11,7 @@ import csv
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,8 +83,7 @@ class ResultsFile:
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a directory, expected a CSV file")
         if self.path.exists() and self.path.stat().st_size:
-            with self.path.open(newline="") as file:
-                _check_header(self.path, next(csv.reader(file), []))
+            _check_header(self.path, _header_of(self.path))
 
     def append(self, row: Row) -> None:
         """Write one row, with the header first in a new file, and close the file."""
@@ -108,6 +108,26 @@ def _check_header(path: Path, header: list[str]) -> None:
     raise ValueError(f"{path} has another header: {detail}")
 
 
+def result_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """(files of result rows, other CSV files) among `paths` and in the directories among them;
+    ValueError for a path that does not exist.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    rows, others = [], []
+    for path in files:
+        (rows if tuple(_header_of(path)) == COLUMNS else others).append(path)
+    return rows, others
+
+
+def _header_of(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    with path.open(newline="") as file:
+        return next(csv.reader(file), [])
+
+
 def load(*paths: str | Path):
     """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added.
     ValueError for a file that does not exist or has another header.
@@ -119,10 +139,7 @@ def load(*paths: str | Path):
         files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
     frames = [pandas.DataFrame(columns=[*COLUMNS, "file"])] if not files else []
     for file in files:
-        if not file.is_file():
-            raise ValueError(f"{file} does not exist")
-        with file.open(newline="") as text:
-            _check_header(file, next(csv.reader(text), []))
+        _check_header(file, _header_of(file))
         frame = pandas.read_csv(file, dtype={"commit": str, "driver": str, "config": str})
         frames.append(frame.assign(file=file.name))
     return pandas.concat(frames, ignore_index=True)
