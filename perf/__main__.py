@@ -27,7 +27,9 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status. Bad arguments: one line on stderr, SystemExit(2)."""
+    """Run one command; its exit status, 130 after an interrupt. Bad arguments: one line on stderr,
+    SystemExit(2).
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = parser()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -37,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except ValueError as error:
         args.fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -10,9 +10,26 @@ as well. Both run on the CPU too, through the same operations.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+#: A relative error above this is no rounding of BF16.
+MAX_ERROR = 2e-2
+
+
+class Baseline:
+    """What a measurement needs to know of a baseline.
+
+    capturable: a CUDA graph can hold it. max_error: largest relative error against the oracle.
+    config: what a result row says of its form.
+    """
+
+    capturable: ClassVar[bool] = True
+    max_error: ClassVar[float] = MAX_ERROR
+    config: str = ""
 
 
 def _swiglu(rows_RH: torch.Tensor, w13_EH2I: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -21,7 +38,7 @@ def _swiglu(rows_RH: torch.Tensor, w13_EH2I: torch.Tensor, offsets_E: torch.Tens
     return F.silu(gate).mul_(up)
 
 
-class TorchBf16:
+class TorchBf16(Baseline):
     """The layer over weights in checkpoint layout, w13 [E, 2I, H] gate then up and w2 [E, H, I].
 
     The weights are not copied. `masked` says whether topk_idx may hold -1; without masks a few
@@ -66,10 +83,12 @@ class TorchBf16:
         return slots_TKH.sum(dim=1)  # accumulated in float32, rounded once
 
 
-class ExchangedTorchBf16:
+class ExchangedTorchBf16(Baseline):
     """The layer of one rank over the weights of its own experts, e of E; collective over the
     default process group. Row counts, rows and results travel in three all-to-alls.
     """
+
+    capturable = False
 
     def __init__(
         self,

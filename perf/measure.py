@@ -1,7 +1,8 @@
-"""Running a plan: the layer and its baseline on the same inputs, checked against the oracle.
+"""Running a plan: the layer and its contenders on the same inputs, checked against the oracle.
 
 The output that is checked is that of the last timed call, so a wrong result cannot hide behind a
-fast time. `Runner` holds every rank of the job; `process_runner` has one for a process per rank.
+fast time; a contender is checked before it is timed too, because a wrong one is nothing to compare
+with. `Runner` holds every rank of the job; `process_runner` has one for a process per rank.
 Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the points.
 """
 
@@ -16,20 +17,40 @@ import torch
 
 import megamoe
 from megamoe import reference
-from perf.baselines import BASELINES
+from perf.baselines import BASELINES, MAX_ERROR
 from perf.cases import Case, Inputs, make_inputs, make_weights
 from perf.plan import Plan
 from perf.results import Row
 from perf.roofline import Roofline, Work, roofline_of, work_of
-from perf.timing import Times, measure
+from perf.routings import label_of, may_mask
+from perf.timing import EAGER, Times, measure
 
 MEGAMOE = "megamoe"
-#: A relative error above this is no rounding: the sweep says so and exits with status 1.
-MAX_ERROR = 2e-2
 
 
 class WrongResult(RuntimeError):
-    """A baseline is wrong, so there is nothing to compare with."""
+    """A contender is wrong, so there is nothing to compare with."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is measured beside the layer.
+
+    prepare: takes the inputs of the ranks of this process and returns the call that is timed; a
+    call returns [T, H] of each of these ranks. mode: of `timing`. max_error: relative, against the
+    oracle. config: what a result row says of it.
+    """
+
+    impl: str
+    prepare: Callable[[Sequence[Inputs]], Callable[[], Sequence[torch.Tensor]]]
+    mode: str
+    max_error: float
+    config: str = ""
+
+    def refuse(self, error: float | None, tokens: int) -> None:
+        """WrongResult if an output with this error is no rounding."""
+        if error is not None and not error <= self.max_error:
+            raise WrongResult(f"{self.impl} is wrong at {tokens} tokens: error {error:.2e}")
 
 
 @dataclass(frozen=True)
@@ -47,6 +68,11 @@ class Point:
     reset_bytes: int | None = None
     workspace_bytes: int | None = None
     config: str = ""
+    max_error: float = MAX_ERROR
+
+    @property
+    def wrong(self) -> bool:
+        return self.error is not None and not self.error <= self.max_error
 
     def row(self, where: dict[str, object]) -> Row:
         """The result row of this point, measured at `where` (`results.environment`)."""
@@ -74,7 +100,7 @@ class Point:
             top_k=case.model.top_k,
             tokens=case.tokens,
             precision=case.precision,
-            routing=case.routing,
+            routing=label_of(case.routing),
             mode=self.mode,
             impl=self.impl,
             us_min=self.times.us_min,
@@ -133,8 +159,35 @@ def layer_of(plan: Plan, **ranks) -> megamoe.MegaMoE:
     )
 
 
+def baseline_contenders(plan: Plan, table: dict, *weights, **ranks) -> list[Contender]:
+    """The plan's baselines, made by the classes of `table` from `weights`; for one rank or for all
+    ranks of the job, whose tokens become one batch.
+    """
+    masked = may_mask(plan.case.routing)
+
+    def contender(name: str) -> Contender:
+        layer = table[name](*weights, **ranks, masked=masked)
+
+        def prepare(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
+            tokens = [i.x.shape[0] for i in inputs]
+            columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
+            batch = [torch.cat(c) if len(c) > 1 else c[0] for c in columns]
+            return lambda: layer(*batch).split(tokens)
+
+        mode = plan.mode if layer.capturable else EAGER
+        return Contender(name, prepare, mode, layer.max_error, layer.config)
+
+    return [contender(name) for name in plan.baselines]
+
+
+def layer_arguments(inputs: Sequence[Inputs]) -> list:
+    """x, topk_idx and topk_weights as the layer takes them: tensors of one rank, else lists."""
+    columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
+    return [column[0] for column in columns] if len(inputs) == 1 else columns
+
+
 class Runner:
-    """Weights, the layer and the baseline of a plan, made once; `points(tokens)` measures them."""
+    """Weights, the layer and its contenders, made once; `points(tokens)` measures them."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -142,39 +195,46 @@ class Runner:
         self.w13, self.w2 = make_weights(case, plan.device)
         self.moe = layer_of(plan, world=case.num_ranks)
         self.moe.load_weights(self.w13, self.w2)
-        self.baseline = None
-        if plan.baseline:
-            masked = case.routing == "masked"
-            self.baseline = BASELINES[plan.baseline](self.w13, self.w2, masked=masked)
+        self.contenders = self.make_contenders()
+
+    def make_contenders(self) -> list[Contender]:
+        """What is measured beside the layer, here the baselines."""
+        return baseline_contenders(self.plan, BASELINES, self.w13, self.w2)
 
     def points(self, tokens: int) -> Iterator[Point]:
-        """The layer, then the baseline: same inputs, mode and repetitions."""
+        """The layer, then its contenders: same inputs and repetitions."""
         plan, case = self.plan, self.plan.case.with_tokens(tokens)
         inputs = make_inputs(case, plan.device)
         work = work_of(case, [i.topk_idx for i in inputs])
         roofline = None if plan.emulated else roofline_of(work)
-        point = partial(Point, case=case, mode=plan.mode, work=work, roofline=roofline)
+        point = partial(Point, case=case, work=work, roofline=roofline)
         expected = oracle(inputs, self.w13, self.w2, case.precision) if plan.verify else None
-        columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
-        single = case.num_ranks == 1
 
-        arguments = [column[0] for column in columns] if single else columns
-        times, output = self._measure(lambda: self.moe(*arguments), self.moe.synchronize)
+        call = partial(self.moe, *layer_arguments(inputs))
+        times, output = self._measure(call, plan.mode, self.moe.synchronize)
         yield point(
+            mode=plan.mode,
             times=times,
-            error=largest_error([output] if single else output, expected),
+            error=largest_error([output] if len(inputs) == 1 else output, expected),
             nvlink_bytes=self.moe.nvlink_bytes,
             **layer_facts(self.moe),
         )
-        if self.baseline is None:
-            return
-        joined = [torch.cat(column) for column in columns]
-        times, output = self._measure(lambda: self.baseline(*joined), lambda: None)
-        error = largest_error(output.split(tokens), expected)
-        yield point(impl=plan.baseline, times=times, error=error)
+        for contender in self.contenders:
+            call = contender.prepare(inputs)
+            if expected is not None:
+                contender.refuse(largest_error(call(), expected), tokens)
+            times, outputs = self._measure(call, contender.mode, lambda: None)
+            yield point(
+                mode=contender.mode,
+                impl=contender.impl,
+                times=times,
+                error=largest_error(outputs, expected),
+                config=contender.config,
+                max_error=contender.max_error,
+            )
 
     def _measure(
-        self, call: Callable[[], object], check: Callable[[], object]
+        self, call: Callable[[], object], mode: str, check: Callable[[], object]
     ) -> tuple[Times, object]:
         plan = self.plan
-        return measure(call, plan.device, plan.mode, plan.reps, plan.warmup, check)
+        return measure(call, plan.device, mode, plan.reps, plan.warmup, check)

@@ -67,6 +67,33 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
     return parse
 
 
+def names(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Option type: a comma-separated list of these names, in which `-` may stand for `_`; without
+    repeats.
+    """
+    known = list(choices)
+    name = one_of(known)
+
+    def parse(text: str) -> tuple[str, ...]:
+        return tuple(
+            dict.fromkeys(name(part.strip().replace("-", "_")) for part in text.split(","))
+        )
+
+    return parse
+
+
+def checked(function: Callable[[str], object]) -> Callable[[str], object]:
+    """Option type: what `function` makes of the text; its ValueError is the message."""
+
+    def parse(text: str) -> object:
+        try:
+            return function(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
 def integer(
     low: int = 1, high: int | None = None, choices: Iterable[int] | None = None
 ) -> Callable[[str], int]:

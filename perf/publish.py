@@ -107,12 +107,12 @@ def configs_of(steps: Sequence[Step]) -> list[dict]:
     add_options(parser)
     configs = []
     for step in steps:
-        case, _, max_tokens = case_of(
-            parser.parse_args(["--device", "cuda", *step.options.split()]), step.gpus
-        )
-        fields = dataclasses.asdict(case.config(max_tokens))
-        if fields not in configs:
-            configs.append(fields)
+        args = parser.parse_args(["--device", "cuda", *step.options.split()])
+        for precision in args.precision:
+            case, _, max_tokens = case_of(args, step.gpus, precision)
+            fields = dataclasses.asdict(case.config(max_tokens))
+            if fields not in configs:
+                configs.append(fields)
     return configs
 
 

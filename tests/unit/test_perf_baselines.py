@@ -10,7 +10,8 @@ import torch
 from megamoe import reference
 from megamoe.faults import MegaMoEError
 from perf.baselines import BASELINES, TorchBf16
-from perf.cases import MODELS, ROUTINGS, Case, Inputs, make_inputs, make_weights
+from perf.cases import MODELS, Case, Inputs, make_inputs, make_weights
+from perf.routings import ROUTINGS
 from perf.timing import EAGER, GRAPH, Times, measure
 
 #: A few bf16 roundings (2^-9 each) of independent signs.

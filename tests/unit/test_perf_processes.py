@@ -77,7 +77,7 @@ def sweep(job: Job, csv: Path) -> tuple[int, str]:
     plan = dataclasses.replace(plan, case=dataclasses.replace(plan.case, ranks_per_gpu=1))
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        status = measure_all(plan, ResultsFile(csv), lambda: ProcessRunner(plan, job), job)
+        status = measure_all([plan], ResultsFile(csv), lambda p: ProcessRunner(p, job), job)
     return status, out.getvalue()
 
 
@@ -253,7 +253,7 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
     def end(status: int) -> None:
         raise Ended(status)
 
-    def fail():
+    def fail(plan):
         raise error
 
     monkeypatch.setattr(os, "_exit", end)
@@ -269,7 +269,7 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
     monkeypatch.setattr(processes, "Job", lambda device: job)
     plan = plan_of(parser().parse_args(["sweep"]))
     with pytest.raises(Ended) as ended, processes.joined(Place(3, 4, 3)) as joined:
-        measure_all(plan, None, fail, joined)
+        measure_all([plan], None, fail, joined)
     assert ended.value.args == (status,)
     err = capsys.readouterr().err
     assert err.startswith("rank 3: ") and message in err
