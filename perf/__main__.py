@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import compare, report, sweep
+from perf import ceilings, compare, report, sweep
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
-COMMANDS = {"sweep": sweep, "compare": compare, "report": report}
+COMMANDS = {"sweep": sweep, "compare": compare, "report": report, "ceilings": ceilings}
 
 
 def parser() -> Parser:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.precision import precision_of
+from megamoe.precision import Precision, precision_of
 from perf import routings
 
 
@@ -70,6 +70,10 @@ class Case:
     @property
     def experts_per_rank(self) -> int:
         return self.model.num_experts // self.num_ranks
+
+    @property
+    def recipe(self) -> Precision:
+        return precision_of(self.precision)
 
     def config(self, max_tokens: int) -> MoEConfig:
         """The layer's configuration for at most `max_tokens` tokens per rank."""

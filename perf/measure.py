@@ -21,7 +21,7 @@ from perf.baselines import BASELINES, MAX_ERROR
 from perf.cases import Case, Inputs, make_inputs, make_weights
 from perf.plan import Plan
 from perf.results import Row
-from perf.roofline import Roofline, Work, roofline_of, work_of
+from perf.roofline import Roofline, Work, work_of
 from perf.routings import label_of, may_mask
 from perf.timing import EAGER, Times, measure
 
@@ -206,8 +206,7 @@ class Runner:
         plan, case = self.plan, self.plan.case.with_tokens(tokens)
         inputs = make_inputs(case, plan.device)
         work = work_of(case, [i.topk_idx for i in inputs])
-        roofline = None if plan.emulated else roofline_of(work)
-        point = partial(Point, case=case, work=work, roofline=roofline)
+        point = partial(Point, case=case, work=work, roofline=plan.roofline_of(work))
         expected = oracle(inputs, self.w13, self.w2, case.precision) if plan.verify else None
 
         call = partial(self.moe, *layer_arguments(inputs))

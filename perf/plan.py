@@ -22,8 +22,11 @@ from megamoe.precision import ITEM_BYTES, PRECISIONS
 from perf import routings
 from perf.baselines import BASELINES
 from perf.cases import MODELS, Case, Model
+from perf.ceilings import ceilings_of
 from perf.options import MAX_TOKENS, checked, integer, names, one_of, token_counts
 from perf.processes import Place
+from perf.roofline import DEFAULTS as DEFAULT_CEILINGS
+from perf.roofline import Ceilings, Roofline, Work, roofline_of
 from perf.timing import EAGER, GRAPH
 
 
@@ -129,6 +132,7 @@ def add_options(parser: argparse.ArgumentParser, baselines: bool = True) -> None
         default=True,
         text="compare outputs with the oracle",
     )
+    add("--ceilings", metavar="PATH", text="rooflines from rows of `python -m perf ceilings`")
     add("--csv", metavar="PATH", text="append a result row per measurement")
 
 
@@ -148,16 +152,21 @@ class Plan:
     baselines: tuple[str, ...]
     verify: bool
     workspace_bytes: int  # of one rank
+    ceilings: Ceilings
 
     @property
     def emulated(self) -> bool:
         return self.device.type == "cpu"
 
+    def roofline_of(self, work: Work) -> Roofline | None:
+        """The bound of `work`; None where nothing runs on a GPU."""
+        return None if self.emulated else roofline_of(work, self.ceilings, self.case.recipe.token)
+
     @property
     def weight_bytes(self) -> int:
         """Of one rank, kept once: scale factors and copies come on top."""
         model = self.case.model
-        item = ITEM_BYTES[self.case.config(self.max_tokens).recipe.weight]
+        item = ITEM_BYTES[self.case.recipe.weight]
         return 3 * model.hidden * model.intermediate * self.case.experts_per_rank * item
 
 
@@ -239,7 +248,21 @@ def plan_of(
         baselines=getattr(args, "baseline", ()),
         verify=args.verify,
         workspace_bytes=_workspace_bytes(case, max_tokens),
+        ceilings=_ceilings(args, device, case),
     )
+
+
+def _ceilings(args: argparse.Namespace, device: torch.device, case: Case) -> Ceilings:
+    """Of the file asked for, else the defaults; ValueError if they do not cover the precision."""
+    found = DEFAULT_CEILINGS
+    if device.type == "cpu":
+        if args.ceilings:
+            raise ValueError("--ceilings needs --device cuda: the emulator has no roofline")
+        return found
+    if args.ceilings:
+        found = ceilings_of(args.ceilings, torch.cuda.get_device_name(device), case.num_gpus)
+    found.gemm(case.recipe.token)
+    return found
 
 
 def _workspace_bytes(case: Case, max_tokens: int) -> int:

@@ -24,7 +24,7 @@ from perf.measure import (
 )
 from perf.plan import Plan
 from perf.processes import Job
-from perf.roofline import Work, counts_of, roofline_of, work_of_counts
+from perf.roofline import Work, counts_of, work_of_counts
 from perf.sample import Sample, sample_of
 from perf.timing import Times, measure
 
@@ -54,8 +54,7 @@ class ProcessRunner:
         plan, case = self.plan, self.plan.case.with_tokens(tokens)
         inputs = make_rank_inputs(case, self.job.rank, plan.device)
         work = self._work(case, inputs)
-        roofline = None if plan.emulated else roofline_of(work)
-        point = partial(Point, case=case, work=work, roofline=roofline)
+        point = partial(Point, case=case, work=work, roofline=plan.roofline_of(work))
         sample = None
         if plan.verify:
             sample = sample_of(self.job, inputs, self.w13, self.w2, case.precision)

@@ -11,7 +11,7 @@ import csv
 import importlib.metadata
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,9 +64,6 @@ class Row:
     workspace_bytes: int | str = ""
     config: str = ""
 
-    def cells(self) -> list[str]:
-        return [_cell(getattr(self, column)) for column in COLUMNS]
-
 
 COLUMNS = tuple(field.name for field in fields(Row))
 
@@ -76,14 +73,17 @@ def _cell(value: object) -> str:
 
 
 class ResultsFile:
-    """A CSV file that rows are appended to; ValueError if `path` has another header."""
+    """A CSV file that rows of one kind, a dataclass, are appended to; ValueError if `path` has
+    another header than its fields.
+    """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: type = Row):
         self.path = Path(path)
+        self.columns = tuple(field.name for field in fields(kind))
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a directory, expected a CSV file")
         if self.path.exists() and self.path.stat().st_size:
-            _check_header(self.path, _header_of(self.path))
+            check_header(self.path, self.columns)
 
     def append(self, row: Row) -> None:
         """Write one row, with the header first in a new file, and close the file."""
@@ -91,15 +91,17 @@ class ResultsFile:
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
-                writer.writerow(COLUMNS)
-            writer.writerow(row.cells())
+                writer.writerow(self.columns)
+            writer.writerow([_cell(getattr(row, column)) for column in self.columns])
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    if tuple(header) == COLUMNS:
+def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """ValueError unless `path` is a file with exactly these columns."""
+    header = _header_of(path)
+    if header == list(columns):
         return
-    missing = [column for column in COLUMNS if column not in header]
-    unknown = [column for column in header if column not in COLUMNS]
+    missing = [column for column in columns if column not in header]
+    unknown = [column for column in header if column not in columns]
     detail = (
         f"missing {missing}, unknown {unknown}"
         if missing or unknown
@@ -139,7 +141,7 @@ def load(*paths: str | Path):
         files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
     frames = [pandas.DataFrame(columns=[*COLUMNS, "file"])] if not files else []
     for file in files:
-        _check_header(file, _header_of(file))
+        check_header(file)
         frame = pandas.read_csv(file, dtype={"commit": str, "driver": str, "config": str})
         frames.append(frame.assign(file=file.name))
     return pandas.concat(frames, ignore_index=True)
