@@ -8,11 +8,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import ceilings, compare, report, sweep
+from perf import ceilings, compare, report, sweep, zeroing
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
-COMMANDS = {"sweep": sweep, "compare": compare, "report": report, "ceilings": ceilings}
+COMMANDS = {
+    "sweep": sweep,
+    "compare": compare,
+    "report": report,
+    "ceilings": ceilings,
+    "zeroing": zeroing,
+}
 
 
 def parser() -> Parser:

@@ -38,7 +38,8 @@ class Contender:
 
     prepare: takes the inputs of the ranks of this process and returns the call that is timed; a
     call returns [T, H] of each of these ranks. mode: of `timing`. max_error: relative, against the
-    oracle. config: what a result row says of it.
+    oracle. config: what a result row says of it. check: waits for the device and raises what a
+    launch reported.
     """
 
     impl: str
@@ -46,6 +47,7 @@ class Contender:
     mode: str
     max_error: float
     config: str = ""
+    check: Callable[[], object] = lambda: None
 
     def refuse(self, error: float | None, tokens: int) -> None:
         """WrongResult if an output with this error is no rounding."""
@@ -222,7 +224,7 @@ class Runner:
             call = contender.prepare(inputs)
             if expected is not None:
                 contender.refuse(largest_error(call(), expected), tokens)
-            times, outputs = self._measure(call, contender.mode, lambda: None)
+            times, outputs = self._measure(call, contender.mode, contender.check)
             yield point(
                 mode=contender.mode,
                 impl=contender.impl,

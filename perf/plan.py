@@ -61,9 +61,11 @@ SIZES = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser, baselines: bool = True) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, baselines: bool = True, tokens: str | None = None
+) -> None:
     """The options of `sweep`; one without a value here follows the device (DEFAULTS). Without
-    `baselines` there is nothing to measure beside the layer.
+    `baselines` there is no such option. `tokens` describes another command's default.
     """
 
     def add(*names: str, text: str, **kwargs) -> None:
@@ -96,7 +98,15 @@ def add_options(parser: argparse.ArgumentParser, baselines: bool = True) -> None
         metavar="N",
         text="number of experts on each GPU, instead of the model's",
     )
-    add("--tokens", type=token_counts, metavar="LIST", text="per rank: 1,8,64 or 1:4096 (doubling)")
+    tokens = tokens or "; ".join(
+        f"{','.join(map(str, row.tokens))} on {name}" for name, row in DEFAULTS.items()
+    )
+    add(
+        "--tokens",
+        type=token_counts,
+        metavar="LIST",
+        text=f"per rank: 1,8,64 or 1:4096 (doubling); by default {tokens}",
+    )
     add(
         "--max-tokens",
         type=integer(1, MAX_TOKENS),

@@ -113,11 +113,11 @@ def nvlink(job: Job, num_bytes: int = BUFFER_BYTES) -> Iterator[Probe]:
 
     def pull() -> None:
         for step, view in enumerate(views):
-            torch.neg(view[others - 1 - step], out=local[step])  # a kernel, not a copy engine
+            torch.neg(view[step], out=local[step])  # a kernel, not a copy engine
 
     def push() -> None:
         for step, view in enumerate(views):
-            torch.neg(local[step], out=view[others - 1 - step])
+            torch.neg(local[step], out=view[step])
 
     def barriers() -> None:
         for _ in range(REPEATS // 10):

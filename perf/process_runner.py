@@ -66,7 +66,7 @@ class ProcessRunner:
         for contender in self.contenders:
             call = contender.prepare([inputs])
             contender.refuse(self._error(sample, call()[0]), tokens)
-            times, outputs = self._measure(call, contender.mode, lambda: None)
+            times, outputs = self._measure(call, contender.mode, contender.check)
             yield point(
                 mode=contender.mode,
                 impl=contender.impl,

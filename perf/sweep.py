@@ -43,7 +43,7 @@ def _held(point: Point) -> str:
     return f"{point.reset_bytes:,} of {point.workspace_bytes:,}" if point.workspace_bytes else "-"
 
 
-#: Heading, width and text of every printed column.
+#: Heading, width and text of every printed column; names of implementations may be wider.
 CPU_COLUMNS = (
     ("tokens/rank", 11, lambda p: f"{p.case.tokens}"),
     ("impl", 10, lambda p: p.impl),
@@ -64,6 +64,16 @@ GPU_COLUMNS = (
     ("share", 5, lambda p: f"{p.roofline.share(p.times.us_median):.2f}"),
     ("max error", 9, _error),
 )
+
+
+def columns_of(plan: Plan, impls: Sequence[str]):
+    """The columns of a plan that measures these beside the layer."""
+    columns = CPU_COLUMNS if plan.emulated else GPU_COLUMNS
+    widest = max(map(len, impls), default=0)
+    return [
+        (title, max(width, widest) if title == "impl" else width, text)
+        for title, width, text in columns
+    ]
 
 
 def heading(plan: Plan, gpu: str, columns) -> str:
@@ -94,16 +104,23 @@ def run(args: argparse.Namespace) -> int:
     return run_plans(args, Runner, ProcessRunner)
 
 
-def run_plans(args: argparse.Namespace, one: type[Runner], many: type[ProcessRunner]) -> int:
-    """Measure every plan of `args` by a runner for this process alone, or for one of a job."""
+def run_plans(
+    args: argparse.Namespace,
+    one: type[Runner],
+    many: type[ProcessRunner],
+    seen: Callable[[Point], object] = lambda point: None,
+) -> int:
+    """Measure every plan of `args` by a runner for this process alone, or for one of a job; `seen`
+    gets each point in the process that prints.
+    """
     place = place_of(os.environ)
     plans = plans_of(args, place)
     check_here(plans)
     file = ResultsFile(args.csv) if args.csv else None
     if place is None:
-        return measure_all(plans, file, one)
+        return measure_all(plans, file, one, seen=seen)
     with joined(place) as job:
-        return measure_all(plans, file, lambda plan: many(plan, job), job)
+        return measure_all(plans, file, lambda plan: many(plan, job), job, seen)
 
 
 def measure_all(
@@ -113,7 +130,7 @@ def measure_all(
     job: Job | None = None,
     seen: Callable[[Point], object] = lambda point: None,
 ) -> int:
-    """Measure, print and keep every point; the exit status. `seen` gets each point."""
+    """Measure, print and keep every point; the exit status. `seen` gets each printed point."""
     speaks = job is None or job.rank == 0
     status, finished = 0, 0
     progress = Progress(sum(len(plan.tokens) for plan in plans) if speaks else 0)
@@ -131,10 +148,10 @@ def measure_all(
 
     try:
         for plan in plans:
-            columns = CPU_COLUMNS if plan.emulated else GPU_COLUMNS
             where = environment(plan.device) if speaks else {}
             runner = None  # gives back the memory of the last plan
             runner = make_runner(plan)
+            columns = columns_of(plan, [contender.impl for contender in runner.contenders])
             if speaks:
                 say(heading(plan, where["gpu"], columns), sys.stdout)
             for tokens in plan.tokens:

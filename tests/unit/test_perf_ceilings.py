@@ -131,6 +131,7 @@ def test_pull_and_push_touch_every_peer_once(size, monkeypatch):
         push.call()
         pairs = zip(before, all_ranks.memory, strict=True)
         written.append([int(((a == 9) & (b == 7)).sum()) for a, b in pairs])
+    assert all((memory == 7).all() for memory in all_ranks.memory)  # by one rank each
     for rank, counts in enumerate(written):
         assert counts == [0 if peer == rank else part for peer in range(size)]
 
