@@ -17,8 +17,9 @@ import torch
 
 import megamoe
 from megamoe import reference
-from perf.baselines import BASELINES, MAX_ERROR
+from perf.baselines import BASELINES
 from perf.cases import Case, Inputs, make_inputs, make_weights
+from perf.experts import MAX_ERROR
 from perf.plan import Plan
 from perf.results import Row
 from perf.roofline import Roofline, Work, work_of

@@ -21,8 +21,8 @@ import torch
 
 import megamoe
 from perf import plan
-from perf.baselines import MAX_ERROR
 from perf.cases import Inputs
+from perf.experts import MAX_ERROR
 from perf.measure import MEGAMOE, Contender, Point, Runner, layer_arguments
 from perf.process_runner import ProcessRunner
 from perf.routings import may_mask

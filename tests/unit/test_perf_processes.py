@@ -19,7 +19,7 @@ from megamoe.config import KernelConfig
 from megamoe.faults import LaunchTimeout
 from perf import processes
 from perf.__main__ import main, parser
-from perf.baselines import ExchangedTorchBf16
+from perf.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
 from perf.cases import MODELS, Case, make_inputs, make_rank_inputs, make_weights
 from perf.plan import plan_of
 from perf.process_runner import ProcessRunner
@@ -102,6 +102,7 @@ def work(rank: int, directory: Path) -> None:
         found[routing, "sample"] = sample_of(job, inputs, *weights, case.precision, MOST)
         masked = routing == "masked"
         found[routing, "out"] = ExchangedTorchBf16(*weights, RANKS, masked)(*fields(inputs))
+        found[routing, "fp8"] = ExchangedTorchFp8(*weights, RANKS, masked)(*fields(inputs))
     megamoe.MegaMoE = FakeMoE
     found["sweep"] = sweep(job, directory / "rows.csv")
     count = SimpleNamespace(job=job)
@@ -143,6 +144,17 @@ def test_the_sample_and_the_baseline_equal_the_oracle_on_all_weights(ranks, rout
         assert sample.error(out.roll(1, 0)) > 0.5
         out[1, 3] = float("nan")  # a token outside the sample
         assert 1 not in sample.tokens and sample.error(out) == float("inf")
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_fp8_baseline_is_the_same_with_a_process_per_rank(ranks, routing):
+    case = case_of(routing)
+    whole = TorchFp8(*make_weights(case), masked=routing == "masked")
+    for found, inputs in zip(ranks[0], make_inputs(case), strict=True):
+        out, alone = found[routing, "fp8"], whole(*fields(inputs))
+        assert 0.02 < found[routing, "sample"].error(out) < whole.max_error
+        # Alone the router weight is applied before FC2, and so before hidden rows are rounded.
+        assert reference.relative_error(out, alone) < 0.04
 
 
 def test_rank_0_alone_prints_and_keeps_rows(ranks):
