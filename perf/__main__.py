@@ -1,6 +1,7 @@
 """The command line, `python -m perf <command> ...`.
 
-A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`.
+A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`; EPILOG, if
+it has one, ends its help.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def parser() -> Parser:
     top = Parser(prog="python -m perf", description="Measure the MoE layer.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        texts = {"description": module.SUMMARY, "epilog": getattr(module, "EPILOG", None)}
+        command = commands.add_parser(name, help=module.SUMMARY, **texts)
         module.add_options(command)
         command.set_defaults(run=module.run, fail=command.error)
     return top

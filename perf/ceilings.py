@@ -25,6 +25,7 @@ from perf.roofline import DEFAULTS, Ceilings
 from perf.timing import Times, measure
 
 SUMMARY = "measure GEMM, memory, launch and NVLink ceilings on the GPUs here and store them"
+EPILOG = "With torchrun all GPUs are measured at once, and NVLink and a barrier on top."
 
 STORED = REPOSITORY / "perf" / "results" / "ceilings.csv"
 

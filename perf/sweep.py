@@ -31,6 +31,11 @@ from perf.routings import label_of
 __all__ = ["SUMMARY", "add_options", "run"]
 
 SUMMARY = "time one model over token counts and check every output (default: the CPU emulator)"
+EPILOG = (
+    "Exit status: 0 if every output was right, 1 after a wrong output or a failed launch, 2 for "
+    "wrong arguments, 130 after an interrupt, which keeps finished rows. With a process per GPU: "
+    "torchrun --nproc-per-node N -m perf sweep --device cuda ..."
+)
 
 FAILED, INTERRUPTED = 1, 130
 

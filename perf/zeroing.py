@@ -31,6 +31,9 @@ from workspace.layout import LOCAL, SYMMETRIC
 from workspace.views import Workspace
 
 SUMMARY = "time full-workspace zeroing and a separate sum of the slots against the fused layer"
+EPILOG = (
+    "Rows are called megamoe, megamoe+full_zeroing and megamoe+separate_sum. Exit status: as sweep."
+)
 
 FULL_ZEROING, SEPARATE_SUM = f"{MEGAMOE}+full_zeroing", f"{MEGAMOE}+separate_sum"
 #: Tokens per rank unless asked otherwise.

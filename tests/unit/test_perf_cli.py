@@ -21,7 +21,7 @@ from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
 from megamoe.precision import PRECISIONS
 from perf import plan, publish, sweep
-from perf.__main__ import main, parser
+from perf.__main__ import COMMANDS, main, parser
 from perf.baselines import TorchBf16
 from perf.cases import Model
 from perf.options import nearest, token_counts
@@ -364,6 +364,14 @@ def test_help_lists_every_model_and_routing(capsys):
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "pro, flash, v3, mimo, qwen3, tiny" in text and "hot-expert, hot-rank, masked" in text
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith(" ".join(["usage: python -m perf", *command]))
 
 
 def test_every_published_step_is_a_valid_sweep(monkeypatch, tmp_path):

@@ -92,11 +92,13 @@ def test_threshold_replaces_the_floor(tmp_path):
     assert compare(tmp_path, *calm, "--threshold", "0.5") == 1
 
 
-def test_times_of_the_emulator_have_a_wide_floor(tmp_path):
-    rows, slower = [row(gpu=EMULATION)], [row(140, gpu=EMULATION)]
+def test_times_of_the_emulator_are_judged_only_if_asked(tmp_path, capsys):
+    rows, slower = [row(gpu=EMULATION)], [row(300, gpu=EMULATION)]
     assert compare(tmp_path, rows, slower) == 0
-    assert compare(tmp_path, rows, [row(160, gpu=EMULATION)]) == 1
-    assert compare(tmp_path, rows, slower, "--threshold", "3") == 1
+    out = capsys.readouterr().out
+    assert "3.000" in out and "0 slower, 0 faster, 0 same, 1 not judged" in out
+    assert compare(tmp_path, rows, slower, "--threshold", "50") == 1
+    assert compare(tmp_path, [*rows, row()], [*slower, row(110)]) == 1
 
 
 @pytest.mark.parametrize("column", KEY)
