@@ -20,7 +20,7 @@ from perf import probes
 from perf.options import integer, one_of
 from perf.probes import Probe
 from perf.processes import Job, joined, place_of
-from perf.results import REPOSITORY, ResultsFile, check_header, environment
+from perf.results import REPOSITORY, Environment, ResultsFile, check_header, environment
 from perf.roofline import DEFAULTS, Ceilings
 from perf.timing import Times, measure
 
@@ -31,20 +31,13 @@ STORED = REPOSITORY / "perf" / "results" / "ceilings.csv"
 
 
 @dataclass(frozen=True)
-class CeilingRow:
-    """One ceiling; `value` is of the median time, in `unit`. date to dsl: as of a result row.
+class CeilingRow(Environment):
+    """One ceiling; `value` is of the median time, in `unit`.
 
     num_ranks: GPUs that were measured at once. dtype: of a GEMM. us_*: of one call of the probe,
     maximum over ranks.
     """
 
-    date: str
-    commit: str
-    dirty: int | str
-    gpu: str
-    driver: str
-    torch: str
-    dsl: str
     num_ranks: int
     ceiling: str
     dtype: str

@@ -24,13 +24,10 @@ EMULATION = "cpu emulation"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
-    measured.
+class Environment:
+    """When, from what source and where something was measured, as `environment` fills it in.
 
-    date: UTC. dirty: 1 if tracked files differed from `commit`. tokens: per rank. tflops: useful,
-    per GPU. error_rel: relative L2 error against the oracle, largest over ranks. *_bytes: of one
-    rank's workspace.
+    date: UTC. dirty: 1 if tracked files differed from `commit`.
     """
 
     date: str
@@ -40,6 +37,17 @@ class Row:
     driver: str
     torch: str
     dsl: str
+
+
+@dataclass(frozen=True)
+class Row(Environment):
+    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
+    measured.
+
+    tokens: per rank. tflops: useful, per GPU. error_rel: relative L2 error against the oracle,
+    largest over ranks. *_bytes: of one rank's workspace.
+    """
+
     num_ranks: int
     ranks_per_gpu: int
     model: str

@@ -442,12 +442,15 @@ def test_ctrl_c_keeps_finished_rows(tmp_path):
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while not (path.exists() and len(path.read_text().splitlines()) >= 3):  # two rows
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 60
+        while not (path.exists() and len(path.read_text().splitlines()) >= 3):  # two rows
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     kept = len(load(path))
     assert process.returncode == 130
     assert f"interrupted: {kept} finished row(s) kept in {path}" in err and "Traceback" not in err
