@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megamoe import reference
 from megamoe.faults import MegaMoEError
+from megamoe.precision import PRECISIONS
 from perf import experts
 from perf.baselines import BASELINES, TorchBf16, TorchFp8
 from perf.cases import MODELS, Case, Inputs, make_inputs, make_weights
 from perf.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
+from perf.measure import baseline_contenders
 from perf.routings import ROUTINGS
 from perf.timing import EAGER, GRAPH, Times, measure
 
@@ -173,6 +176,17 @@ def test_a_replayed_graph_on_the_gpu_equals_the_oracle(cuda, routing):
     times, out = measure(lambda: layer(i.x, i.topk_idx, i.topk_weights), cuda, GRAPH, 5)
     assert reference.relative_error(out, expected) < BOUND
     assert len(times.us) == 5 and 0 < times.us_min < 1e5
+
+
+@pytest.mark.parametrize(("token", "bound"), [("bfloat16", 2e-2), ("float8_e4m3fn", 0.1)])
+def test_bf16_may_differ_from_an_fp8_oracle_as_fp8_does(token, bound, monkeypatch):
+    recipe = dataclasses.replace(PRECISIONS["bf16"], name="other", token=token)
+    monkeypatch.setitem(PRECISIONS, "other", recipe)
+    case = dataclasses.replace(case_of(), precision="other")
+    plan = SimpleNamespace(case=case, baselines=("torch_bf16", "torch_fp8"), mode=EAGER)
+    names = baseline_contenders(plan, BASELINES, *make_weights(case_of()))
+    assert [contender.max_error for contender in names] == [bound, MAX_FP8_ERROR]
+    assert [contender.impl for contender in names] == ["torch_bf16", "torch_fp8"]
 
 
 def test_statistics_of_times():
