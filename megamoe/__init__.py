@@ -11,6 +11,7 @@ _PUBLIC = {
     "MegaMoE": "megamoe.module",
     "MegaMoEError": "megamoe.faults",
     "MoEConfig": "megamoe.config",
+    "quantize_weights": "megamoe.weights",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -8,12 +8,16 @@ fork from it and join it again.
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 
 from megamoe import faults
 from megamoe.compile import CompiledKernel
 from megamoe.group import Group
+from megamoe.precision import num_scales
+from megamoe.reference import Weights
+from megamoe.weights import tile_scales
 from workspace.layout import LOCAL, SYMMETRIC
 from workspace.views import Workspace
 
@@ -23,18 +27,18 @@ EMULATED_CTAS = 2
 class EmulatorBackend:
     """Forward by the emulator."""
 
-    def __init__(self, workspace: Workspace):
+    def __init__(self, workspace: Workspace, clamp: float | None):
         from megamoe.emulator import Emulator  # only here: a GPU host has no use for it
 
         self.config = workspace.layout.config
-        self.emulator = Emulator(workspace, num_ctas=EMULATED_CTAS)
+        self.emulator = Emulator(workspace, num_ctas=EMULATED_CTAS, clamp=clamp)
         self.nvlink_bytes: int | None = None
         self.launches = 0
 
-    def load_weights(self, w13: list[torch.Tensor], w2: list[torch.Tensor]) -> None:
-        self.emulator.load_weights(w13, w2)
+    def load_weights(self, weights: list[Weights]) -> None:
+        self.emulator.load_weights(weights)
 
-    def forward(self, xs, ids, weights, outs) -> list[torch.Tensor]:
+    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
         experts = self.config.num_experts
         for rank, idx in enumerate(ids):
             bad = (idx < -1) | (idx >= experts)
@@ -42,7 +46,9 @@ class EmulatorBackend:
                 token, slot = bad.nonzero()[0].tolist()
                 value = idx[token, slot].item()
                 raise ValueError(faults.describe_invalid_expert(rank, token, slot, value, experts))
-        outputs = self.emulator.launch(xs, ids, weights, seed=self.launches)
+        outputs = self.emulator.launch(
+            xs, ids, weights, seed=self.launches, x_scales=scales, expert_counts=counts
+        )
         self.launches += 1
         self.nvlink_bytes = self.emulator.nvlink_bytes
         return [
@@ -69,6 +75,7 @@ class GpuBackend:
         num_sms: int,
         timeout_s: float,
         group: Group | None,
+        clamp: float | None,
     ):
         self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
         self.group, self.timeout_s = group, timeout_s
@@ -77,6 +84,12 @@ class GpuBackend:
         views = [workspace.regions(rank) for rank in self.ranks]
         self.outputs = [view["layer_output"] for view in views]
         self.staged = [view["input_token_buffer"] for view in views]
+        config = self.layout.config
+        self.quantizes = config.recipe.scaled
+        self.staged_scales = []
+        if self.quantizes:
+            scales = num_scales(config.hidden_size, config.recipe.token_block)
+            self.staged_scales = [view["input_sf_buffer"][:, :scales] for view in views]
         records = torch.zeros(len(self.ranks), faults.RECORD_WORDS, dtype=torch.int32)
         self.records = records.pin_memory()
         # Plain loads: a forward looks at every status and must not pay for a tensor operation.
@@ -96,19 +109,26 @@ class GpuBackend:
                 record=self.records[index].data_ptr(),
                 timeout_ns=int(timeout_s * 1e9),
                 rank=rank,
+                clamp=math.inf if clamp is None else clamp,
                 num_ctas=num_sms,
             )
-        self.weights: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self.weights: list[tuple] = []  # by rank, what the launches read
 
-    def load_weights(self, w13: list[torch.Tensor], w2: list[torch.Tensor]) -> None:
-        self.weights = (w13, w2)
-        for launcher, gate_up, down in zip(self.launchers, w13, w2, strict=True):
-            launcher.set(w13=gate_up.data_ptr(), w2=down.data_ptr())
+    def load_weights(self, weights: list[Weights]) -> None:
+        config = self.layout.config
+        self.weights = [(rank, tile_scales(config, rank)) for rank in weights]
+        for launcher, (rank, (w13_sf, w2_sf)) in zip(self.launchers, self.weights, strict=True):
+            launcher.set(
+                w13=rank.w13.data_ptr(),
+                w2=rank.w2.data_ptr(),
+                w13_sf=0 if w13_sf is None else w13_sf.data_ptr(),
+                w2_sf=0 if w2_sf is None else w2_sf.data_ptr(),
+            )
 
-    def forward(self, xs, ids, weights, outs) -> list[torch.Tensor]:
+    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self.forward(xs, ids, weights, outs)
+                return self.forward(xs, ids, weights, scales, outs, counts)
         reported = any(record[faults.STATUS] for record in self.status)
         if (reported or self.workspace.failed) and not torch.cuda.is_current_stream_capturing():
             self.synchronize()
@@ -118,35 +138,46 @@ class GpuBackend:
             for output, out, x in zip(self.outputs, outs, xs, strict=True)
         ]
         current = torch.cuda.current_stream()
+        ranks = list(zip(xs, ids, weights, ys, scales, counts, strict=True))
         if not self.streams:
-            self._stage_and_launch(0, xs[0], ids[0], weights[0], ys[0], current)
+            self._stage_and_launch(0, current, *ranks[0])
             return ys
         self.fork.record(current)
         for i, stream in enumerate(self.streams):
             stream.wait_event(self.fork)
             with torch.cuda.stream(stream):
-                self._stage_and_launch(i, xs[i], ids[i], weights[i], ys[i], stream)
+                self._stage_and_launch(i, stream, *ranks[i])
                 self.joins[i].record(stream)
         for join in self.joins:
             current.wait_event(join)
         return ys
 
-    def _stage_and_launch(self, index: int, x, idx, weight, y, stream: torch.cuda.Stream) -> None:
-        """Put x where peers can read it, then launch. A job of one rank reads x itself."""
-        if self.layout.config.num_ranks > 1:
-            staged = self.staged[index][: x.shape[0]]
-            if x.data_ptr() != staged.data_ptr():
-                staged.copy_(x)
-        self.launch(index, x, idx, weight, y, stream.cuda_stream)
+    def _stage_and_launch(
+        self, index: int, stream: torch.cuda.Stream, x, idx, weight, y, scale, counts
+    ) -> None:
+        """Put x where peers can read it, unless the launch itself does, then launch. A job of one
+        rank without scales reads x itself.
+        """
+        if scale is not None:
+            _copy_unless_there(self.staged_scales[index], scale)
+        if scale is not None or (self.layout.config.num_ranks > 1 and not self.quantizes):
+            _copy_unless_there(self.staged[index], x)
+        staged = scale is not None
+        self.launch(index, x, idx, weight, y, stream.cuda_stream, staged, counts)
 
-    def launch(self, index: int, x, idx, weight, y, stream: int) -> None:
-        """Launch one rank of this process on a raw stream handle; x must be staged."""
+    def launch(
+        self, index: int, x, idx, weight, y, stream: int, staged: bool = False, counts=None
+    ) -> None:
+        """Launch one rank of this process on a raw stream handle. `staged`: the quantised input is
+        in its buffers. Without scales x must be staged too if there are several ranks.
+        """
         self.launchers[index](
             stream,
-            x=x.data_ptr(),
+            x=0 if staged else x.data_ptr(),
             topk_idx=idx.data_ptr(),
             topk_weights=weight.data_ptr(),
             y=y.data_ptr(),
+            expert_counts=0 if counts is None else counts.data_ptr(),
             num_tokens=x.shape[0],
             wide_idx=int(idx.dtype == torch.int64),
         )
@@ -181,3 +212,9 @@ class GpuBackend:
         if self.group is not None:
             self.group.meet(self.timeout_s)
         self.workspace.failed = False
+
+
+def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:
+    """Copy rows to the start of a buffer, unless that is where they are."""
+    if rows.data_ptr() != buffer.data_ptr():
+        buffer[: rows.shape[0]].copy_(rows)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.config import KernelConfig, MoEConfig
+from megamoe.precision import num_scales
+from workspace.wire import scale_words
 
 SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
 REGISTERS_PER_TRIPLE = (
@@ -24,6 +26,7 @@ WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 FLAG_WORDS = 4
 FLAG_OK, FLAG_LAST, FLAG_STOP = 0, 1, 2  # this CTA's: no wait failed; last to arrive; end reduce
 ZERO_BYTES = 1024  # zeros that dispatch copies to rows that pad a block, at most
+WEIGHT_SF_BYTES = 16  # scales of a weight tile for one K block: one float32 per 64 of its columns
 NUM_PULL_BUFFERS = 2  # pieces per dispatch warp: one loading, one being stored
 
 
@@ -33,9 +36,12 @@ class Budget:
 
     a_stage_bytes: int
     b_stage_bytes: int
+    sf_stage_bytes: int  # scales of the rows of A for one K block
+    weight_sf_bytes: int  # scales of a tile's weights, in a slot of the tile queue
     staging_bytes: int
     piece_bytes: int
     pull_bytes: int
+    pull_sf_bytes: int  # scales of the rows that are being pulled
     zero_bytes: int
     count_words: int
     num_barriers: int
@@ -50,6 +56,13 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
     return max(size for size in range(16, min(row_bytes, limit) + 1, 16) if row_bytes % size == 0)
 
 
+def weight_sf_bytes(config: MoEConfig) -> int:
+    """Block scales of one tile's weights over all of K; 0 for recipes without."""
+    block = config.recipe.weight_block[1]
+    columns = max(config.hidden_size, config.intermediate_size)
+    return WEIGHT_SF_BYTES * num_scales(columns, block) if block > 0 else 0
+
+
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget; see `check` for what must hold."""
     item = config.recipe.token_bytes
@@ -58,15 +71,24 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     staging = kernel.num_math_warps * PASS_BYTES
     piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
     pull = kernel.num_dispatch_warps * NUM_PULL_BUFFERS * piece
+    scaled, row_scales = (
+        config.recipe.scaled,
+        num_scales(config.hidden_size, config.recipe.token_block),
+    )
+    sf_stage = 4 * kernel.block_m if scaled else 0
+    weight_sf = weight_sf_bytes(config)
+    pull_sf = 4 * scale_words(row_scales) * kernel.num_dispatch_warps * NUM_PULL_BUFFERS
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
     barriers = (
         2 * kernel.num_stages + 2 * QUEUE_SLOTS + kernel.num_dispatch_warps * NUM_PULL_BUFFERS
     )
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
     total = (
-        kernel.num_stages * (a_stage + b_stage)
+        kernel.num_stages * (a_stage + b_stage + sf_stage)
+        + QUEUE_SLOTS * weight_sf
         + staging
         + pull
+        + pull_sf
         + zeros
         + 8 * barriers
         + 4 * words
@@ -75,9 +97,12 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     return Budget(
         a_stage_bytes=a_stage,
         b_stage_bytes=b_stage,
+        sf_stage_bytes=sf_stage,
+        weight_sf_bytes=weight_sf,
         staging_bytes=staging,
         piece_bytes=piece,
         pull_bytes=pull,
+        pull_sf_bytes=pull_sf,
         zero_bytes=zeros,
         count_words=config.experts_per_rank,
         num_barriers=barriers,

@@ -39,15 +39,19 @@ ARGUMENTS = (
     ("peers", ctypes.c_int64),
     ("w13", ctypes.c_int64),
     ("w2", ctypes.c_int64),
+    ("w13_sf", ctypes.c_int64),
+    ("w2_sf", ctypes.c_int64),
     ("x", ctypes.c_int64),
     ("topk_idx", ctypes.c_int64),
     ("topk_weights", ctypes.c_int64),
     ("y", ctypes.c_int64),
+    ("expert_counts", ctypes.c_int64),
     ("record", ctypes.c_int64),
     ("timeout_ns", ctypes.c_int64),
     ("rank", ctypes.c_int32),
     ("num_tokens", ctypes.c_int32),
     ("wide_idx", ctypes.c_int32),
+    ("clamp", ctypes.c_float),
     ("num_ctas", ctypes.c_int32),
     ("stream", ctypes.c_void_p),
     ("status", ctypes.c_int32),
@@ -118,13 +122,18 @@ def trace(config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options
             "'python -m megamoe.compile' and pass kernel_dir="
         )
     import cutlass.cute as cute
-    from cutlass import Int32, Int64
+    from cutlass import Float32, Int32, Int64
     from cutlass.cute.runtime import make_fake_stream
     from cutlass.cutlass_dsl import CuTeDSL
 
     from megamoe.kernels.sm90.kernel import MegaMoEKernel
 
-    fake = {ctypes.c_int64: Int64(0), ctypes.c_int32: Int32(0), ctypes.c_void_p: make_fake_stream()}
+    fake = {
+        ctypes.c_int64: Int64(0),
+        ctypes.c_int32: Int32(0),
+        ctypes.c_float: Float32(0.0),
+        ctypes.c_void_p: make_fake_stream(),
+    }
     arguments = [fake[kind] for _, kind in ARGUMENTS[:-1]]
     # The DSL takes the machine's architecture, or $CUTE_DSL_ARCH at its first import; for another
     # target than those it refuses to export. The version is pinned, so its own setting is a safe

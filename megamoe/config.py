@@ -95,6 +95,14 @@ class KernelConfig:
 #: Blocks of the pool ring unless asked otherwise: several times the blocks between a pull and its
 #: last FC2 tile, and 0.5 GB at H = 7168, I = 3072 in BF16.
 DEFAULT_POOL_BLOCKS = 192
+#: What recipes with scales change: 128 bytes of K are 128 columns; promotion needs registers for a
+#: second accumulator; scales take shared memory from the pull buffers.
+SCALED_DEFAULTS = {
+    "block_k": 128,
+    "pull_chunk_bytes": 1792,
+    "frontend_registers": 48,
+    "math_registers": 224,
+}
 #: Smallest legal value of the integer fields of `KernelConfig` that have no stricter rule.
 KERNEL_MINIMA = {
     "num_stages": 2,
@@ -130,10 +138,11 @@ def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
 
 
 def select(config: MoEConfig, **overrides) -> KernelConfig:
-    """The kernel configuration for `config`: the defaults, a group that fits the ring, then
-    `overrides`.
+    """The kernel configuration for `config`: the defaults of its recipe, a group that fits the
+    ring, then `overrides`.
     """
-    kernel = replace(KernelConfig(), **overrides)
+    recipe = {} if not config.recipe.scaled else SCALED_DEFAULTS
+    kernel = replace(KernelConfig(), **(recipe | overrides))
     ring = pool_blocks(config, kernel)
     return replace(kernel, group_blocks=min(kernel.group_blocks, ring))
 

@@ -9,6 +9,7 @@ side on streams of their own, so their CTAs must fit the GPU together.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from megamoe import budget, compile
 from megamoe.backends import EmulatorBackend, GpuBackend
 from megamoe.config import KernelConfig, MoEConfig, select, supports
 from megamoe.group import Group, where
-from megamoe.weights import check_tensor, check_weights, interleave_gate_up
+from megamoe.precision import num_scales
+from megamoe.reference import Weights
+from megamoe.weights import check_tensor, check_weights
 from workspace.layout import layout_of
 from workspace.views import Workspace
 
@@ -38,7 +41,9 @@ class MegaMoE:
         world: number of ranks W, all in this process; E must be divisible by it.
         group: a torch.distributed process group with one process per GPU of this node, instead of
             `world`. Construction is then collective, and so is a forward.
-        precision: "bf16".
+        precision: "bf16"; "fp8_block", e4m3 with a scale per 128 columns of a token and per
+            128 x 128 weights, as DeepSeek-V3 checkpoints have them; "fp8_channel", e4m3 with a
+            scale per token and per output channel.
         device: "cuda", "cuda:1", "cpu" (emulated) or a torch.device; default is the current GPU if
             there is one.
         num_sms: CTAs per rank, at most one per SM over all ranks of a GPU; default: all of them.
@@ -47,6 +52,8 @@ class MegaMoE:
         kernel_options: fields of `KernelConfig` to override.
         workspace: `workspace` of another layer of the same configuration, to share. Layers that
             share one run one after the other, and one's output is valid until the next runs.
+        activation_clamp: a float c > 0: SwiGLU takes min(gate, c) and up within -c..c; default:
+            no clamp.
 
     Raises ValueError for an unsupported configuration; with `group`, RanksDisagree (a ValueError)
     on every rank if one of them differs or cannot run.
@@ -69,6 +76,7 @@ class MegaMoE:
         kernel_dir: Path | str | None = None,
         kernel_options: dict | None = None,
         workspace: Workspace | None = None,
+        activation_clamp: float | None = None,
     ):
         if group is not None and world is not None:
             raise ValueError(f"world={world} and group exclude each other")
@@ -84,6 +92,7 @@ class MegaMoE:
             precision=precision,
         )
         self.timeout_s, self.num_sms = timeout_s, num_sms
+        self.activation_clamp = activation_clamp
         error = None
         try:
             kernel = self._settle(device, kernel_dir, kernel_options, workspace)
@@ -101,10 +110,10 @@ class MegaMoE:
             name=self.group.prefix if self.group else "",
         )
         if kernel is None:
-            self.backend = EmulatorBackend(self.workspace)
+            self.backend = EmulatorBackend(self.workspace, activation_clamp)
         else:
             self.backend = GpuBackend(
-                self.workspace, kernel, self.num_sms, self.timeout_s, self.group
+                self.workspace, kernel, self.num_sms, self.timeout_s, self.group, activation_clamp
             )
         self._weights_loaded = False
 
@@ -117,6 +126,10 @@ class MegaMoE:
         self.layout = layout_of(self.config, self.kernel_config)
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s={self.timeout_s} must be > 0")
+        clamp = self.activation_clamp
+        number = isinstance(clamp, (int, float)) and not isinstance(clamp, bool)
+        if clamp is not None and not (number and 0 < clamp < math.inf):
+            raise ValueError(f"activation_clamp={clamp!r} must be a finite number > 0, or None")
         self.device = _resolve_device(device)
         if workspace is not None and (
             workspace.layout != self.layout or workspace.device != self.device
@@ -139,6 +152,7 @@ class MegaMoE:
         if error is None:
             facts |= dataclasses.asdict(self.config) | where(self.device)
             facts |= {f"kernel.{k}": v for k, v in dataclasses.asdict(self.kernel_config).items()}
+            facts["activation_clamp"] = self.activation_clamp
             facts |= {"megamoe version": compile.source_digest(), "torch": torch.__version__}
         return facts
 
@@ -158,7 +172,8 @@ class MegaMoE:
 
         Keys: the kinds of region ("counter", "padding", "data", "barrier"), "reset" (what is zero
         again between launches) and "total" (with alignment). Weights are extra: 6 * e * I * H bytes
-        in BF16. Raises ValueError for an unsupported configuration.
+        in BF16, half of it and the scales in FP8. Raises ValueError for an unsupported
+        configuration.
         """
         config = MoEConfig(
             num_experts,
@@ -191,29 +206,50 @@ class MegaMoE:
         """Bytes that crossed ranks in the last forward; counted by the emulator only."""
         return self.backend.nvlink_bytes
 
-    def load_weights(self, w13: torch.Tensor, w2: torch.Tensor) -> None:
+    def load_weights(
+        self,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+    ) -> None:
         """Take the experts of the ranks of this process, in checkpoint layout.
 
-        w13: [n, 2I, H], gate rows then up rows; w2: [n, H, I]; dtype of the precision, contiguous,
-        on the device. n is E if all ranks live here, e = E / W with a process per rank (its
-        experts are number rank * e and following). w13 is copied (interleaved); w2 is kept as it
-        is and must not change. Raises ValueError otherwise.
+        w13: [n, 2I, H], gate rows then up rows; w2: [n, H, I]; bfloat16, or float8_e4m3fn for the
+        precisions with scales. w13_scale, w2_scale: float32, what the stored weights are multiplied
+        by; for "fp8_block" [n, 2I/128, H/128] and [n, H/128, I/128], for "fp8_channel" [n, 2I] and
+        [n, H]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W
+        with a process per rank (its experts are number rank * e and following).
+
+        All are contiguous and on the device. Weights are not copied: they must start at a multiple
+        of 16 bytes, stay alive and unchanged. Raises ValueError, naming the tensor, otherwise.
         """
-        local = self.config.experts_per_rank
-        check_weights(self.config, local * len(self.local_ranks), self.device, w13, w2)
-        gate_up = interleave_gate_up(w13)
-        self.backend.load_weights(list(gate_up.split(local)), list(w2.split(local)))
+        weights = Weights(w13, w2, w13_scale, w2_scale)
+        local, ranks = self.config.experts_per_rank, len(self.local_ranks)
+        check_weights(self.config, local * ranks, self.device, weights)
+        self.backend.load_weights(
+            [weights.of(slice(i * local, (i + 1) * local)) for i in range(ranks)]
+        )
         self._weights_loaded = True
 
     def __call__(
-        self, x: Tensors, topk_idx: Tensors, topk_weights: Tensors, out: Tensors | None = None
+        self,
+        x: Tensors,
+        topk_idx: Tensors,
+        topk_weights: Tensors,
+        x_scale: Tensors | None = None,
+        out: Tensors | None = None,
+        expert_counts: Tensors | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Forward. Plain tensors if one rank lives here, else one tensor per rank in every
         argument; T may differ per rank and be zero.
 
-        x: [T, H] of the precision's token dtype; topk_idx: [T, K] int64 or int32, -1 masks a slot;
-        topk_weights: [T, K] float32; out: [T, H] of the output dtype, or None. Returns [T, H] per
-        rank: `out`, or a buffer of the workspace that the next forward on it overwrites.
+        x: [T, H] bfloat16, which the launch quantises if the precision has scales, or float8_e4m3fn
+        with x_scale: float32 [T, H/128], for "fp8_channel" [T, 1]. topk_idx: [T, K] int64 or int32,
+        -1 masks a slot. topk_weights: [T, K] float32. out: [T, H] bfloat16, or None. expert_counts:
+        int32 [e], or None; the rows that each expert of the rank receives are added to it.
+        Returns [T, H] per rank: `out`, or a buffer of the workspace that the next forward on it
+        overwrites.
 
         Raises ValueError for wrong input. On a GPU nothing waits for the launch, so an expert id
         that is out of range (InvalidExpertError, a ValueError) or a wait that timed out
@@ -222,9 +258,12 @@ class MegaMoE:
         single = isinstance(x, torch.Tensor)
         arguments = (x, topk_idx, topk_weights)
         xs, ids, weights = ([item] if single else list(item) for item in arguments)
-        outs = [None] * len(xs) if out is None else [out] if single else list(out)
-        self._check_inputs(xs, ids, weights, outs)
-        outputs = self.backend.forward(xs, ids, weights, outs)
+        scales, outs, counts = (
+            [None] * len(xs) if item is None else [item] if single else list(item)
+            for item in (x_scale, out, expert_counts)
+        )
+        self._check_inputs(xs, ids, weights, scales, outs, counts)
+        outputs = self.backend.forward(xs, ids, weights, scales, outs, counts)
         return outputs[0] if single else outputs
 
     def synchronize(self) -> None:
@@ -244,24 +283,44 @@ class MegaMoE:
         self.backend.recover()
 
     def input_buffer(self, rank: int | None = None) -> torch.Tensor:
-        """[max_tokens_per_rank, H] in symmetric memory: an x that starts there is not copied."""
-        rank = self.local_ranks[0] if rank is None else rank
-        return self.workspace.regions(rank)["input_token_buffer"]
+        """[max_tokens_per_rank, H] in symmetric memory, of the dtype that tokens travel in: an x of
+        that dtype that starts there is not copied.
+        """
+        return self._region("input_token_buffer", rank)
 
-    def _check_inputs(self, xs, ids, weights, outs) -> None:
+    def input_scale_buffer(self, rank: int | None = None) -> torch.Tensor:
+        """[max_tokens_per_rank, S] float32 in symmetric memory, S scales per token: an x_scale that
+        starts there is not copied. Raises ValueError if the precision has no scales.
+        """
+        if not self.config.recipe.scaled:
+            raise ValueError(f"precision={self.config.precision!r} has no scales")
+        return self._region("input_sf_buffer", rank)[:, : self._token_scales]
+
+    def _region(self, name: str, rank: int | None) -> torch.Tensor:
+        rank = self.local_ranks[0] if rank is None else rank
+        return self.workspace.regions(rank)[name]
+
+    @property
+    def _token_scales(self) -> int:
+        return num_scales(self.config.hidden_size, self.config.recipe.token_block)
+
+    def _check_inputs(self, xs, ids, weights, scales, outs, counts) -> None:
         config, ranks = self.config, self.local_ranks
         if not self._weights_loaded:
             raise ValueError("weights are not loaded: call load_weights(w13, w2) first")
-        named = {"x": xs, "topk_idx": ids, "topk_weights": weights, "out": outs}
+        named = {
+            "x": xs, "topk_idx": ids, "topk_weights": weights,
+            "x_scale": scales, "out": outs, "expert_counts": counts,
+        }  # fmt: skip
         for name, items in named.items():
             if len(items) != len(ranks):
                 raise ValueError(
                     f"{name} holds {len(items)} tensors, "
                     f"expected one for each of {len(ranks)} ranks"
                 )
-        token = getattr(torch, config.recipe.token)
         output = getattr(torch, config.recipe.output)
-        for i, (x, idx, weight, out) in enumerate(zip(xs, ids, weights, outs, strict=True)):
+        columns = zip(xs, ids, weights, scales, outs, counts, strict=True)
+        for i, (x, idx, weight, scale, out, count) in enumerate(columns):
             where = f"[{i}]" if len(ranks) > 1 else ""
             if not isinstance(x, torch.Tensor) or x.dim() != 2:
                 raise ValueError(f"x{where} must be a tensor of shape [T, {config.hidden_size}]")
@@ -272,6 +331,9 @@ class MegaMoE:
                     f"max_tokens_per_rank={config.max_tokens_per_rank}"
                 )
             rows, slots = (tokens, config.hidden_size), (tokens, config.top_k)
+            token = torch.bfloat16
+            if scale is not None or x.dtype == torch.float8_e4m3fn:
+                token = self._check_scale(x, scale, i, where)
             check_tensor(f"x{where}", x, rows, token, self.device)
             check_tensor(f"topk_weights{where}", weight, slots, torch.float32, self.device)
             wide = getattr(idx, "dtype", None) not in INDEX_DTYPES
@@ -279,6 +341,34 @@ class MegaMoE:
             check_tensor(f"topk_idx{where}", idx, slots, dtype, self.device)
             if out is not None:
                 check_tensor(f"out{where}", out, rows, output, self.device)
+            if count is not None:
+                local = (config.experts_per_rank,)
+                check_tensor(f"expert_counts{where}", count, local, torch.int32, self.device)
+
+    def _check_scale(self, x: torch.Tensor, scale: object, i: int, where: str) -> torch.dtype:
+        """Check the scales of a quantised x; the dtype that x must have."""
+        precision = self.config.precision
+        if not self.config.recipe.scaled:
+            if scale is None:
+                return torch.bfloat16
+            raise ValueError(f"x_scale{where} is given, but precision={precision!r} has no scales")
+        shape = (x.shape[0], self._token_scales)
+        if scale is None:
+            raise ValueError(
+                f"x_scale{where} is missing: x of {x.dtype} needs float32 {list(shape)} with "
+                f"precision={precision!r}"
+            )
+        buffer = self.input_scale_buffer(self.local_ranks[i])[: x.shape[0]]
+        there = isinstance(scale, torch.Tensor) and scale.data_ptr() == buffer.data_ptr()
+        if not (there and scale.dtype == buffer.dtype and scale.numel()):
+            check_tensor(f"x_scale{where}", scale, shape, torch.float32, self.device)
+        elif scale.shape != shape or scale.stride() != buffer.stride():
+            raise ValueError(
+                f"x_scale{where} starts in the scale buffer, but has shape {list(scale.shape)} and "
+                f"strides {list(scale.stride())}, expected {list(shape)} and "
+                f"{list(buffer.stride())}"
+            )
+        return getattr(torch, self.config.recipe.token)
 
 
 def _kernel_config(config: MoEConfig, options: dict | None) -> KernelConfig:

@@ -1,37 +1,149 @@
 """The oracle: a dense MoE layer, one function per stage, with explicit rounding points.
 
-It knows nothing of ranks, pools or tiles. Rounding points are those of the kernel: FC1 accumulates
-in float32, SwiGLU and the router weight are applied in float32 and rounded once to the token dtype;
-FC2 accumulates in float32 and is rounded to the output dtype per slot; the slots of a token are
-added in float32 in slot order and rounded once. `rounding=False` keeps float64 everywhere (the
-exact answer for the given inputs).
+It knows nothing of ranks, pools or tiles. Rounding points are those of the kernel: the input is
+quantised if the recipe has scales; FC1 accumulates in float32, SwiGLU and the router weight are
+applied in float32 and the result is stored once, rounded or quantised; FC2 accumulates in float32
+and is rounded to the output dtype per slot; the slots of a token are added in float32 in slot order
+and rounded once. `rounding=False` keeps float64 behind the input (the exact answer for the input
+and the weights as they are stored).
 
-Legend: T tokens, K top-k, E experts, H hidden, I intermediate. Works on CPU and GPU tensors.
+Legend: T tokens, K top-k, E experts, H hidden, I intermediate; R rows, C columns, N output
+channels, S scales of a row. Works on CPU and GPU tensors.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from megamoe.precision import Precision, precision_of
+from megamoe.precision import (
+    FP8_BLOCK,
+    FP8_MAX,
+    FP8_MIN_AMAX,
+    WHOLE_ROW,
+    Precision,
+    precision_of,
+)
 
 
-def fc1(x_TH: torch.Tensor, w13_2IH: torch.Tensor) -> torch.Tensor:
-    """Gate and up projections of one expert, accumulated in the dtype of the arguments: [T, 2I],
-    gate first.
+class Weights(NamedTuple):
+    """Expert weights in checkpoint layout: of E experts, or without the first axis of one.
+
+    w13: [E, 2I, H], gate rows then up rows; w2: [E, H, I]; both of the recipe's weight dtype.
+    w13_scale, w2_scale: float32, what the stored values are multiplied by; None without scales.
+    fp8_block: [E, 2I/128, H/128] and [E, H/128, I/128]; fp8_channel: [E, 2I] and [E, H].
     """
-    return x_TH @ w13_2IH.T
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+    w13_scale: torch.Tensor | None = None
+    w2_scale: torch.Tensor | None = None
+
+    def of(self, experts: int | slice) -> Weights:
+        """The weights of one expert, or of a slice of them; no copy."""
+        return Weights(*(None if field is None else field[experts] for field in self))
 
 
-def swiglu(gate_up_T2I: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up: [T, I]."""
+def quantize(values_RC: torch.Tensor, block: int = FP8_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8_e4m3fn [R, C], float32 scales [R, S]) of rows that share a scale per `block` columns,
+    or WHOLE_ROW. A stored value times its scale is about the value.
+
+    scale = max |value| / 448, stored = e4m3(value * (1 / scale)), every operation rounded to
+    float32: the same bits on every device.
+    """
+    rows, columns = values_RC.shape
+    size = columns if block == WHOLE_ROW else block
+    values_RSB = values_RC.float().reshape(rows, columns // size, size)
+    amax_RS = values_RSB.abs().amax(dim=-1).clamp_min(FP8_MIN_AMAX)
+    # A tensor: a GPU divides by a number as if by multiplying with its inverse, which rounds twice.
+    scale_RS = amax_RS / amax_RS.new_full((), FP8_MAX)
+    scaled = values_RSB * (torch.ones_like(scale_RS) / scale_RS).unsqueeze(-1)
+    stored = scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return stored.reshape(rows, columns), scale_RS
+
+
+def dequantize(stored_RC: torch.Tensor, scale_RS: torch.Tensor) -> torch.Tensor:
+    """Stored values times their scales, float64 (exact): [R, C]."""
+    width = stored_RC.shape[1] // scale_RS.shape[1]
+    return stored_RC.double() * scale_RS.double().repeat_interleave(width, dim=1)
+
+
+def stored(
+    values_RC: torch.Tensor, dtype: str, block: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows as they are stored: (values in `dtype`, scales), or (rounded values, None) if `block` is
+    0.
+    """
+    if block == 0:
+        return values_RC.to(getattr(torch, dtype)), None
+    return quantize(values_RC, block)
+
+
+def input_rows(
+    x_TH: torch.Tensor, x_scale_TS: torch.Tensor | None, recipe: Precision
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The layer's input as it travels: (rows, scales or None). Input that is quantised already is
+    returned as it is.
+    """
+    if x_scale_TS is not None:
+        return x_TH, x_scale_TS
+    return stored(x_TH, recipe.token, recipe.token_block)
+
+
+def take_rows(
+    rows: tuple[torch.Tensor, torch.Tensor | None], index_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Some of the rows that `input_rows` returned."""
+    values, scale = rows
+    values = values.view(torch.uint8)[index_R].view(values.dtype)  # not every device indexes e4m3
+    return values, None if scale is None else scale[index_R]
+
+
+def scale_rows(scale: torch.Tensor | None, channels: int) -> torch.Tensor | None:
+    """Scales of one weight matrix, by output channel: [N/block, S] or [N] -> [N, S]."""
+    if scale is None:
+        return None
+    return scale.reshape(scale.shape[0], -1).repeat_interleave(channels // scale.shape[0], dim=0)
+
+
+def product(
+    rows_RC: torch.Tensor,
+    weights_NC: torch.Tensor,
+    row_scale_RS: torch.Tensor | None = None,
+    weight_scale_NS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """rows @ weights^T with the scales of both, accumulated in the dtype of the arguments: [R, N].
+
+    S is 1, or the number of blocks that C is divided into: the sum of each block is scaled before
+    it is added to the others, and a scale of the whole row is applied to the total.
+    """
+    scales = []  # [R, 1, S] and [1, N, S]
+    if row_scale_RS is not None:
+        scales.append(row_scale_RS.unsqueeze(1))
+    if weight_scale_NS is not None:
+        scales.append(weight_scale_NS.unsqueeze(0))
+    blocks = max((scale.shape[-1] for scale in scales), default=1)
+    by_block = [scale for scale in scales if scale.shape[-1] == blocks]
+    of_row = [scale for scale in scales if scale.shape[-1] != blocks]
+    pairs = zip(rows_RC.chunk(blocks, 1), weights_NC.chunk(blocks, 1), strict=True)
+    total = None
+    for block, (rows, weights) in enumerate(pairs):
+        part = rows @ weights.T
+        for scale in by_block:
+            part = part * scale[..., block]
+        total = part if total is None else total + part
+    for scale in of_row:
+        total = total * scale[..., 0]
+    return total
+
+
+def swiglu(gate_up_T2I: torch.Tensor, clamp: float | None = None) -> torch.Tensor:
+    """silu(gate) * up: [T, I]. With `clamp`, of min(gate, clamp) and of up within -clamp..clamp."""
     gate, up = gate_up_T2I.chunk(2, dim=-1)
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
     return gate * torch.sigmoid(gate) * up
-
-
-def fc2(hidden_TI: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
-    """Down projection of one expert: [T, H]."""
-    return hidden_TI @ w2_HI.T
 
 
 def combine(
@@ -54,23 +166,31 @@ def combine(
 
 
 def expert_rows(
-    x_RH: torch.Tensor,
-    weights_R: torch.Tensor,
-    w13_2IH: torch.Tensor,
-    w2_HI: torch.Tensor,
+    rows: tuple[torch.Tensor, torch.Tensor | None],
+    router_R: torch.Tensor,
+    expert: Weights,
     recipe: Precision,
+    clamp: float | None = None,
     rounding: bool = True,
+    compute: torch.dtype | None = None,
 ) -> torch.Tensor:
     """One expert over R rows with the recipe's rounding points: FC1, SwiGLU, x router weight, FC2
     -> [R, H].
+
+    rows: (values [R, H], scales [R, S] or None) as `input_rows` returns them. compute: dtype of the
+    sums; float32, or float64 without rounding.
     """
-    compute = torch.float32 if rounding else torch.float64
-    hidden = swiglu(fc1(x_RH.to(compute), w13_2IH.to(compute))) * weights_R.to(compute).unsqueeze(
-        -1
-    )
+    compute = compute or (torch.float32 if rounding else torch.float64)
+
+    def multiply(values, scale, weights, weight_scale):
+        operands = (values, weights, scale, scale_rows(weight_scale, weights.shape[0]))
+        return product(*(None if operand is None else operand.to(compute) for operand in operands))
+
+    gate_up = multiply(*rows, expert.w13, expert.w13_scale)
+    hidden, scale = swiglu(gate_up, clamp) * router_R.to(compute).unsqueeze(-1), None
     if rounding:
-        hidden = hidden.to(getattr(torch, recipe.token)).to(compute)
-    out = fc2(hidden, w2_HI.to(compute))
+        hidden, scale = stored(hidden, recipe.token, recipe.hidden_block)
+    out = multiply(hidden, scale, expert.w2, expert.w2_scale)
     return out.to(getattr(torch, recipe.output)) if rounding else out
 
 
@@ -78,33 +198,37 @@ def moe_forward(
     x_TH: torch.Tensor,
     topk_idx_TK: torch.Tensor,
     topk_weights_TK: torch.Tensor,
-    w13_E2IH: torch.Tensor,
-    w2_EHI: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor | None = None,
+    w2_scale: torch.Tensor | None = None,
+    *,
     precision: str = "bf16",
+    x_scale: torch.Tensor | None = None,
+    clamp: float | None = None,
     rounding: bool = True,
+    compute: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The whole layer over all experts: [T, H] in the recipe's output dtype (float64 with
     rounding=False).
 
-    topk_idx uses -1 for a masked slot; a token may name one expert in several slots.
+    Weights as in `Weights`. topk_idx uses -1 for a masked slot; a token may name one expert in
+    several slots. x_scale: [T, S] if x is quantised already. clamp: of SwiGLU, None for none.
+    compute: dtype of the sums of FC1 and FC2, float32 unless said otherwise.
     """
-    recipe = precision_of(precision)
+    recipe, weights = precision_of(precision), Weights(w13, w2, w13_scale, w2_scale)
     num_tokens, top_k = topk_idx_TK.shape
     output = getattr(torch, recipe.output) if rounding else torch.float64
     slots = torch.zeros(num_tokens, top_k, x_TH.shape[1], dtype=output, device=x_TH.device)
+    rows = input_rows(x_TH, x_scale, recipe)
     for expert in topk_idx_TK.unique().tolist():
         if expert < 0:
             continue
         token, k = torch.where(topk_idx_TK == expert)
-        rows = expert_rows(
-            x_TH[token],
-            topk_weights_TK[token, k],
-            w13_E2IH[expert],
-            w2_EHI[expert],
-            recipe,
-            rounding,
+        router = topk_weights_TK[token, k]
+        slots[token, k] = expert_rows(
+            take_rows(rows, token), router, weights.of(expert), recipe, clamp, rounding, compute
         )
-        slots[token, k] = rows
     return combine(slots, topk_idx_TK, torch.float32 if rounding else torch.float64).to(output)
 
 

@@ -86,8 +86,15 @@ def padding_rows(count, granule):
 @dsl.jit
 def skip_empty(counts, num_experts, expert):
     """First expert >= `expert` with rows, or `num_experts`."""
-    while expert < num_experts and counts[expert] == 0:
-        expert = expert + 1
+    running = expert * 0 + 1
+    while running == 1:
+        # Not one condition with `and`: the traced form reads counts[expert] in any case.
+        if expert >= num_experts:
+            running = running * 0
+        elif counts[expert] > 0:
+            running = running * 0
+        else:
+            expert = expert + 1
     return expert
 
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamoe.budget import weight_sf_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
+from megamoe.precision import num_scales
 from megamoe.schedule import ceil_div, done_target, slot_free_target
 from workspace.layout import COUNTER, Layout
+from workspace.wire import scale_words
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,15 @@ class Shape:
     @property
     def fc2_columns(self) -> int:
         return ceil_div(self.config.hidden_size, self.kernel.block_n)
+
+    @property
+    def fc1_k_blocks(self) -> int:
+        """K blocks of an FC1 tile."""
+        return self.config.hidden_size // self.kernel.block_k
+
+    @property
+    def fc2_k_blocks(self) -> int:
+        return self.config.intermediate_size // self.kernel.block_k
 
     @property
     def warp_rows(self) -> int:
@@ -71,6 +83,26 @@ class Shape:
     @property
     def hidden_row_bytes(self) -> int:
         return self.config.intermediate_size * self.config.recipe.token_bytes
+
+    @property
+    def token_scales(self) -> int:
+        """Scales of a token row; 0 if the recipe has none."""
+        return num_scales(self.config.hidden_size, self.config.recipe.token_block)
+
+    @property
+    def hidden_scales(self) -> int:
+        """Scales of a row of FC1's output."""
+        return num_scales(self.config.intermediate_size, self.config.recipe.hidden_block)
+
+    @property
+    def token_scale_bytes(self) -> int:
+        """Bytes of a row of `input_sf_buffer`."""
+        return 4 * scale_words(self.token_scales)
+
+    @property
+    def weight_sf_bytes(self) -> int:
+        """Shared memory for the block scales of one tile's weights."""
+        return weight_sf_bytes(self.config)
 
     @property
     def output_row_bytes(self) -> int:

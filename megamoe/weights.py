@@ -1,10 +1,8 @@
-"""Checkpoint layout -> kernel layout of the expert weights.
+"""Expert weights: what the layer takes, quantising them, and the layout of their scales.
 
-Checkpoints hold `w13` as [e, 2I, H] (gate rows, then up rows) and `w2` as [e, H, I]. The kernel
-wants gate and up rows
-interleaved by 8, so that a thread that holds a gate column of an FC1 accumulator also holds its up
-column: row 16 * i + r is gate row 8 * i + r for r < 8, and up row 8 * i + r - 8 above. `w2` is used
-as it is.
+The kernel reads `w13` [e, 2I, H] (gate rows, then up rows) and `w2` [e, H, I] as checkpoints hold
+them. Scales of weight blocks are laid out anew (`tile_scales`), so that a math warp finds those of
+a tile side by side; scales of output channels are used as they are.
 """
 
 from __future__ import annotations
@@ -12,34 +10,142 @@ from __future__ import annotations
 import torch
 
 from megamoe.config import MoEConfig
+from megamoe.precision import WHOLE_ROW, Precision, precision_of
+from megamoe.reference import Weights, quantize
 
-INTERLEAVE = 8  # columns of one slab of a WGMMA accumulator
+ALIGNMENT = 16  # bytes: what TMA and vector loads ask of an address
 
 
-def interleave_gate_up(w13_e2IH: torch.Tensor) -> torch.Tensor:
-    """[e, 2I, H] gate then up -> [e, 2I, H] interleaved by 8 (a new tensor)."""
-    experts, rows, hidden = w13_e2IH.shape
-    halves = w13_e2IH.view(experts, 2, rows // (2 * INTERLEAVE), INTERLEAVE, hidden)
-    return halves.transpose(1, 2).reshape(experts, rows, hidden)
+def _scale_shape(block: tuple[int, int], experts: int, rows: int, columns: int) -> tuple[int, ...]:
+    """Shape of the scales of [experts, rows, columns]; () without scales."""
+    if block == (0, 0):
+        return ()
+    if block[1] == WHOLE_ROW:
+        return experts, rows // block[0]
+    return experts, rows // block[0], columns // block[1]
+
+
+def weight_shapes(
+    recipe: Precision, experts: int, hidden: int, intermediate: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of every field of `Weights` that the recipe has."""
+    matrices = {"w13": (experts, 2 * intermediate, hidden), "w2": (experts, hidden, intermediate)}
+    expected = {name: (shape, getattr(torch, recipe.weight)) for name, shape in matrices.items()}
+    if recipe.scaled:
+        for name, shape in matrices.items():
+            scales = _scale_shape(recipe.weight_block, *shape)
+            expected[f"{name}_scale"] = scales, torch.float32
+    return expected
+
+
+def empty_weights(
+    recipe: Precision, experts: int, hidden: int, intermediate: int, device: torch.device | str
+) -> Weights:
+    """Weights of the recipe to be filled in."""
+    shapes = weight_shapes(recipe, experts, hidden, intermediate)
+    return Weights(
+        **{
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in shapes.items()
+        }
+    )
+
+
+def _quantize_matrix(
+    weights_NC: torch.Tensor, block: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(stored [N, C], scales [N/block, C/block], or [N] for a block of a whole row)."""
+    if block[1] == WHOLE_ROW:
+        stored, scale = quantize(weights_NC, WHOLE_ROW)
+        return stored, scale[:, 0]
+    rows, columns = weights_NC.shape
+    grid = rows // block[0], block[0], columns // block[1], block[1]
+    blocks = weights_NC.reshape(grid).transpose(1, 2)
+    stored, scale = quantize(blocks.reshape(grid[0] * grid[2], -1), WHOLE_ROW)
+    return stored.view(blocks.shape).transpose(1, 2).reshape(rows, columns), scale.view(grid[::2])
+
+
+def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Weights:
+    """(w13, w2, w13_scale, w2_scale) of a recipe with scales, as `MegaMoE.load_weights` takes them.
+
+    w13: [e, 2I, H], gate rows then up rows; w2: [e, H, I]; bfloat16 or another floating dtype, on
+    any device. A block of weights (128 x 128 or an output channel, see `Weights`) is stored as
+    value / scale with scale = max |value| / 448. One expert after the other, to spare memory.
+    Raises ValueError for a recipe without scales, and for shapes that do not fit each other or are
+    no multiples of 128.
+    """
+    recipe = precision_of(precision)
+    if not recipe.scaled:
+        raise ValueError(f"precision={precision!r} has no scales: use the weights as they are")
+    experts, hidden, intermediate = w2.shape
+    if tuple(w13.shape) != (experts, 2 * intermediate, hidden):
+        raise ValueError(
+            f"w13 has shape {list(w13.shape)}, expected {[experts, 2 * intermediate, hidden]} "
+            f"with w2 of shape {list(w2.shape)}"
+        )
+    if hidden % 128 or intermediate % 128:
+        raise ValueError(f"w2 has shape {list(w2.shape)}: H and I must be multiples of 128")
+    weights = empty_weights(recipe, experts, hidden, intermediate, w13.device)
+    for expert in range(experts):
+        for source, name in ((w13, "w13"), (w2, "w2")):
+            stored, scale = _quantize_matrix(source[expert], recipe.weight_block)
+            getattr(weights, name)[expert] = stored
+            getattr(weights, f"{name}_scale")[expert] = scale
+    return weights
+
+
+def tile_scales(
+    config: MoEConfig, weights: Weights
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(w13_sf, w2_sf): the scales as the kernel reads them, float32; None without scales.
+
+    A scale per weight block becomes [e, tile columns, K blocks, 4], one per quarter of a tile's 256
+    columns. FC1 tile column j: gate, up, gate, up of row blocks j and I/128 + j. FC2 tile column j:
+    row blocks 2j, 2j, 2j + 1, 2j + 1; 0 past H. Scales of output channels are used as they are.
+    """
+    if config.recipe.weight_block[1] == WHOLE_ROW or not config.recipe.scaled:
+        return weights.w13_scale, weights.w2_scale
+    gate, up = weights.w13_scale.chunk(2, dim=1)
+    w13_sf = torch.stack([gate, up, gate, up], dim=-1)
+    experts, blocks, k_blocks = weights.w2_scale.shape
+    padded = weights.w2_scale.new_zeros(experts, blocks + blocks % 2, k_blocks)
+    padded[:, :blocks] = weights.w2_scale
+    pairs = padded.view(experts, -1, 2, k_blocks).transpose(2, 3)
+    return w13_sf, pairs.repeat_interleave(2, dim=-1).contiguous()
 
 
 def check_weights(
-    config: MoEConfig,
-    num_local_experts: int,
-    device: torch.device,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-):
-    """Raise ValueError, naming the tensor, unless both have the checkpoint layout, dtype and
-    device.
+    config: MoEConfig, num_local_experts: int, device: torch.device, weights: Weights
+) -> None:
+    """Raise ValueError, naming the tensor, unless all have the checkpoint layout, dtype and device,
+    and those that the kernel reads where they are its alignment.
     """
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    expected = {
-        "w13": (w13, (num_local_experts, 2 * intermediate, hidden)),
-        "w2": (w2, (num_local_experts, hidden, intermediate)),
-    }
-    for name, (tensor, shape) in expected.items():
-        check_tensor(name, tensor, shape, getattr(torch, config.recipe.weight), device)
+    recipe, precision = config.recipe, config.precision
+    expected = weight_shapes(
+        recipe, num_local_experts, config.hidden_size, config.intermediate_size
+    )
+    for name, tensor in zip(Weights._fields, weights, strict=True):
+        if name not in expected:
+            if tensor is not None:
+                raise ValueError(f"{name} is given, but precision={precision!r} has no scales")
+            continue
+        shape, dtype = expected[name]
+        if tensor is None and name.endswith("_scale"):
+            raise ValueError(
+                f"{name} is missing: precision={precision!r} needs {list(shape)} {dtype}"
+            )
+        unquantized = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16
+        if recipe.scaled and unquantized and dtype != torch.float32:
+            raise ValueError(
+                f"{name} has dtype {tensor.dtype}, expected {dtype}; "
+                f"megamoe.quantize_weights(w13, w2, {precision!r}) returns weights and scales"
+            )
+        check_tensor(name, tensor, shape, dtype, device)
+        read_as_it_is = dtype != torch.float32 or recipe.weight_block[1] == WHOLE_ROW
+        if read_as_it_is and tensor.data_ptr() % ALIGNMENT:
+            raise ValueError(
+                f"{name} starts at address {tensor.data_ptr():#x}, not a multiple of {ALIGNMENT}"
+            )
 
 
 def fits(tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:

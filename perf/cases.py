@@ -13,6 +13,8 @@ import torch
 
 from megamoe.config import MoEConfig
 from megamoe.precision import Precision, precision_of
+from megamoe.reference import Weights
+from megamoe.weights import empty_weights, quantize_weights
 from perf import routings
 
 
@@ -107,8 +109,7 @@ class Inputs:
 
 def make_rank_inputs(case: Case, rank: int, device: torch.device | str = "cpu") -> Inputs:
     """The inputs of one rank, on `device`."""
-    device = torch.device(device)
-    dtype = getattr(torch, precision_of(case.precision).token)
+    device, dtype = torch.device(device), torch.bfloat16
     seed = (case.seed * 1_000_003 + case.tokens) * 1009 + rank
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(case.tokens, case.model.hidden, generator=generator, device=device).to(dtype)
@@ -130,8 +131,7 @@ def make_weights(
     """(w13 [n, 2I, H] gate then up, w2 [n, H, I]) of these experts, of all by default, drawn in
     bf16 on `device`: no float32 copy. An expert's weights depend on the seed and its number only.
     """
-    device, model = torch.device(device), case.model
-    dtype = getattr(torch, precision_of(case.precision).weight)
+    device, model, dtype = torch.device(device), case.model, torch.bfloat16
     experts = range(model.num_experts) if experts is None else experts
     hidden, inter = model.hidden, model.intermediate
     w13 = torch.empty(len(experts), 2 * inter, hidden, dtype=dtype, device=device)
@@ -141,3 +141,22 @@ def make_weights(
         gate_up.normal_(0.0, hidden**-0.5, generator=generator)
         down.normal_(0.0, inter**-0.5, generator=generator)
     return w13, w2
+
+
+def make_layer_weights(
+    case: Case, device: torch.device | str = "cpu", experts: range | None = None
+) -> Weights:
+    """What `MegaMoE.load_weights` takes: `make_weights`, quantised expert by expert if the
+    precision has scales, so that never more than one expert is held in bf16.
+    """
+    recipe, model = case.recipe, case.model
+    if not recipe.scaled:
+        return Weights(*make_weights(case, device, experts))
+    experts = range(model.num_experts) if experts is None else experts
+    made = empty_weights(recipe, len(experts), model.hidden, model.intermediate, device)
+    for place, expert in enumerate(experts):
+        drawn = make_weights(case, device, range(expert, expert + 1))
+        one = quantize_weights(*drawn, case.precision)
+        for whole, part in zip(made, one, strict=True):
+            whole[place] = part[0]
+    return made

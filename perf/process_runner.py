@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from perf.baselines import PROCESS_BASELINES
-from perf.cases import Case, Inputs, make_rank_inputs, make_weights
+from perf.cases import Case, Inputs, make_layer_weights, make_rank_inputs
 from perf.measure import (
     Contender,
     Point,
@@ -36,18 +36,19 @@ class ProcessRunner:
         self.plan, self.job = plan, job
         case = plan.case
         first = job.rank * case.experts_per_rank
-        own = range(first, first + case.experts_per_rank)
-        self.w13, self.w2 = make_weights(case, plan.device, own)
+        self.experts = range(first, first + case.experts_per_rank)
+        self.weights = make_layer_weights(case, plan.device, self.experts)
         self.moe = layer_of(plan, group=dist.group.WORLD)
-        self.moe.load_weights(self.w13, self.w2)
+        self.moe.load_weights(*self.weights)
         self.contenders = self.make_contenders()
 
     def make_contenders(self) -> list[Contender]:
         """What is measured beside the layer, here the baselines (eager: their host reads
         counts).
         """
-        weights = (self.w13, self.w2)
-        return baseline_contenders(self.plan, PROCESS_BASELINES, *weights, num_ranks=self.job.size)
+        return baseline_contenders(
+            self.plan, PROCESS_BASELINES, self.weights, self.experts, num_ranks=self.job.size
+        )
 
     def points(self, tokens: int) -> Iterator[Point]:
         """The layer, then its contenders, on the same inputs."""
@@ -57,7 +58,7 @@ class ProcessRunner:
         point = partial(Point, case=case, work=work, roofline=plan.roofline_of(work))
         sample = None
         if plan.verify:
-            sample = sample_of(self.job, inputs, self.w13, self.w2, case.precision)
+            sample = sample_of(self.job, inputs, self.weights, case.precision)
 
         call = partial(self.moe, *layer_arguments([inputs]))
         times, output = self._measure(call, plan.mode, self.moe.synchronize)

@@ -3,11 +3,12 @@
 Work is counted from the real `topk_idx`, per GPU, masked slots left out; ranks that share a GPU add
 up there.
 - math: 6 * routed tokens * H * I, the multiply-adds of FC1 (2I columns) and FC2.
-- hbm: the weights of the touched experts once, each token's input and routing once and its output
-  once. Rows held between dispatch, FC1, FC2 and combine can stay in the cache and are left out.
-- nvlink: for every routed token whose expert lives on another GPU one row there and one back. Ranks
-  on one GPU send nothing. A link carries both directions at once, so the larger of received and
-  sent counts.
+- hbm: the weights of the touched experts with their scales once, each token's input (bf16) and
+  routing once and its output once. Rows held between dispatch, FC1, FC2 and combine can stay in the
+  cache and are left out.
+- nvlink: for every routed token whose expert lives on another GPU one row (with its scales) there
+  and one back. Ranks on one GPU send nothing. A link carries both directions at once, so the larger
+  of received and sent counts.
 
 The bound is the slowest of the three on the busiest GPU: a lower bound, as if they overlapped
 fully.
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
-from megamoe.precision import ITEM_BYTES
+from megamoe.precision import ITEM_BYTES, num_scales
+from megamoe.weights import weight_shapes
 from perf.cases import Case
 
 #: Measured on H200 SXM, torch 2.11 + CUDA 13.0: cuBLAS BF16 GEMM on random data, and the best FP8
@@ -122,14 +125,16 @@ def work_of_counts(case: Case, counts_WE: torch.Tensor, tokens_W: Sequence[int])
         touched_G[gpu] = (owned_WE.sum(dim=0) > 0).sum()
     tokens_G = [sum(tokens_W[gpu :: case.num_gpus]) for gpu in gpus]
 
-    expert_bytes = 3 * model.hidden * model.intermediate * ITEM_BYTES[recipe.weight]
-    token_bytes = (
-        model.hidden * (recipe.token_bytes + recipe.output_bytes) + model.top_k * ROUTE_BYTES
-    )
+    shapes = weight_shapes(recipe, 1, model.hidden, model.intermediate).values()
+    expert_bytes = sum(prod(shape) * dtype.itemsize for shape, dtype in shapes)
+    token_bytes = 2 * model.hidden * recipe.output_bytes + model.top_k * ROUTE_BYTES
+    there = model.hidden * recipe.token_bytes
+    there += ITEM_BYTES["float32"] * num_scales(model.hidden, recipe.token_block)
+    back = model.hidden * recipe.output_bytes
     away_GG = rows_GG - torch.diag(rows_GG.diagonal())
     into, out_of = away_GG.sum(dim=0), away_GG.sum(dim=1)
-    received = model.hidden * (into * recipe.token_bytes + out_of * recipe.output_bytes)
-    sent = model.hidden * (out_of * recipe.token_bytes + into * recipe.output_bytes)
+    received = into * there + out_of * back
+    sent = out_of * there + into * back
     return Work(
         flops=tuple((6 * model.hidden * model.intermediate * rows_GG.sum(dim=0)).tolist()),
         hbm_bytes=tuple(

@@ -37,8 +37,7 @@ class Sample:
 def sample_of(
     job: Job,
     inputs: Inputs,
-    w13_E2IH: torch.Tensor,
-    w2_EHI: torch.Tensor,
+    weights: reference.Weights,
     precision: str,
     most: int = SAMPLED_TOKENS,
 ) -> Sample:
@@ -46,20 +45,25 @@ def sample_of(
     own experts.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
-    recipe, local = precision_of(precision), w13_E2IH.shape[0]
+    recipe, local = precision_of(precision), weights.w13.shape[0]
     count = min(most, inputs.x.shape[0])
     tokens = torch.arange(count, device=inputs.x.device) * inputs.x.shape[0] // count
     x, topk_idx, topk_weights = (
         job.gather(tensor[tokens]) for tensor in (inputs.x, inputs.topk_idx, inputs.topk_weights)
     )
     # Outputs are exact in float32, and every backend can add that.
+    travelling = reference.input_rows(x, None, recipe)
     slots = torch.zeros(*topk_idx.shape, x.shape[1], dtype=torch.float32, device=x.device)
     for expert in topk_idx.unique().tolist():
         if expert // local != job.rank:  # -1 // local is -1
             continue
         token, k = torch.where(topk_idx == expert)
-        w13, w2 = w13_E2IH[expert % local], w2_EHI[expert % local]
-        rows = reference.expert_rows(x[token], topk_weights[token, k], w13, w2, recipe)
+        rows = reference.expert_rows(
+            reference.take_rows(travelling, token),
+            topk_weights[token, k],
+            weights.of(expert % local),
+            recipe,
+        )
         slots[token, k] = rows.float()
     slots = job.sum_over_ranks(slots)
     mine = slice(job.rank * count, (job.rank + 1) * count)

@@ -22,8 +22,7 @@ import torch
 import megamoe
 from perf import plan
 from perf.cases import Inputs
-from perf.experts import MAX_ERROR
-from perf.measure import MEGAMOE, Contender, Point, Runner, layer_arguments
+from perf.measure import MEGAMOE, Contender, Point, Runner, layer_arguments, layer_bound
 from perf.process_runner import ProcessRunner
 from perf.routings import may_mask
 from perf.sweep import run_plans
@@ -57,7 +56,7 @@ def contenders_of(
 ) -> list[Contender]:
     """The layer with each of the two habits; `meet` lets all ranks of a job begin together."""
     workspace = moe.workspace
-    spans = zeroed_spans(workspace)
+    spans, bound = zeroed_spans(workspace), layer_bound(moe.config.recipe)
     num_bytes = sum(span.nbytes for span in spans) // len(workspace.local_ranks)
 
     def forward(inputs: Sequence[Inputs]) -> Callable[[], list[torch.Tensor]]:
@@ -90,10 +89,8 @@ def contenders_of(
         return call
 
     return [
-        Contender(
-            FULL_ZEROING, zeroing, mode, MAX_ERROR, f"zeroed_bytes={num_bytes}", moe.synchronize
-        ),
-        Contender(SEPARATE_SUM, summing, mode, MAX_ERROR, check=moe.synchronize),
+        Contender(FULL_ZEROING, zeroing, mode, bound, f"zeroed_bytes={num_bytes}", moe.synchronize),
+        Contender(SEPARATE_SUM, summing, mode, bound, check=moe.synchronize),
     ]
 
 

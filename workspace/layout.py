@@ -23,8 +23,8 @@ from functools import cached_property, lru_cache
 from math import prod
 
 from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks, select
-from megamoe.precision import ITEM_BYTES
-from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
+from megamoe.precision import ITEM_BYTES, num_scales
+from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES, scale_words
 
 ALIGNMENT = 128  # of every region: a cache line, and more than TMA and bulk copies ask for
 SPAN_ALIGNMENT = 1024
@@ -115,7 +115,8 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                "every source rank: routed records", "dispatch warps",
                "only records below the published counts are read"),
         Region("input_token_buffer", recipe.token, (tokens, config.hidden_size), SYMMETRIC, DATA,
-               "the host stages x before the launch", "dispatch warps of peers",
+               "the host stages x before the launch, or count quantises it",
+               "dispatch warps of peers",
                "only rows named by a record are read"),
         Region("combine_output", recipe.output, (tokens, top_k, config.hidden_size), SYMMETRIC,
                DATA,
@@ -157,6 +158,21 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                "FC1 epilogue", "token loaders of FC2",
                "padding rows feed only rows that are dropped"),
     ]  # fmt: skip
+    if recipe.scaled:
+        ring = pool_blocks(config, kernel)
+        token_scales = num_scales(config.hidden_size, recipe.token_block)
+        hidden_scales = num_scales(config.intermediate_size, recipe.hidden_block)
+        table += [
+            Region("input_sf_buffer", "float32", (tokens, scale_words(token_scales)), SYMMETRIC,
+                   DATA, "count, or the host, with input_token_buffer", "dispatch warps of peers",
+                   "only rows named by a record are read"),
+            Region("l1_sf_buffer", "float32", (ring, token_scales, kernel.block_m), LOCAL, DATA,
+                   "dispatch warps", "token loaders of FC1",
+                   "padding rows feed only rows that are dropped"),
+            Region("fc1_output_sf", "float32", (ring, hidden_scales, kernel.block_m), LOCAL, DATA,
+                   "FC1 epilogue", "token loaders of FC2",
+                   "padding rows feed only rows that are dropped"),
+        ]  # fmt: skip
     if kernel.trace:
         table.append(
             Region("trace", "int64", (TRACE_CTAS, TRACE_MARKS), LOCAL, DATA,

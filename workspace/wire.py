@@ -6,6 +6,8 @@
   its first record.
 - source code (int32, `token_src_metadata`): 0 for a row that pads a block, else 1 + rank *
   max_slots + slot.
+- scales of a token row (float32, `input_sf_buffer`): padded with whole words to 16 bytes, what a
+  bulk copy moves.
 - combine row: H outputs at `combine_output[token][k]` of the source rank, addressed by the slot.
 
 Owns these encodings; the kernel and the emulator call the same functions.
@@ -16,10 +18,16 @@ from __future__ import annotations
 from megamoe import dsl
 
 ROUTED_RECORD_BYTES = 8
+SCALE_WORDS_GRANULE = 4  # 16 bytes of float32
 COUNT_RECORD_BYTES = 8
 
 #: Source code of a row that only pads a pool block.
 PADDING = 0
+
+
+def scale_words(num_scales: int) -> int:
+    """Words of a row of `input_sf_buffer` that holds `num_scales` scales."""
+    return -(-num_scales // SCALE_WORDS_GRANULE) * SCALE_WORDS_GRANULE
 
 
 @dsl.jit

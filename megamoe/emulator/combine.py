@@ -41,7 +41,8 @@ def combine(cta: Cta) -> Role:
     ended, warps = cta.shared.dispatch_ended, cta.agents.dispatch
     while ended.value < len(warps):
         yield cta.agents.leader, ended, len(warps)
-    runtime.hand_over([*cta.agents.threads, *warps], "combined.handover")
+    leaders = [warp.leader for warp in warps]
+    runtime.hand_over([*cta.agents.threads, *leaders], "combined.handover")
     yield from _reduce_rest(cta)
 
 
@@ -80,7 +81,7 @@ def reduce_early(cta: Cta, warp: int) -> Role:
     The kernel takes those that are ready and stops when math is done; here a warp waits for a fixed
     half of its share, so that both ways to be reduced are taken in every launch.
     """
-    agent, runtime = cta.agents.dispatch[warp], cta.runtime
+    agent, runtime = cta.agents.dispatch[warp].leader, cta.runtime
     workers = len(cta.agents.dispatch)
     for token in own_tokens(cta)[warp :: 2 * workers]:
         arrived = cta.state.word("combine_arrival_count", token)

@@ -19,7 +19,8 @@ from megamoe.emulator.memory import Memory, Word
 from megamoe.emulator.prologue import Cta, Traffic
 from megamoe.emulator.runtime import Role, Runtime
 from megamoe.emulator.state import CtaAgents, Launch, RankState, Shared
-from megamoe.weights import check_tensor
+from megamoe.reference import Weights, scale_rows
+from megamoe.weights import check_tensor, check_weights
 from workspace.layout import SIGNAL_STRIDE
 from workspace.views import Workspace
 
@@ -30,6 +31,7 @@ class Emulator:
     num_ctas: CTAs per rank.
     reset_regions: names that go back to zero between launches (default: those of the table).
     drop: label, or labels, of `OPERATIONS` to leave out; for tests.
+    clamp: of SwiGLU, None for none.
     After a launch that raised, call `recover` before the next.
     """
 
@@ -39,6 +41,7 @@ class Emulator:
         num_ctas: int = 2,
         reset_regions: Iterable[str] | None = None,
         drop: str | Iterable[str] | None = None,
+        clamp: float | None = None,
     ):
         self.layout = workspace.layout
         self.config, self.kernel = self.layout.config, self.layout.kernel
@@ -53,10 +56,10 @@ class Emulator:
                 f"reset_regions={sorted(self.reset_regions)} names no region of the table"
             )
         self.dropped = (drop,) if isinstance(drop, str) else tuple(drop or ())
-        self.workspace, self.num_ctas = workspace, num_ctas
+        self.workspace, self.num_ctas, self.clamp = workspace, num_ctas, clamp
         self.nvlink_bytes = 0
         self.invalid_experts: list[tuple[int, int, int]] = []
-        self._weights: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+        self._weights: list[list[Weights]] = []  # by rank and local expert
         self._build()
 
     def _build(self) -> None:
@@ -79,31 +82,19 @@ class Emulator:
         self._failed = False
 
     def _install_weights(self) -> None:
-        for state, (w13, w2) in zip(self.ranks, self._weights, strict=False):
-            state.w13, state.w2 = w13, w2
+        for state, experts in zip(self.ranks, self._weights, strict=False):
+            state.experts = experts
 
-    def load_weights(self, w13: list[torch.Tensor], w2: list[torch.Tensor]) -> None:
-        """Weights by rank, in kernel layout: w13 [e, 2I, H] interleaved, w2 [e, H, I]."""
-        hidden, inner, experts = (
-            self.config.hidden_size,
-            self.config.intermediate_size,
-            self.config.experts_per_rank,
-        )
-        for name, tensors, shape in (
-            ("w13", w13, (experts, 2 * inner, hidden)),
-            ("w2", w2, (experts, hidden, inner)),
-        ):
-            if len(tensors) != self.config.num_ranks:
-                raise ValueError(
-                    f"{name} is given for {len(tensors)} ranks, expected {self.config.num_ranks}"
-                )
-            for tensor in tensors:
-                dtype = getattr(torch, self.config.recipe.weight)
-                check_tensor(name, tensor, shape, dtype, torch.device("cpu"))
-        self._weights = [
-            ([expert.float() for expert in up], [expert.float() for expert in down])
-            for up, down in zip(w13, w2, strict=True)
-        ]
+    def load_weights(self, weights: list[Weights]) -> None:
+        """Weights of the local experts by rank, in checkpoint layout."""
+        if len(weights) != self.config.num_ranks:
+            raise ValueError(
+                f"weights are given for {len(weights)} ranks, expected {self.config.num_ranks}"
+            )
+        for rank in weights:
+            check_weights(self.config, self.config.experts_per_rank, torch.device("cpu"), rank)
+        experts = range(self.config.experts_per_rank)
+        self._weights = [[_widened(rank.of(expert)) for expert in experts] for rank in weights]
         self._install_weights()
 
     def launch(
@@ -113,14 +104,21 @@ class Emulator:
         topk_weights: list[torch.Tensor],
         seed: int = 0,
         poison: bool = True,
+        x_scales: list[torch.Tensor | None] | None = None,
+        expert_counts: list[torch.Tensor | None] | None = None,
     ) -> list[torch.Tensor]:
-        """One forward on all ranks: [T_r, H] by rank."""
-        return self.launch_many([(xs, topk_idx, topk_weights)], seed, poison)[0]
+        """One forward on all ranks: [T_r, H] by rank.
+
+        By rank, x is bf16, or quantised with its x_scales; expert_counts (int32 [e]) are added to.
+        """
+        launch = (xs, topk_idx, topk_weights, x_scales, expert_counts)
+        return self.launch_many([launch], seed, poison)[0]
 
     def launch_many(
         self, launches: list[tuple], seed: int = 0, poison: bool = True
     ) -> list[list[torch.Tensor]]:
-        """Forwards (xs, topk_idx, topk_weights) in stream order on every rank.
+        """Forwards (xs, topk_idx, topk_weights) in stream order on every rank; each may add
+        x_scales and expert_counts.
 
         Ranks meet only inside the kernels: one may be a launch ahead of another.
         """
@@ -142,27 +140,37 @@ class Emulator:
         self.invalid_experts = sorted(self._traffic.invalid_experts)
         return [[launch.output for launch in ranks] for ranks in per_launch]
 
-    def _inputs(self, xs, topk_idx, topk_weights) -> list[Launch]:
-        config = self.config
-        token = getattr(torch, config.recipe.token)
-        launches = []
-        for name, tensors in (("xs", xs), ("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+    def _inputs(
+        self, xs, topk_idx, topk_weights, x_scales=None, expert_counts=None
+    ) -> list[Launch]:
+        config, cpu = self.config, torch.device("cpu")
+        absent = [None] * config.num_ranks
+        columns = {
+            "xs": xs,
+            "topk_idx": topk_idx,
+            "topk_weights": topk_weights,
+            "x_scales": x_scales or absent,
+            "expert_counts": expert_counts or absent,
+        }
+        for name, tensors in columns.items():
             if len(tensors) != config.num_ranks:
                 raise ValueError(
                     f"{name} is given for {len(tensors)} ranks, expected {config.num_ranks}"
                 )
-        for x, idx, weights in zip(xs, topk_idx, topk_weights, strict=True):
+        launches = []
+        for x, idx, weights, scale, counts in zip(*columns.values(), strict=True):
             num_tokens = x.shape[0]
             if num_tokens > config.max_tokens_per_rank:
                 raise ValueError(
                     f"x has {num_tokens} tokens, max_tokens_per_rank={config.max_tokens_per_rank}"
                 )
-            check_tensor("x", x, (num_tokens, config.hidden_size), token, torch.device("cpu"))
+            token = torch.bfloat16 if scale is None else getattr(torch, config.recipe.token)
+            check_tensor("x", x, (num_tokens, config.hidden_size), token, cpu)
             for name, tensor in (("topk_idx", idx), ("topk_weights", weights)):
                 if tuple(tensor.shape) != (num_tokens, config.top_k):
                     expected = [num_tokens, config.top_k]
                     raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {expected}")
-            launches.append(Launch(x, idx, weights))
+            launches.append(Launch(config.recipe, x, idx, weights, scale, counts, self.clamp))
         return launches
 
     def _host(self, state: RankState, launches: list[Launch], poison: bool) -> Role:
@@ -179,8 +187,11 @@ class Emulator:
                 data.forget_reads(host.clock)
             state.refill(self.reset_regions, poison)
             rows = slice(0, launch.num_tokens)
-            if launch.num_tokens:
-                state.data["input_token_buffer"].write(host, rows, launch.x_bits)
+            if launch.num_tokens and launch.staged:
+                state.data["input_token_buffer"].write(host, rows, launch.row_bits)
+                if launch.scale_bits is not None:
+                    state.data["input_sf_buffer"].write(host, rows, launch.scale_bits)
+            memory.proxy_fence(host)  # a kernel boundary is a fence of every kind
             memory.hand_over(agents)
             for agent in agents:
                 agent.clear()
@@ -258,3 +269,14 @@ class Emulator:
         ]
         if problems:
             raise NotAtRest("; ".join(problems))
+
+
+def _widened(expert: Weights) -> Weights:
+    """Weights of one expert in float32, with scales by output channel."""
+    w13, w2, w13_scale, w2_scale = expert
+    return Weights(
+        w13.float(),
+        w2.float(),
+        scale_rows(w13_scale, w13.shape[0]),
+        scale_rows(w2_scale, w2.shape[0]),
+    )

@@ -4,7 +4,9 @@ Owns what "ordered" and "visible" mean. An agent is one thread as far as orderin
 counts, per agent, how much of that agent's past is ordered before it; a release hands the clock to
 a word, an acquire takes it from there. A release of gpu scope is seen on its own rank only. Stores
 stay in the agent's buffer until an ordered reader or writer comes (or, by seed, until its release);
-bulk copies stay in a separate group until the group wait.
+bulk copies stay in a separate group until the group wait. What the async proxy reads after ordinary
+stores needs a proxy fence on both sides: by the writer before its release, by the reader after its
+acquire.
 
 Invariant: an access that the clocks do not order is an error, whatever the interleaving happened to
 be. Neighbours: `runtime` schedules and names operations, `roles` make the accesses.
@@ -33,6 +35,7 @@ class Agent:
         self.pending: list[tuple] = []  # stores that others cannot see: (time, target, payload)
         self.bulk: list[tuple] = []  # asynchronous stores in flight, oldest first
         self.settled = False  # no store that is ordered before this agent is still held back
+        self.unfenced: list[tuple] = []  # stores that the async proxy of others must not read yet
         self.clear()
 
     def clear(self) -> None:
@@ -132,8 +135,13 @@ class Memory:
         self.tick(agent)
 
     def proxy_fence(self, agent: Agent) -> None:
-        """fence.proxy.async: async-proxy reads come after what the generic proxy has acquired."""
+        """fence.proxy.async: async-proxy reads come after what the generic proxy has acquired, and
+        those of others may come after this fence for what the agent has stored.
+        """
         agent.async_clock = agent.clock.copy()
+        for data, rows, pieces in agent.unfenced:
+            data.enter_async_proxy(agent, rows, pieces)
+        agent.unfenced.clear()
 
     def hand_over(self, agents: list[Agent]) -> None:
         """A barrier of these agents: each comes after all."""
@@ -227,17 +235,22 @@ class Data:
     The shadow knows the last writer, its launch, and the readers since.
     `fresh`: a read needs a write of the same launch (data regions); else only order is checked.
     `bucket`: rows whose reads are filed together.
+    `copied`: bulk copies or TMA read it, so the shadow also knows since when they may.
     """
 
     def __init__(
-        self, memory: Memory, name: str, rank: int, array, piece: int, bucket: int, fresh=True
-    ):
+        self, memory: Memory, name: str, rank: int, array, piece: int, bucket: int, fresh=True,
+        copied=False,
+    ):  # fmt: skip
         self.memory, self.name, self.rank, self.array = memory, name, rank, array
-        self.piece, self.bucket, self.fresh = piece, bucket, fresh
+        self.piece, self.bucket, self.fresh, self.copied = piece, bucket, fresh, copied
         self.rows, self.columns = array.shape
         shape = (self.rows, -(-self.columns // piece))
         self.write_agent = np.zeros(shape, np.int32)
         self.write_time = np.zeros(shape, np.int64)
+        self.async_time = self.write_time  # of the writer's proxy fence after its last write
+        if copied:
+            self.async_time = np.zeros(shape, np.int64)
         self.issued = np.zeros(shape, np.int32)  # launch of the last write
         self.visible = np.zeros(
             shape, np.int32
@@ -271,14 +284,22 @@ class Data:
         edges = range(rows.start // self.bucket * self.bucket, rows.stop, self.bucket)
         return [(max(rows.start, edge), min(rows.stop, edge + self.bucket)) for edge in edges]
 
-    def _check_written(self, agent: Agent, rows, pieces, clock: np.ndarray, what: str) -> None:
-        late = clock[self.write_agent[rows, pieces]] < self.write_time[rows, pieces]
+    def _check_written(
+        self, agent: Agent, rows, pieces, what: str, asynchronous: bool = False
+    ) -> None:
+        """The access comes after the last write: a read of the async proxy by its own clock, and
+        after the proxy fence of the writer.
+        """
+        clock = agent.async_clock if asynchronous else agent.clock
+        times = self.async_time if asynchronous else self.write_time
+        late = clock[self.write_agent[rows, pieces]] < times[rows, pieces]
         if self.memory.check_order and late.any():
             row, piece = self._first(rows, late)
             other = self.memory.agents[self.write_agent[rows, pieces][late][0]]
+            event = "the write and a proxy fence" if asynchronous else "the write"
             raise UnorderedAccess(
                 f"{agent}: {what} {self.name}[{row}] (piece {pieces.start + piece}) of rank "
-                f"{self.rank} is not ordered after the write of {other}"
+                f"{self.rank} is not ordered after {event} of {other}"
             )
 
     def _check_reads(self, agent: Agent, rows, pieces) -> None:
@@ -311,18 +332,19 @@ class Data:
                 f"{agent}: read of {self.name}[{row}] (piece {pieces.start + piece}) of rank "
                 f"{self.rank}, which nobody wrote in launch {agent.launch}"
             )
-        clock = agent.async_clock if asynchronous else agent.clock
-        self._check_written(agent, rows, pieces, clock, "read of")
+        self._check_written(agent, rows, pieces, "read of", asynchronous)
         for first, last in self._spans(rows):
             bucket = self.reads.setdefault(first // self.bucket, {})
             bucket[first, last, pieces.start, pieces.stop, agent.index] = agent.time
         return self.array[rows, begin:end].copy()
 
     def _claim(self, agent: Agent, rows, pieces, time: int) -> None:
-        self._check_written(agent, rows, pieces, agent.clock, "write to")
+        self._check_written(agent, rows, pieces, "write to")
         self._check_reads(agent, rows, pieces)
         self.write_agent[rows, pieces] = agent.index
         self.write_time[rows, pieces] = time
+        if self.copied:
+            self.async_time[rows, pieces] = NEVER
         self.issued[rows, pieces] = agent.launch
 
     def write(self, agent: Agent, rows, values, columns=None) -> None:
@@ -330,7 +352,15 @@ class Data:
         rows, begin, end, pieces = self._where(agent, rows, columns)
         self.memory.settle(agent)
         self._claim(agent, rows, pieces, agent.time)
+        if self.copied:
+            agent.unfenced.append((self, rows, pieces))
         self.memory.hold(agent, self, (rows, begin, end, pieces, values, agent.launch))
+
+    def enter_async_proxy(self, agent: Agent, rows, pieces) -> None:
+        """The agent's proxy fence after a store: from here on the async proxy may read it."""
+        last = self.write_agent[rows, pieces] == agent.index
+        times = np.where(last, agent.time, self.async_time[rows, pieces])
+        self.async_time[rows, pieces] = times
 
     def bulk_write(self, agent: Agent, row: int, source: list, columns) -> None:
         """Issue an asynchronous store of ``source[0]``, which is read when the copy completes."""
@@ -341,7 +371,7 @@ class Data:
 
     def complete(self, agent: Agent, rows, begin, end, pieces, source) -> None:
         """The group wait: from here on the copy is a store of the agent."""
-        self.write_time[rows, pieces] = agent.time
+        self.write_time[rows, pieces] = self.async_time[rows, pieces] = agent.time
         self.memory.hold(agent, self, (rows, begin, end, pieces, source[0], agent.launch))
 
     def apply(self, payload) -> None:

@@ -10,6 +10,7 @@ Kinds, and what dropping one means:
 - release: the atomic still happens, relaxed.
 - increment: the atomic does not happen.
 - fence: no sys-scope fence (`fence`) or no generic-to-async proxy fence (`proxy`).
+- early: the step comes after the barrier that it belongs before.
 - bulk: the asynchronous copy is not waited for.
 - scope: performed at gpu scope instead of sys.
 - barrier: CTA barrier or warp sync without effect.
@@ -24,18 +25,21 @@ from dataclasses import dataclass
 
 KINDS = (
     "wait", "acquire", "release", "increment", "fence", "proxy", "bulk", "barrier", "scope",
-    "store", "drain",
+    "store", "drain", "early",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation; `redundant` says what else gives the same order, `twin` by which label."""
+    """One operation; `redundant` says what else gives the same order, `twin` by which label.
+    `scaled`: only in recipes with scales.
+    """
 
     kind: str
     why: str
     redundant: str = ""
     twin: str = ""
+    scaled: bool = False
 
 
 def _counted(label: str, why: str) -> dict[str, Operation]:
@@ -76,6 +80,10 @@ def _nvlink_barrier(name: str, before: str, after: str) -> dict[str, Operation]:
 
 OPERATIONS: dict[str, Operation] = {
     # count
+    "count.quantize": Operation("early", "peers pull the rows and their scales", scaled=True),
+    "count.quantize_proxy": Operation(
+        "proxy", "peers pull by bulk copies what threads have stored", scaled=True
+    ),
     "count.histogram_barrier": Operation("barrier", "the local histogram is made by all threads"),
     "count.reserve": Operation("increment", "totals and reserved positions come from it"),
     "grid_sync.before": Operation("barrier", "one thread arrives for the CTA"),
@@ -89,12 +97,24 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "count.counts_barrier": Operation("barrier", "roles read the counts in shared memory"),
     # dispatch
+    "dispatch.input_proxy": Operation(
+        "proxy", "bulk copies read what peers' hosts and threads have stored"
+    ),
     "dispatch.ring_drain": Operation("drain", "an unpublished row may be what the ring waits for"),
     **_waited("dispatch.ring_wait", "the ring slot may still be read, and its padding not clean"),
     "dispatch.load_wait": Operation("bulk", "the pull buffer is stored before the row has landed"),
     "dispatch.group_wait": Operation("bulk", "a row is published before it is in the pool"),
     "dispatch.drain_wait": Operation("bulk", "before a ring wait, a row is published too early"),
     "dispatch.last_wait": Operation("bulk", "the last row is published before it is in the pool"),
+    "dispatch.scale_wait": Operation(
+        "bulk", "scales are stored before they have landed", scaled=True
+    ),
+    "dispatch.scale_proxy": Operation(
+        "proxy", "bulk copies of FC1's loaders read the scales", scaled=True
+    ),
+    "dispatch.warp_sync": Operation(
+        "barrier", "all lanes wait for the ring slot and store scales, one lane publishes the row"
+    ),
     **_counted("dispatch.arrive", "FC1 waits for all rows of the block"),
     **_waited("dispatch.slots_wait", "a slot of the token is not in"),
     "dispatch.slots_wait.sys": Operation("scope", "slots are written on other ranks"),
@@ -121,6 +141,7 @@ OPERATIONS: dict[str, Operation] = {
     # math
     **_waited("math.stage_full", "the stage is read before it is loaded"),
     **_counted("math.stage_empty", "the loader reuses the stage"),
+    "math.fc1_proxy": Operation("proxy", "TMA of other CTAs reads what FC1 stored"),
     "math.fc1_warp_sync": Operation("barrier", "all lanes store, one lane releases"),
     **_counted("math.fc1_done", "FC2 waits for all FC1 tiles of the block"),
     "math.fc2_warp_sync": Operation("barrier", "all lanes read metadata, one lane releases"),

@@ -70,11 +70,19 @@ class Cta:
         """Rows of every local expert, from shared memory."""
         return self.shared.counts.read(agent, slice(0, self.config.experts_per_rank))[:, 0].tolist()
 
-    def entries(self, thread: int) -> range:
-        """Entries q = token * K + k of one thread."""
+    def _share(self, thread: int, count: int) -> range:
+        """Those of `count` items that one thread of the whole grid takes."""
         num_threads = len(self.agents.threads)
         first = self.index * num_threads + thread
-        return range(first, len(self.state.launch.experts), self.num_ctas * num_threads)
+        return range(first, count, self.num_ctas * num_threads)
+
+    def entries(self, thread: int) -> range:
+        """Entries q = token * K + k of one thread."""
+        return self._share(thread, len(self.state.launch.experts))
+
+    def tokens(self, thread: int) -> range:
+        """Own tokens of one thread."""
+        return self._share(thread, self.state.launch.num_tokens)
 
     def target(self, entry: int) -> int:
         """Expert of an entry, -1 if masked or not an expert."""
@@ -122,6 +130,9 @@ def grid_sync(cta: Cta) -> Role:
 def count(cta: Cta) -> Role:
     """Tell every owner how many rows it gets for each expert, and where they come from."""
     cta.epoch = cta.state.word("nvlink_barrier_counter").read(cta.agents.leader)
+    early = cta.runtime.live("count.quantize")
+    if early:
+        yield from _quantize(cta)
     yield from _reserve(cta)
     yield from grid_sync(cta)
     yield from _offsets(cta)
@@ -129,6 +140,8 @@ def count(cta: Cta) -> Role:
     yield from _records(cta)
     cta.runtime.hand_over(cta.agents.threads, "dispatched.before")
     yield from nvlink_barrier(cta, "dispatched", GRID_DISPATCHED, 1)
+    if not early:
+        yield from _quantize(cta)
 
     experts, num_ranks = cta.config.experts_per_rank, cta.config.num_ranks
     received = cta.state.data["expert_recv_count"]
@@ -137,8 +150,24 @@ def count(cta: Cta) -> Role:
             rows = [
                 received.read(thread, rank * experts + expert)[0, 0] for rank in range(num_ranks)
             ]
-            cta.shared.counts.write(thread, expert, sum(map(int, rows)))
+            total = sum(map(int, rows))
+            cta.shared.counts.write(thread, expert, total)
+            if cta.index == 0 and cta.state.launch.expert_counts is not None:
+                cta.state.launch.expert_counts[expert] += total
     cta.runtime.hand_over(cta.agents.all, "count.counts_barrier")
+
+
+def _quantize(cta: Cta) -> Role:
+    """Rows and scales that peers pull, unless the host has staged them."""
+    launch, state, threads = cta.state.launch, cta.state, cta.agents.threads
+    if launch.staged:
+        return
+    for number, thread in enumerate(threads):
+        for token in cta.tokens(number):
+            yield
+            state.data["input_token_buffer"].write(thread, token, launch.row_bits[token])
+            state.data["input_sf_buffer"].write(thread, token, launch.scale_bits[token])
+        cta.runtime.proxy_fence(thread, "count.quantize_proxy")
 
 
 def _reserve(cta: Cta) -> Role:
@@ -186,10 +215,9 @@ def _records(cta: Cta) -> Role:
     experts, slots = cta.config.experts_per_rank, cta.config.max_slots_per_rank
     everything = slice(0, cta.config.num_experts)
     launch, running = cta.state.launch, [0] * cta.config.num_experts
-    top_k, num_threads = cta.config.top_k, len(cta.agents.threads)
+    top_k = cta.config.top_k
     for number, thread in enumerate(cta.agents.threads):
-        first_token = cta.index * num_threads + number
-        for token in range(first_token, launch.num_tokens, cta.num_ctas * num_threads):
+        for token in cta.tokens(number):
             live = sum(cta.target(token * top_k + k) >= 0 for k in range(top_k))
             if cta.runtime.live("count.expect"):
                 cta.state.word("combine_arrival_count", token).write(thread, -live)

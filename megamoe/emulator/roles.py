@@ -17,7 +17,15 @@ from megamoe.emulator.errors import PaddingNotInert
 from megamoe.emulator.memory import SYS, Agent
 from megamoe.emulator.prologue import SIGNAL_BYTES, Cta
 from megamoe.emulator.runtime import Role
-from megamoe.emulator.state import NUM_TILE_STAGES, POISON, Tile, as_bits, as_float
+from megamoe.emulator.state import (
+    NUM_TILE_STAGES,
+    POISON,
+    RankState,
+    Tile,
+    Warp,
+    as_bits,
+    as_float,
+)
 from megamoe.schedule import (
     PHASE_DONE,
     PHASE_FC1,
@@ -33,18 +41,22 @@ from megamoe.schedule import (
     tile_of,
 )  # fmt: skip
 from megamoe.shape import Shape
-from megamoe.weights import INTERLEAVE
 from workspace.wire import PADDING, encode_source, source_rank, source_slot
 
 
 class Pull:
-    """The pipeline of one dispatch warp: a piece is loading while the one before it is stored."""
+    """The pipeline of one dispatch warp: a piece is loading while the one before it is stored.
 
-    def __init__(self, cta: Cta, agent: Agent):
-        self.cta, self.agent = cta, agent
+    With the last piece of a row come its scales, which all lanes store.
+    """
+
+    def __init__(self, cta: Cta, warp: Warp):
+        self.cta, self.warp, self.agent = cta, warp, warp.leader
+        self.poison = POISON[cta.config.recipe.token]
         self.buffers = [[None] for _ in range(NUM_PULL_BUFFERS)]
         self.number = 0  # pieces loaded so far
-        self.loading: tuple | None = None  # (buffer, what lands in it, ring row, columns, block)
+        # (buffer, what lands in it, its scales, ring row, columns, block)
+        self.loading: tuple | None = None
         self.unpublished: int | None = None  # pool block of a row that is stored, not published
 
     def finish_store(self, label: str) -> Role:
@@ -59,26 +71,45 @@ class Pull:
         """Start the load of a piece; `block` is its pool block if it completes a row."""
         buffer = self.buffers[self.number % NUM_PULL_BUFFERS]
         self.number += 1
-        buffer[0] = np.int16(POISON[2])
-        landed = source.data["input_token_buffer"].read(self.agent, token, columns)
-        config = self.cta.config
-        num_bytes = (columns[1] - columns[0]) * config.recipe.token_bytes
+        buffer[0] = self.poison
+        landed = source.data["input_token_buffer"].read(self.agent, token, columns, True)
+        recipe, scales = self.cta.config.recipe, None
+        num_bytes = (columns[1] - columns[0]) * recipe.token_bytes
+        if recipe.scaled and block is not None:
+            scales = source.data["input_sf_buffer"].read(self.agent, token, asynchronous=True)[0]
+            num_bytes += self.cta.shape.token_scale_bytes
         self.cta.traffic.count(source.rank, self.cta.rank, num_bytes)
-        return buffer, landed, row, columns, block
+        return buffer, landed, scales, row, columns, block
 
     def store(self, piece: tuple) -> Role:
         """Wait for the load of a piece and start its store; returns the block it completes."""
-        buffer, landed, row, columns, block = piece
+        buffer, landed, scales, row, columns, block = piece
         yield
         if self.cta.runtime.live("dispatch.load_wait"):
             buffer[0] = landed
         self.cta.state.data["l1_token_buffer"].bulk_write(self.agent, row, buffer, columns)
+        if scales is not None:
+            yield
+            self.store_scales(scales, row)
+        self.cta.runtime.hand_over(list(self.warp), "dispatch.warp_sync")
         return block
+
+    def store_scales(self, scales, row: int) -> None:
+        """Scatter the scales of a row: scale k goes to [ring block][k][row of the block]."""
+        runtime, shape = self.cta.runtime, self.cta.shape
+        values = scales[: shape.token_scales, None]
+        if not runtime.live("dispatch.scale_wait"):
+            values = POISON["float32"]
+        ring_block, in_block = divmod(row, shape.kernel.block_m)
+        rows = slice(ring_block * shape.token_scales, (ring_block + 1) * shape.token_scales)
+        columns = (in_block, in_block + 1)
+        self.cta.state.data["l1_sf_buffer"].write(self.warp.lanes, rows, values, columns)
+        runtime.proxy_fence(self.warp.lanes, "dispatch.scale_proxy")
 
     def zero(self, row: int) -> None:
         """Start to store zeros to a row that pads its warpgroup."""
         columns = (0, self.cta.config.hidden_size)
-        self.cta.state.data["l1_token_buffer"].bulk_write(self.agent, row, [np.int16(0)], columns)
+        self.cta.state.data["l1_token_buffer"].bulk_write(self.agent, row, [0], columns)
 
     def drain(self, label: str) -> Role:
         """Store and publish everything that is under way."""
@@ -106,14 +137,15 @@ class Pull:
 def dispatch(cta: Cta, warp: int) -> Role:
     """Pull the rows of the local experts, round-robin over warps, in dense row order."""
     runtime, state, config = cta.runtime, cta.state, cta.config
-    agent, shape = cta.agents.dispatch[warp], cta.shape
+    (agent, lanes), shape = cta.agents.dispatch[warp], cta.shape
     experts, slots, num_ranks = config.experts_per_rank, config.max_slots_per_rank, config.num_ranks
     counts = cta.counts(agent)
     sources = np.arange(num_ranks) * experts
     position = PullWalk(0, 0, 0)
-    pull = Pull(cta, agent)
+    pull = Pull(cta, cta.agents.dispatch[warp])
     warps_per_cta = len(cta.agents.dispatch)
     first_row, stride = cta.index * warps_per_cta + warp, cta.num_ctas * warps_per_cta
+    runtime.proxy_fence(agent, "dispatch.input_proxy")
     for row in range(first_row, sum(counts), stride):
         position = seek_pull(position, row, counts, experts, shape.kernel.block_m)
         expert, index = position.expert, row - position.first_row
@@ -128,7 +160,9 @@ def dispatch(cta: Cta, warp: int) -> Role:
             yield
             if freed.value < shape.slot_free and runtime.live("dispatch.ring_drain"):
                 yield from pull.drain("dispatch.drain_wait")
-            yield from runtime.wait(agent, freed, shape.slot_free, "dispatch.ring_wait")
+            yield from runtime.wait(
+                agent, freed, shape.slot_free, "dispatch.ring_wait", also=(lanes,)
+            )
         ring_index = (
             ring_row(block, shape.ring, shape.kernel.block_m) + index % shape.kernel.block_m
         )
@@ -192,6 +226,7 @@ def load_tokens(cta: Cta) -> Role:
     """Wait until the tokens of a tile are there, and load its real rows into a stage."""
     runtime, state, shared = cta.runtime, cta.state, cta.shared
     agent, shape, dtype = cta.agents.load_tokens, cta.shape, cta.config.recipe.token
+    block_m = shape.kernel.block_m
     number = 0
     while True:
         phase, _, _, block, _, rows = yield from _take_tile(cta, agent, number, "load_tokens")
@@ -201,30 +236,46 @@ def load_tokens(cta: Cta) -> Role:
         free = turn * shape.kernel.num_math_warps
         yield from runtime.wait(agent, shared.stage_empty[stage], free, "load_tokens.stage_empty")
         if phase == PHASE_FC1:
-            label, region, ready, target = (
-                "load_tokens.fc1",
-                "l1_token_buffer",
-                "l1_arrival_count",
-                rows,
-            )
+            label, ready, target = "load_tokens.fc1", "l1_arrival_count", rows
+            region, scale_region, num_scales = "l1_token_buffer", "l1_sf_buffer", shape.token_scales
         else:
-            label, region, ready, target = (
-                "load_tokens.fc2",
-                "fc1_output",
-                "fc1_done_counter",
-                shape.fc1_done,
-            )
+            label, ready, target = "load_tokens.fc2", "fc1_done_counter", shape.fc1_done
+            region, scale_region, num_scales = "fc1_output", "fc1_output_sf", shape.hidden_scales
         yield from runtime.wait(agent, state.word(ready, block), target, f"{label}_wait")
-        if runtime.live(f"{label}_proxy"):
-            runtime.memory.proxy_fence(agent)
-        first = ring_row(block, shape.ring, shape.kernel.block_m)
+        runtime.proxy_fence(agent, f"{label}_proxy")
+        first, scales = ring_row(block, shape.ring, block_m), None
         bits = state.data[region].read(agent, slice(first, first + rows), asynchronous=True)
+        if num_scales:
+            first = ring_row(block, shape.ring, num_scales)
+            which = slice(first, first + num_scales)
+            found = state.data[scale_region].read(agent, which, (0, rows), asynchronous=True)
+            scales = as_float(found, "float32").T
         shared.stage.write(agent, stage, number)
-        shared.tiles[stage] = Tile(as_float(bits, dtype))
+        shared.tiles[stage] = Tile(as_float(bits, dtype), scales)
         yield from runtime.add(
             agent, shared.stage_full[stage], "load_tokens.stage_full", release=True
         )
         number += 1
+
+
+def _tile_weights(shape: Shape, state: RankState, tile: list[int]) -> tuple:
+    """(weights, their scales or None, first and last output column) of a tile: for FC1 the gate
+    rows and then the up rows of as many columns, for FC2 the rows of the columns.
+    """
+    phase, expert, _, _, column, _ = tile
+    weights = state.experts[expert]
+    if phase == PHASE_FC1:
+        width, groups = shape.kernel.block_n // 2, 2
+        matrix, scales = weights.w13, weights.w13_scale
+    else:
+        width, groups = shape.kernel.block_n, 1
+        matrix, scales = weights.w2, weights.w2_scale
+    columns = (column * width, min((column + 1) * width, matrix.shape[0] // groups))
+
+    def pick(rows: torch.Tensor) -> torch.Tensor:
+        return rows.view(groups, -1, rows.shape[1])[:, slice(*columns)].flatten(0, 1)
+
+    return pick(matrix), None if scales is None else pick(scales), columns
 
 
 def math(cta: Cta, warp: int) -> Role:
@@ -234,25 +285,17 @@ def math(cta: Cta, warp: int) -> Role:
     number = 0
     while True:
         words = yield from _take_tile(cta, leader, number, "math", also=(lanes,))
-        phase, expert, _, block, column, rows = words
+        phase, _, _, block, column, rows = words
         if phase == PHASE_DONE:
             return
         stage, turn = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
         full = shared.stage_full[stage]
         yield from runtime.wait(leader, full, turn + 1, "math.stage_full", also=(lanes,))
         shared.stage.read(leader, stage)
-        if phase == PHASE_FC1:
-            begin, end = column * shape.kernel.block_n, (column + 1) * shape.kernel.block_n
-            weights = state.w13[expert][begin:end]
-        else:
-            begin, end = (
-                column * shape.kernel.block_n,
-                min((column + 1) * shape.kernel.block_n, cta.config.hidden_size),
-            )
-            weights = state.w2[expert][begin:end]
+        weights, scales, columns = _tile_weights(shape, state, words)
         own = slice(warp * shape.warp_rows, (warp + 1) * shape.warp_rows)
         real = max(0, min(rows - own.start, shape.warp_rows))
-        product = shared.tiles[stage].times(weights)[own] if real else None
+        product = shared.tiles[stage].times(weights, scales)[own] if real else None
         yield from runtime.add(leader, shared.stage_empty[stage], "math.stage_empty", release=True)
         first = ring_row(block, shape.ring, shape.kernel.block_m) + own.start
         if phase == PHASE_FC1:
@@ -261,7 +304,7 @@ def math(cta: Cta, warp: int) -> Role:
             )
         else:
             yield from _fc2_epilogue(
-                cta, shape, (leader, lanes), product, first, real, block, (begin, end)
+                cta, shape, (leader, lanes), product, first, real, block, columns
             )
         number += 1
 
@@ -271,7 +314,7 @@ def _fc1_epilogue(
 ) -> Role:
     """SwiGLU, router weight, one rounding, store; then report the tile."""
     leader, lanes = warp
-    state, runtime = cta.state, cta.runtime
+    state, runtime, recipe = cta.state, cta.runtime, cta.config.recipe
     bits = state.data["l1_topk_weights_buffer"].read(lanes, slice(first, first + shape.warp_rows))
     weights = as_float(bits[:, 0].copy(), "float32")
     if weights[real:].any():
@@ -281,16 +324,20 @@ def _fc1_epilogue(
             f"in a row that pads pool block {block}"
         )
     if real:
-        gate, up = product.view(real, -1, 2, INTERLEAVE).unbind(2)
-        hidden = (
-            reference.swiglu(torch.cat([gate.flatten(1), up.flatten(1)], dim=1))
-            * weights[:real, None]
-        )
-        values = as_bits(hidden.to(getattr(torch, cta.config.recipe.token)))
+        hidden = reference.swiglu(product, state.launch.clamp) * weights[:real, None]
+        values, scales = reference.stored(hidden, recipe.token, recipe.hidden_block)
         width = shape.kernel.block_n // 2
         yield
-        columns = (column * width, (column + 1) * width)
-        state.data["fc1_output"].write(lanes, slice(first, first + real), values, columns)
+        columns, rows = (column * width, (column + 1) * width), slice(first, first + real)
+        state.data["fc1_output"].write(lanes, rows, as_bits(values), columns)
+        if scales is not None:
+            # One scale per row and tile, because a tile has as many columns as share one.
+            in_block = first % shape.kernel.block_m
+            target = ring_row(block, shape.ring, shape.hidden_scales) + column
+            columns = (in_block, in_block + real)
+            yield
+            state.data["fc1_output_sf"].write(lanes, target, as_bits(scales[:, 0]), columns)
+    runtime.proxy_fence(lanes, "math.fc1_proxy")
     runtime.hand_over([leader, lanes], "math.fc1_warp_sync")
     yield from runtime.add(
         leader, state.word("fc1_done_counter", block), "math.fc1_done", release=True

@@ -140,6 +140,11 @@ class Runtime:
         if self.live(label):
             self.memory.fence(agent, self.scope(label, SYS))
 
+    def proxy_fence(self, agent: Agent, label: str) -> None:
+        """fence.proxy.async"""
+        if self.live(label):
+            self.memory.proxy_fence(agent)
+
     def wait(
         self,
         agent: Agent,

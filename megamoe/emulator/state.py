@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import gcd, prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from megamoe import reference
 from megamoe.budget import QUEUE_SLOTS, piece_bytes
 from megamoe.emulator.memory import Agent, Data, Memory, Word
 from megamoe.faults import ROLE_COMBINE, ROLE_COUNT, ROLE_DISPATCH, ROLES
+from megamoe.precision import Precision
+from megamoe.reference import Weights
 from megamoe.schedule import ceil_div
 from workspace.layout import BARRIER, DATA, PADDING, Layout, Region
 from workspace.views import Workspace
+from workspace.wire import scale_words
 
 #: Columns per shadow piece of a wide region; what an epilogue stores is a multiple of it.
 PIECE_COLUMNS = 64
@@ -31,9 +36,17 @@ TILE_WORDS = 6  # phase, expert, block in expert, pool block, column, rows
 #: Data regions of words that are used atomically.
 ATOMIC_DATA = ("combine_arrival_count",)
 
+#: Regions that bulk copies or TMA read.
+COPIED = (
+    "input_token_buffer", "input_sf_buffer", "l1_token_buffer", "l1_sf_buffer", "fc1_output",
+    "fc1_output_sf",
+)  # fmt: skip
+#: Regions of a ring of pool blocks with the scales of its rows: [ring, S, block_m].
+RING_SCALES = ("l1_sf_buffer", "fc1_output_sf")
+
 CANARY = -0x5A5A5A5B
-#: What a poisoned region holds, by bytes per item: a NaN or a count that nothing survives.
-POISON = {2: 0x7FFF, 4: CANARY}
+#: What a poisoned region holds, by dtype: a NaN or a count that nothing survives.
+POISON = {"float8_e4m3fn": 0x7F, "bfloat16": 0x7FFF, "float32": 0x7FFFFFFF, "int32": CANARY}
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
@@ -50,22 +63,38 @@ def as_float(bits: np.ndarray, dtype: str) -> torch.Tensor:
 
 @dataclass
 class Launch:
-    """One forward of one rank: inputs, and the output that the host takes from the workspace."""
+    """One forward of one rank: inputs, and the output that the host takes from the workspace.
 
+    Inputs are copied, because x may be the staging buffer itself. `staged`: the host puts the rows
+    that travel into the workspace; otherwise the launch quantises them.
+    """
+
+    recipe: Precision
     x: torch.Tensor
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
+    x_scale: torch.Tensor | None = None
+    expert_counts: torch.Tensor | None = None
+    clamp: float | None = None
     output: torch.Tensor | None = None
+    staged: bool = field(init=False)
     experts: list[int] = field(init=False)  # by entry q = token * K + k
     weight_bits: list[int] = field(init=False)
-    x_bits: np.ndarray = field(init=False)  # a copy: x may be the staging buffer itself
+    row_bits: np.ndarray = field(init=False)  # of `input_token_buffer`
+    scale_bits: np.ndarray | None = field(init=False)  # of `input_sf_buffer`
 
     @property
     def num_tokens(self) -> int:
         return self.x.shape[0]
 
     def __post_init__(self):
-        self.x_bits = as_bits(self.x).copy()
+        self.staged = self.x_scale is not None or not self.recipe.scaled
+        rows, scales = reference.input_rows(self.x, self.x_scale, self.recipe)
+        self.row_bits, self.scale_bits = as_bits(rows).copy(), None
+        if scales is not None:
+            width = scales.shape[1]
+            self.scale_bits = np.zeros((len(rows), scale_words(width)), np.int32)
+            self.scale_bits[:, :width] = as_bits(scales)
         self.experts = self.topk_idx.reshape(-1).tolist()
         self.weight_bits = as_bits(self.topk_weights.float().contiguous()).reshape(-1).tolist()
 
@@ -85,8 +114,7 @@ class RankState:
         self.cta_agents: list[CtaAgents] = []
         self.number = 0  # launches begun
         self.launch: Launch
-        self.w13: list[torch.Tensor] = []  # by local expert, float32, gate and up interleaved
-        self.w2: list[torch.Tensor] = []
+        self.experts: list[Weights] = []  # float32, scales by output channel
         self._words: dict[tuple[str, int], Word] = {}
         self._flat: dict[str, np.ndarray] = {}
         self.data: dict[str, Data] = {}
@@ -100,20 +128,23 @@ class RankState:
     def _data(self, region: Region, view: torch.Tensor) -> Data:
         columns = 1 if len(region.shape) == 1 else region.shape[-1]
         bits = as_bits(view).reshape(prod(region.shape) // columns, columns)
-        wide = region.dtype == self.layout.config.recipe.token
+        recipe = self.layout.config.recipe
         ring = region.name in ("l1_token_buffer", "fc1_output") or region.kind == PADDING
+        bucket, piece = 1, columns
         if ring:
             bucket = self.layout.kernel.block_m
-        else:
-            bucket = (
-                self.layout.config.experts_per_rank if region.name == "expert_recv_count" else 1
-            )
-        # A pulled piece may be narrower than what the epilogues store.
-        pulled = region.name in ("l1_token_buffer", "input_token_buffer")
-        piece = gcd(PIECE_COLUMNS, self.pull_columns if pulled else 0) if wide else columns
+        elif region.name in RING_SCALES:
+            bucket, piece = region.shape[1], 1
+        elif region.name == "expert_recv_count":
+            bucket = self.layout.config.experts_per_rank
+        if region.dtype in (recipe.token, recipe.output):
+            # A pulled piece may be narrower than what the epilogues store.
+            pulled = region.name in ("l1_token_buffer", "input_token_buffer")
+            piece = gcd(PIECE_COLUMNS, self.pull_columns if pulled else 0)
         return Data(
-            self.memory, region.name, self.rank, bits, piece, bucket, fresh=region.kind == DATA
-        )
+            self.memory, region.name, self.rank, bits, piece, bucket,
+            fresh=region.kind == DATA, copied=region.name in COPIED,
+        )  # fmt: skip
 
     def word(self, region: str, index: int = 0) -> Word:
         key = region, index
@@ -134,11 +165,11 @@ class RankState:
         for name, region in self.layout.regions.items():
             if name in ATOMIC_DATA:
                 if name in resets or poison:
-                    self._flat[name].fill(0 if name in resets else POISON[region.item_bytes])
+                    self._flat[name].fill(0 if name in resets else POISON[region.dtype])
             elif region.kind == DATA and name in resets:
                 self.data[name].refill(self.number, 0)
             elif region.kind == DATA and poison:
-                self.data[name].refill(self.number, POISON[region.item_bytes])
+                self.data[name].refill(self.number, POISON[region.dtype])
             elif region.kind == BARRIER and name in resets:
                 self._flat[name].fill(0)
 
@@ -155,15 +186,22 @@ class RankState:
         ]
 
 
+class Warp(NamedTuple):
+    """A warp that stores: the lane that reports, and all lanes."""
+
+    leader: Agent
+    lanes: Agent
+
+
 @dataclass
 class CtaAgents:
-    """Agents of one CTA: an elected thread is one agent, a warp that stores a leader and lanes."""
+    """Agents of one CTA: an elected thread is one agent."""
 
     threads: list[Agent]
-    dispatch: list[Agent]
+    dispatch: list[Warp]
     load_weights: Agent
     load_tokens: Agent
-    math: list[tuple[Agent, Agent]]  # (leader, lanes)
+    math: list[Warp]
 
     @property
     def leader(self) -> Agent:
@@ -171,13 +209,13 @@ class CtaAgents:
 
     @property
     def all(self) -> list[Agent]:
-        warps = [agent for warp in self.math for agent in warp]
-        return [*self.threads, *self.dispatch, self.load_weights, self.load_tokens, *warps]
+        warps = [agent for warp in (*self.dispatch, *self.math) for agent in warp]
+        return [*self.threads, self.load_weights, self.load_tokens, *warps]
 
     @staticmethod
     def places(rank: int, cta: int, num_dispatch: int, num_math: int) -> list[tuple[int, int, str]]:
         """(rank, cta, role) in the order of `take`."""
-        roles = [ROLES[ROLE_COUNT]] * NUM_CTA_THREADS + [ROLES[ROLE_DISPATCH]] * num_dispatch
+        roles = [ROLES[ROLE_COUNT]] * NUM_CTA_THREADS + [ROLES[ROLE_DISPATCH]] * (2 * num_dispatch)
         roles += ["load_weights", "load_tokens"] + ["math"] * (2 * num_math)
         return [(rank, cta, role) for role in roles]
 
@@ -186,10 +224,10 @@ class CtaAgents:
         """Build from an iterator over agents."""
         return CtaAgents(
             [next(agents) for _ in range(NUM_CTA_THREADS)],
-            [next(agents) for _ in range(num_dispatch)],
+            [Warp(next(agents), next(agents)) for _ in range(num_dispatch)],
             next(agents),
             next(agents),
-            [(next(agents), next(agents)) for _ in range(num_math)],
+            [Warp(next(agents), next(agents)) for _ in range(num_math)],
         )
 
     def enter_combine(self) -> None:
@@ -235,14 +273,17 @@ class Shared:
 
 @dataclass
 class Tile:
-    """Real token rows of one tile in a stage, float32; all math warps share one product."""
+    """Real token rows of one tile in a stage and their scales, float32; all math warps share one
+    product.
+    """
 
     rows: torch.Tensor
+    scales: torch.Tensor | None
     product: torch.Tensor | None = None
 
-    def times(self, weights: torch.Tensor) -> torch.Tensor:
+    def times(self, weights: torch.Tensor, weight_scales: torch.Tensor | None) -> torch.Tensor:
         if self.product is None:
-            self.product = self.rows @ weights.T
+            self.product = reference.product(self.rows, weights, self.scales, weight_scales)
         return self.product
 
 

@@ -8,11 +8,13 @@ pool by bulk copies and publishes each row.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
-from megamoe.budget import FLAG_OK, WARPGROUP_ROWS
+from megamoe.budget import FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import (
@@ -20,15 +22,27 @@ from megamoe.kernels.ptx import (
     bulk_store,
     global_ptr,
     load_global_v2,
+    load_shared,
     store_global,
     store_global_v2,
 )
+from megamoe.kernels.quantize import quantize_input
 from workspace import wire
 from workspace.layout import GRID_COUNTED, GRID_DISPATCHED
 
 arch = cute.arch
 
 ROLE = faults.ROLE_COUNT
+
+
+class PullBuffers(NamedTuple):
+    """Shared memory of a dispatch warp, NUM_PULL_BUFFERS of each, and sizes in bytes."""
+
+    rows: cute.Pointer
+    scales: cute.Pointer
+    barriers: cute.Pointer
+    piece_bytes: int
+    zero_bytes: int
 
 
 @cute.jit
@@ -97,6 +111,8 @@ def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexp
     first = launch.cta * threads + launch.thread
     stride = launch.num_ctas * threads
 
+    if const_expr(shape.config.recipe.scaled):
+        quantize_input(launch, threads)
     for expert in range(launch.thread, experts, threads):
         histogram[expert] = Int32(0)
     arch.sync_threads()
@@ -157,60 +173,73 @@ def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexp
             for rank in range(ranks):
                 total += counts[(rank * local + expert) * 2]
         received[expert] = total
+        if launch.cta == 0 and launch.expert_counts != 0:
+            statistics = global_ptr(launch.expert_counts + Int64(expert) * 4)
+            arch.red(statistics, total, op="add", dtype="s32", sem="relaxed", scope="gpu")
     arch.sync_threads()
 
 
+class Pulling(NamedTuple):
+    """What a dispatch warp has in flight."""
+
+    piece: Int32  # pieces loaded so far
+    loading: Int32  # 1 while piece - 1 is loaded but not stored
+    target: Int64  # where it goes
+    completes: Int32  # pool block whose row it completes, or -1
+    scales: Int64  # where the scales of that row go
+
+
 @cute.jit
-def finish_store(launch: Launch, unpublished) -> Int32:
-    """Wait in full for the thread's bulk stores; publish the row whose last piece they held.
+def finish_store(launch: Launch, unpublished, lane) -> Int32:
+    """Wait in full for the warp's bulk stores; publish the row whose last piece they held.
     Returns "none".
     """
-    arch.cp_async_bulk_wait_group(0)
-    if unpublished >= 0:
-        sync.signal(launch, "l1_arrival_count", unpublished)
+    if lane == 0:
+        arch.cp_async_bulk_wait_group(0)
+        if unpublished >= 0:
+            sync.signal(launch, "l1_arrival_count", unpublished)
     return Int32(-1)
 
 
 @cute.jit
-def store_piece(buffers, barriers, piece, target, piece_bytes: Constexpr, num_buffers: Constexpr):
-    """Wait for the load of `piece` and start its store to `target`."""
-    slot = piece % num_buffers
-    arch.mbarrier_wait(barriers + slot, (piece // num_buffers) % 2)
-    bulk_store(target, buffers + slot * piece_bytes, piece_bytes)
+def store_piece(launch: Launch, buffers: PullBuffers, state: Pulling, lane):
+    """Wait for the load of the last piece and start its store; with it, store the row's scales."""
+    last = state.piece - 1
+    slot = last % NUM_PULL_BUFFERS
+    arch.mbarrier_wait(buffers.barriers + slot, (last // NUM_PULL_BUFFERS) % 2)
+    if lane == 0:
+        bulk_store(state.target, buffers.rows + slot * buffers.piece_bytes, buffers.piece_bytes)
+    if const_expr(launch.shape.config.recipe.scaled):
+        if state.completes >= 0:
+            words = buffers.scales + slot * launch.shape.token_scale_bytes
+            for index in range(lane, launch.shape.token_scales, 32):
+                scale = load_shared(words + index * 4)
+                store_global(state.scales + Int64(index) * (4 * launch.shape.kernel.block_m), scale)
+            arch.fence_proxy("async.global")  # bulk copies of other CTAs read what was stored
+    # Every lane has seen this phase of the barrier before lane 0 may begin the next but one.
+    arch.sync_warp()
 
 
 @cute.jit
-def pull(
-    launch: Launch,
-    received,
-    buffers,
-    barriers,
-    zeros,
-    worker,
-    num_workers,
-    piece_bytes: Constexpr,
-    num_buffers: Constexpr,
-    zero_bytes: Constexpr,
-):
-    """Dispatch role, one thread: pull rows `worker`, `worker` + `num_workers`, ... of the dense
-    order.
+def pull(launch: Launch, received, buffers: PullBuffers, zeros, worker, num_workers, lane):
+    """Dispatch role, one warp: pull rows `worker`, `worker` + `num_workers`, ... of the dense
+    order. Lane 0 issues the copies; the other lanes help with scales.
 
     A row moves in pieces through two buffers: while one piece is loading, the one before is being
     stored. A row is published when the store of its last piece has completed, during the next row.
     Before a wait for a ring slot the pipeline is drained: the slot may depend on the row that is
-    still unpublished. `zeros` is shared memory with `zero_bytes` of zeros.
+    still unpublished. `zeros` is shared memory with zeros for `budget.zero_bytes`.
     """
     shape = launch.shape
     block_m, local, ranks = shape.kernel.block_m, shape.experts, shape.config.num_ranks
-    row_bytes = shape.token_row_bytes
+    scaled = shape.config.recipe.scaled
+    row_bytes, piece_bytes = shape.token_row_bytes, buffers.piece_bytes
     pieces = row_bytes // piece_bytes
+    zero_bytes = buffers.zero_bytes
     counts = global_ptr(address(launch, "expert_recv_count"))
     free = shape.slot_free
 
-    piece = Int32(0)  # pieces loaded so far
-    loading = Int32(0)  # 1 while piece - 1 is loaded but not stored
-    target = Int64(0)  # where it goes
-    completes = Int32(-1)  # pool block whose row it completes, or -1
+    state = Pulling(Int32(0), Int32(0), Int64(0), Int32(-1), Int64(0))
     unpublished = Int32(-1)  # pool block of a row that is stored but not published, or -1
 
     # Nothing global may be read before the first row: a warp without rows is waited for by nobody,
@@ -230,31 +259,39 @@ def pull(
         )
         slot, weight = load_global_v2(record)
         block = position.first_block + index // block_m
-        ring_row = schedule.ring_row(block, shape.ring, block_m) + index % block_m
+        row_in_block = index % block_m
+        ring_row = schedule.ring_row(block, shape.ring, block_m) + row_in_block
 
         if block >= shape.ring:
             freed = global_ptr(address(launch, "fc2_done_counter", block - shape.ring))
-            if arch.load(freed, Int32, sem="relaxed", scope="gpu") < free:
-                unpublished = finish_store(launch, unpublished)
-                if loading == 1:
-                    store_piece(buffers, barriers, piece - 1, target, piece_bytes, num_buffers)
-                    loading = Int32(0)
-                    unpublished = finish_store(launch, completes)
+            done = arch.shuffle_sync(arch.load(freed, Int32, sem="relaxed", scope="gpu"), 0)
+            if done < free:
+                unpublished = finish_store(launch, unpublished, lane)
+                if state.loading == 1:
+                    store_piece(launch, buffers, state, lane)
+                    unpublished = finish_store(launch, state.completes, lane)
+                    state = Pulling(
+                        state.piece, Int32(0), state.target, state.completes, state.scales
+                    )
             sync.wait_for(
                 launch, "fc2_done_counter", block - shape.ring, 0, free, faults.ROLE_DISPATCH, "gpu"
             )
+            arch.sync_warp()
             arch.fence_proxy("async.global")  # the slot's old rows were read by TMA
 
-        store_global(address(launch, "l1_topk_weights_buffer", ring_row), weight)
-        code = wire.encode_source(source, slot, shape.config.max_slots_per_rank)
-        store_global(address(launch, "token_src_metadata", ring_row), code)
+        if lane == 0:
+            store_global(address(launch, "l1_topk_weights_buffer", ring_row), weight)
+            code = wire.encode_source(source, slot, shape.config.max_slots_per_rank)
+            store_global(address(launch, "token_src_metadata", ring_row), code)
 
         token = slot // shape.config.top_k
         origin = launch.x + Int64(token) * row_bytes
-        if source != launch.rank:
+        if const_expr(scaled):
+            origin = peer_address(launch, "input_token_buffer", source, token)
+        elif source != launch.rank:
             origin = peer_address(launch, "input_token_buffer", source, token)
         destination = address(launch, "l1_token_buffer", ring_row)
-        if index == received[position.expert] - 1 and index >= block_m:
+        if index == received[position.expert] - 1 and index >= block_m and lane == 0:
             # The last row of an expert with a full block: rows that pad its warpgroup become zero.
             # Only power depends on it, which bounds large GEMMs (H200: +2 % at 512 rows an expert);
             # multiplying rows that an earlier launch left costs as much as real ones.
@@ -262,28 +299,50 @@ def pull(
             for part in range(padding * (row_bytes // zero_bytes)):
                 bulk_store(destination + row_bytes + Int64(part) * zero_bytes, zeros, zero_bytes)
         for part in range(pieces):
-            unpublished = finish_store(launch, unpublished)
-            buffer = piece % num_buffers
-            arch.mbarrier_arrive_and_expect_tx(barriers + buffer, piece_bytes)
-            bulk_load(
-                buffers + buffer * piece_bytes,
-                origin + Int64(part) * piece_bytes,
-                barriers + buffer,
-                piece_bytes,
-            )
-            if loading == 1:
-                store_piece(buffers, barriers, piece - 1, target, piece_bytes, num_buffers)
-                unpublished = completes
-            piece += 1
-            loading = Int32(1)
-            target = destination + Int64(part) * piece_bytes
+            unpublished = finish_store(launch, unpublished, lane)
+            buffer = state.piece % NUM_PULL_BUFFERS
             completes = Int32(-1)
             if part == pieces - 1:
                 completes = block
+            if lane == 0:
+                barrier = buffers.barriers + buffer
+                num_bytes = Int32(piece_bytes)
+                if const_expr(scaled):
+                    if completes >= 0:
+                        num_bytes += shape.token_scale_bytes
+                arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes)
+                bulk_load(
+                    buffers.rows + buffer * piece_bytes,
+                    origin + Int64(part) * piece_bytes,
+                    barrier,
+                    piece_bytes,
+                )
+                if const_expr(scaled):
+                    if completes >= 0:
+                        bulk_load(
+                            buffers.scales + buffer * shape.token_scale_bytes,
+                            peer_address(launch, "input_sf_buffer", source, token),
+                            barrier,
+                            shape.token_scale_bytes,
+                        )
+            if state.loading == 1:
+                store_piece(launch, buffers, state, lane)
+                unpublished = state.completes
+            scales = Int64(0)
+            if const_expr(scaled):
+                scales = address(launch, "l1_sf_buffer", block % shape.ring)
+                scales += Int64(row_in_block) * 4
+            state = Pulling(
+                state.piece + 1,
+                Int32(1),
+                destination + Int64(part) * piece_bytes,
+                completes,
+                scales,
+            )
         row += num_workers
         position = schedule.seek_pull(position, row, received, local, block_m)
 
-    unpublished = finish_store(launch, unpublished)
-    if loading == 1:
-        store_piece(buffers, barriers, piece - 1, target, piece_bytes, num_buffers)
-        unpublished = finish_store(launch, completes)
+    unpublished = finish_store(launch, unpublished, lane)
+    if state.loading == 1:
+        store_piece(launch, buffers, state, lane)
+        unpublished = finish_store(launch, state.completes, lane)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cutlass import Int32, Int64
+from cutlass import Float32, Int32, Int64
 
 from megamoe.kernels.ptx import global_ptr
 from megamoe.shape import Shape
@@ -24,15 +24,19 @@ class Launch:
     symmetric_base: Int64
     local_base: Int64
     peers: Int64  # int64 [W]: symmetric base of every rank
-    x: Int64  # token [T, H]
+    w13_sf: Int64  # scales of w13 and w2 as `weights.load` lays them out; 0 without
+    w2_sf: Int64
+    x: Int64  # token [T, H]; recipes with scales: bfloat16 [T, H] to quantise, or 0 if staged
     topk_idx: Int64  # int32 or int64 [T, K]
     topk_weights: Int64  # float32 [T, K]
     y: Int64  # output [T, H]
+    expert_counts: Int64  # int32 [e] that received rows are added to, or 0
     record: Int64  # host-visible error record
     timeout_ns: Int64
     rank: Int32
     num_tokens: Int32
     wide_idx: Int32  # 1 if topk_idx holds int64
+    clamp: Float32  # of gate and up before SwiGLU; infinite: none
     num_ctas: Int32
     cta: Int32
     thread: Int32

@@ -75,6 +75,12 @@ def load_global_v2(address):
     )
 
 
+def load_shared(pointer):
+    return arch.inline_ptx(
+        "ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[pointer]
+    )
+
+
 def load_shared_v4(pointer):
     return arch.inline_ptx(
         "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
@@ -103,6 +109,25 @@ def pack_bf16x2(low, high):
     )
 
 
+def pack_e4m3x4(values):
+    """Four float32 rounded to nearest even e4m3, saturating; the first in the lowest byte."""
+    return arch.inline_ptx(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, {$r1}, {$r0}; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, {$r3}, {$r2}; mov.b32 {$w0}, {low, high}; }",
+        write_only_types=[Int32],
+        read_only_args=list(values),
+    )
+
+
+def store_shared_e4m3x2(pointer, low, high):
+    """Two bytes: two float32 rounded to nearest even e4m3, saturating."""
+    arch.inline_ptx(
+        "{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, {$r2}, {$r1}; "
+        "st.shared.b16 [{$r0}], pair; }",
+        read_only_args=[pointer, low, high],
+    )
+
+
 def unpack_bf16x2(word):
     """(low, high) of two bf16 as float32."""
     return (
@@ -113,6 +138,10 @@ def unpack_bf16x2(word):
 
 def as_float(word):
     return prims.mov_b32(word, target_type=Float32)
+
+
+def as_word(value):
+    return prims.mov_b32(value, target_type=Int32)
 
 
 def silu(x):

@@ -11,8 +11,10 @@ import sys
 from megamoe.config import MoEConfig
 
 
-def _fields(num_experts, top_k, hidden, intermediate, tokens, ranks, **kernel) -> dict:
-    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks)
+def _fields(
+    num_experts, top_k, hidden, intermediate, tokens, ranks, precision="bf16", **kernel
+) -> dict:
+    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks, precision)
     return {**dataclasses.asdict(config), "kernel": kernel}
 
 
@@ -26,7 +28,22 @@ EDGE = {
     "one_block_ring": _fields(8, 4, 256, 256, 256, 4, pool_blocks=1, group_blocks=1),
 }
 STRESS = {f"stress{ranks}": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=12) for ranks in (2, 8)}
-CONFIGS = {**SMALL, **EDGE, **STRESS}
+
+
+def _scaled(short: str, precision: str) -> dict[str, dict]:
+    """What a recipe with scales is tried with: fewer kernels, the same kinds."""
+    return {
+        f"{short}1": _fields(16, 4, 512, 256, 256, 1, precision),
+        f"{short}4": _fields(16, 4, 512, 256, 256, 4, precision),
+        f"{short}_narrow": _fields(4, 2, 128, 128, 64, 2, precision),
+        f"{short}_odd": _fields(8, 16, 384, 384, 96, 4, precision),
+        f"{short}_ring": _fields(8, 4, 256, 256, 512, 2, precision, pool_blocks=3, group_blocks=2),
+    }
+
+
+SCALED = {**_scaled("block", "fp8_block"), **_scaled("channel", "fp8_channel")}
+STRESS["block_stress8"] = _fields(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
+CONFIGS = {**SMALL, **EDGE, **SCALED, **STRESS}
 
 if (
     __name__ == "__main__"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.harness import assert_at_rest, forward, inputs_of, poison, shared_moe
+from tests.gpu.harness import assert_at_rest, forward, inputs_of, poison, quantized, shared_moe
 from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +26,9 @@ def capture(moe, xs, ids, weights):
     return graph, [out] if moe.num_ranks == 1 else out
 
 
-@pytest.mark.parametrize("name", ["small1", "small2", "small4", "small8"])
+@pytest.mark.parametrize(
+    "name", ["small1", "small2", "small4", "small8", "block1", "block4", "channel4"]
+)
 def test_replay_equals_eager_with_other_contents(name):
     moe = shared_moe(name)
     tokens = 100
@@ -50,13 +52,19 @@ def test_replay_equals_eager_with_other_contents(name):
         assert_at_rest(moe)
 
 
-def test_forward_allocates_nothing():
-    moe = shared_moe("small4")
+@pytest.mark.parametrize("name,stored", [("small4", False), ("block4", False), ("block4", True)])
+def test_forward_allocates_nothing(name, stored):
+    """Neither with an input that the launch quantises, nor (`stored`) with a quantised one."""
+    moe = shared_moe(name)
     inputs = inputs_of(moe, "uniform", seed=1)
-    forward(moe, *inputs)
+    scales = None
+    if stored:
+        xs, scales = quantized(moe, inputs[0])
+        inputs = (xs, *inputs[1:])
+    forward(moe, *inputs, scales)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     for _ in range(10):
-        moe(*inputs)
+        moe(*inputs, scales)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     moe.synchronize()
 

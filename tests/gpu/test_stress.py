@@ -21,7 +21,7 @@ CASES = 60
 TOKENS = 48
 
 
-@pytest.mark.parametrize("name", ["stress2", "stress8"])
+@pytest.mark.parametrize("name", ["stress2", "stress8", "block_stress8"])
 def test_many_launches(name):
     moe = make_moe(name)
     choose = random.Random(name)

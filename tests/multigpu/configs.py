@@ -13,8 +13,10 @@ from megamoe.config import MoEConfig
 WORLDS = (2, 4)
 
 
-def _fields(num_experts, top_k, hidden, intermediate, tokens, ranks, **kernel) -> dict:
-    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks)
+def _fields(
+    num_experts, top_k, hidden, intermediate, tokens, ranks, precision="bf16", **kernel
+) -> dict:
+    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks, precision)
     return {**dataclasses.asdict(config), "kernel": kernel}
 
 
@@ -32,6 +34,9 @@ def _of_world(ranks: int) -> dict[str, dict]:
         f"{name}_stress": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=4),
         # Several waves of tiles on every SM.
         f"{name}_large": _fields(32, 8, 2048, 1024, 1024, ranks),
+        f"{name}_block": _fields(16, 4, 512, 256, 256, ranks, "fp8_block"),
+        f"{name}_channel": _fields(16, 4, 512, 256, 256, ranks, "fp8_channel"),
+        f"{name}_block_stress": _fields(16, 4, 256, 128, 64, ranks, "fp8_block", pool_blocks=4),
     }
 
 

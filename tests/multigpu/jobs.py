@@ -8,6 +8,7 @@ import time
 import numpy
 import torch
 
+from megamoe.reference import Weights
 from tests.gpu import harness
 from tests.multigpu import layer
 from tests.multigpu.launcher import Context
@@ -46,23 +47,43 @@ def virtual_outputs(context: Context, name: str, cases: list[tuple[str, int]]) -
     if context.rank != 0:
         return None
     moe = layer.construct(context, name, group=None, world=context.world)
-    moe.load_weights(*layer.all_weights(moe))
+    moe.load_weights(*harness.all_weights(moe))
     return [
         [bits(y) for y in harness.forward(moe, *harness.inputs_of(moe, *case))] for case in cases
     ]
 
 
 def input_buffer(context: Context, name: str) -> None:
-    """An x that starts in symmetric memory, int32 indices and `out`: the same bits."""
+    """An x that starts in symmetric memory (quantised, if the recipe has scales), int32 indices and
+    `out`: the same bits.
+    """
     moe = layer.shared(context, name)
     x, idx, weights = layer.inputs_of(context, moe, "masked", 3)
     expected = layer.forward(moe, (x, idx, weights))
     layer.poison_together(context, moe)
-    staged = moe.input_buffer()[: x.shape[0]].copy_(x)
+    rows, scale = x, None
+    if moe.config.recipe.scaled:
+        [rows], [scale] = harness.quantized(moe, [x])
+        scale = moe.input_scale_buffer()[: x.shape[0]].copy_(scale)
+    staged = moe.input_buffer()[: x.shape[0]].copy_(rows)
     out = torch.full_like(x, float("nan"))
-    assert moe(staged, idx.int(), weights, out) is out
+    assert moe(staged, idx.int(), weights, scale, out=out) is out
     moe.synchronize()
     assert torch.equal(out, expected)
+
+
+def counted_rows(context: Context, name: str) -> None:
+    """expert_counts: what every rank sent to the experts of this one."""
+    moe = layer.shared(context, name)
+    everyone = harness.inputs_of(moe, "masked", 4)
+    x, idx, weights = (part[context.rank] for part in everyone)
+    local = moe.config.experts_per_rank
+    counts = torch.ones(local, dtype=torch.int32, device=context.device)
+    moe(x, idx, weights, expert_counts=counts)
+    moe.synchronize()
+    flat = torch.cat([ids.flatten() for ids in everyone[1]])
+    rows = torch.bincount(flat[flat >= 0], minlength=moe.config.num_experts)
+    assert torch.equal(counts, (1 + rows.view(-1, local)[context.rank]).int())
 
 
 def graph(context: Context, name: str, routings: list[str], tokens: int) -> None:
@@ -111,13 +132,20 @@ def first_launch_in_a_capture(context: Context, name: str) -> None:
     assert torch.equal(layer.forward(moe, inputs), first)
 
 
+def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """tensor[index] of any dtype, by its bytes."""
+    return tensor.view(torch.uint8)[index].view(tensor.dtype)
+
+
 def share_a_workspace(context: Context, name: str, rounds: int) -> None:
     """Two layers with other weights (the experts in reverse order) on one workspace."""
     first = layer.shared(context, name)
     second = layer.construct(context, name, workspace=first.workspace)
     assert second.workspace is first.workspace
-    w13, w2 = layer.all_weights(first)
-    layer.load_slice(second, context.rank, w13.flip(0), w2.flip(0))
+    weights = harness.all_weights(first)
+    backwards = torch.arange(first.config.num_experts - 1, -1, -1, device=context.device)
+    flipped = (None if field is None else take(field, backwards) for field in weights)
+    layer.load_slice(second, context.rank, Weights(*flipped))
     last = first.config.num_experts - 1
     known = []
     for seed in range(3):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megamoe import MegaMoE
+from megamoe.reference import Weights
 from tests.gpu import harness
 from tests.multigpu.configs import CONFIGS
 from tests.multigpu.launcher import Context
@@ -36,23 +37,16 @@ def construct(context: Context, name: str, timeout_s: float = TIMEOUT_S, **chang
     return MegaMoE(**{**arguments, **changes})
 
 
-def all_weights(moe: MegaMoE) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every expert, the same on every rank."""
-    config = moe.config
-    return harness.weights_of(config.num_experts, config.hidden_size, config.intermediate_size)
-
-
-def load_slice(moe: MegaMoE, rank: int, w13: torch.Tensor, w2: torch.Tensor) -> None:
+def load_slice(moe: MegaMoE, rank: int, weights: Weights) -> None:
     """The experts of one rank out of all of them."""
     local = moe.config.experts_per_rank
-    mine = slice(rank * local, (rank + 1) * local)
-    moe.load_weights(w13[mine], w2[mine])
+    moe.load_weights(*weights.of(slice(rank * local, (rank + 1) * local)))
 
 
 def make(context: Context, name: str, timeout_s: float = TIMEOUT_S, **changes) -> MegaMoE:
     """A fresh module with its weights; collective."""
     moe = construct(context, name, timeout_s, **changes)
-    load_slice(moe, context.rank, *all_weights(moe))
+    load_slice(moe, context.rank, harness.all_weights(moe))
     return moe
 
 

@@ -13,7 +13,7 @@ from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.gpu
 
-VARIANTS = ("", "_ring", "_odd", "_stress")
+VARIANTS = ("", "_ring", "_odd", "_stress", "_block", "_channel")
 LARGE_ROUTINGS = ("uniform", "skewed", "all_to_one_rank", "ragged")
 worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 
@@ -57,10 +57,18 @@ def test_bits_are_those_of_virtual_ranks_on_one_gpu(jobs, variant):
 
 
 @worlds
-def test_staged_input_narrow_indices_and_out(jobs):
-    jobs.run(work.input_buffer, name=f"mp{jobs.world}")
+@pytest.mark.parametrize("variant", ["", "_block", "_channel"])
+def test_staged_input_narrow_indices_and_out(jobs, variant):
+    jobs.run(work.input_buffer, name=f"mp{jobs.world}{variant}")
 
 
 @worlds
-def test_two_layers_share_a_workspace(jobs):
-    jobs.run(work.share_a_workspace, name=f"mp{jobs.world}", rounds=50)
+@pytest.mark.parametrize("variant", ["", "_block"])
+def test_received_rows_are_counted(jobs, variant):
+    jobs.run(work.counted_rows, name=f"mp{jobs.world}{variant}")
+
+
+@worlds
+@pytest.mark.parametrize("variant", ["", "_block"])
+def test_two_layers_share_a_workspace(jobs, variant):
+    jobs.run(work.share_a_workspace, name=f"mp{jobs.world}{variant}", rounds=50)

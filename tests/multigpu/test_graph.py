@@ -16,7 +16,7 @@ FULL = [routing for routing in ROUTINGS if routing != "ragged"]
 
 
 @worlds
-@pytest.mark.parametrize("variant", ["", "_ring"])
+@pytest.mark.parametrize("variant", ["", "_ring", "_block", "_channel"])
 def test_replay_equals_eager_with_other_contents(jobs, variant):
     jobs.run(work.graph, name=f"mp{jobs.world}{variant}", routings=FULL, tokens=100)
 

@@ -21,11 +21,13 @@ START_S = 120.0
 worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 
 
-def run(jobs, launches: int, seconds: float, seed: int, limit_s: float) -> dict:
+def run(
+    jobs, launches: int, seconds: float, seed: int, limit_s: float, variant: str = "_stress"
+) -> dict:
     answers = jobs.run(
         stress,
         timeout_s=limit_s,
-        name=f"mp{jobs.world}_stress",
+        name=f"mp{jobs.world}{variant}",
         launches=launches,
         seconds=seconds,
         seed=seed,
@@ -36,8 +38,9 @@ def run(jobs, launches: int, seconds: float, seed: int, limit_s: float) -> dict:
 
 
 @worlds
-def test_many_launches(jobs):
-    assert run(jobs, LAUNCHES, 0.0, 1, START_S)["launches"] >= LAUNCHES
+@pytest.mark.parametrize("variant", ["_stress", "_block_stress"])
+def test_many_launches(jobs, variant):
+    assert run(jobs, LAUNCHES, 0.0, 1, START_S, variant)["launches"] >= LAUNCHES
 
 
 @pytest.mark.skipif(SOAK_S == 0, reason="set MEGAMOE_SOAK_SECONDS to soak")

@@ -18,7 +18,7 @@ class Litmus:
         for agent in (self.a, self.b, self.c):
             agent.launch = 1
         array = np.zeros((10, 256), np.int32)
-        self.data = Data(self.memory, "data", 0, array, 64, 4, fresh)
+        self.data = Data(self.memory, "data", 0, array, 64, 4, fresh, copied=True)
         words = np.zeros(2, np.int32)
         self.word, self.other = (Word(self.memory, "word", 0, i, words, i) for i in range(2))
 
@@ -183,14 +183,56 @@ def test_bulk_copy_needs_its_group_wait(litmus):
     assert (litmus.data.read(litmus.b, 1) == 5).all()
 
 
-def test_async_proxy_needs_its_fence(litmus):
+def test_async_proxy_needs_a_fence_of_the_reader(litmus):
     litmus.data.write(litmus.a, 1, 1)
+    litmus.memory.proxy_fence(litmus.a)
     litmus.add(litmus.a, litmus.word)
     litmus.acquire(litmus.b, litmus.word)
-    with pytest.raises(UnorderedAccess):
+    with pytest.raises(UnorderedAccess, match="the write and a proxy fence of rank 0"):
         litmus.data.read(litmus.b, 1, asynchronous=True)
     litmus.memory.proxy_fence(litmus.b)
     litmus.data.read(litmus.b, 1, asynchronous=True)
+
+
+@pytest.mark.parametrize("fence", ["none", "before the store", "after the release"])
+def test_async_proxy_needs_a_fence_of_the_writer(litmus, fence):
+    """Between its store and its release: ordinary reads need none."""
+    if fence == "before the store":
+        litmus.memory.proxy_fence(litmus.a)
+    litmus.data.write(litmus.a, 1, 1)
+    litmus.add(litmus.a, litmus.word)
+    if fence == "after the release":
+        litmus.memory.proxy_fence(litmus.a)
+    litmus.acquire(litmus.b, litmus.word)
+    litmus.memory.proxy_fence(litmus.b)
+    litmus.data.read(litmus.b, 1)
+    with pytest.raises(UnorderedAccess):
+        litmus.data.read(litmus.b, 1, asynchronous=True)
+
+
+def test_a_proxy_fence_covers_own_stores_only(litmus):
+    litmus.data.write(litmus.a, 1, 1)
+    litmus.memory.hand_over([litmus.a, litmus.b])
+    litmus.data.write(litmus.b, 1, 2)
+    litmus.memory.proxy_fence(litmus.a)
+    litmus.memory.hand_over([litmus.a, litmus.b])
+    litmus.memory.proxy_fence(litmus.b)
+    assert (litmus.data.read(litmus.b, 1, asynchronous=True) == 2).all()
+    litmus.memory.hand_over([litmus.a, litmus.b])
+    litmus.data.write(litmus.a, 1, 3)
+    litmus.memory.hand_over([litmus.a, litmus.b])
+    litmus.memory.proxy_fence(litmus.b)
+    with pytest.raises(UnorderedAccess):
+        litmus.data.read(litmus.b, 1, asynchronous=True)
+
+
+def test_a_bulk_store_needs_no_proxy_fence_of_its_writer(litmus):
+    litmus.data.bulk_write(litmus.a, 1, [3], (0, 256))
+    litmus.data.complete(litmus.a, *litmus.a.bulk.pop()[1:])
+    litmus.add(litmus.a, litmus.word)
+    litmus.acquire(litmus.b, litmus.word)
+    litmus.memory.proxy_fence(litmus.b)
+    assert (litmus.data.read(litmus.b, 1, asynchronous=True) == 3).all()
 
 
 def test_unwritten_row(litmus):

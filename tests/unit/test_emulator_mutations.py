@@ -7,17 +7,28 @@ import pytest
 from megamoe.emulator import OPERATIONS
 from megamoe.emulator.operations import KINDS
 from megamoe.faults import MegaMoEError
+from megamoe.precision import PRECISIONS
 from tests.emulated import Layer, WrongResult
 
 NEEDED = [label for label, operation in OPERATIONS.items() if not operation.redundant]
+#: Labels of NEEDED that are tried with scales as well: their own, and what the scales rely on.
+SCALED = [
+    label
+    for label in NEEDED
+    if OPERATIONS[label].scaled
+    or label.startswith(("dispatch.", "load_tokens.fc", "math.fc1_"))
+    or label in ("dispatched.before", "dispatched.wait", "math.stage_full.acquire")
+]
 REDUNDANT = [label for label, operation in OPERATIONS.items() if operation.redundant]
 
 #: What the store buffers show by themselves, as hardware would: no clocks are compared.
 SHOWN_BY_VALUES = [
     "count.histogram_barrier",
+    "count.quantize",
     "dispatched.wait",
     "dispatch.ring_wait",
     "dispatch.load_wait",
+    "dispatch.scale_wait",
     "dispatch.group_wait",
     "dispatch.drain_wait",
     "dispatch.arrive.release",
@@ -40,9 +51,12 @@ ROUTINGS = ("uniform", "skewed", "ragged")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make_layer(drop) -> Layer:
+def make_layer(drop, precision: str = "bf16") -> Layer:
     """Two ranks of six experts, and a ring of two pool blocks, which is used three times over."""
-    layer = Layer(2, 8, 2, experts=12, inner=256, overrides={"pool_blocks": 2}, drop=drop)
+    overrides = {"pool_blocks": 2}
+    layer = Layer(
+        2, 8, 2, experts=12, inner=256, overrides=overrides, precision=precision, drop=drop
+    )
     layer.emulator.runtime.max_steps = 50_000
     return layer
 
@@ -54,15 +68,21 @@ def run(layer: Layer, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_fails_when_nothing_is_dropped(seed):
-    run(make_layer(None), seed)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_fails_when_nothing_is_dropped(precision, seed):
+    run(make_layer(None, precision), seed)
 
 
-@pytest.mark.parametrize("label", NEEDED)
-def test_dropping_an_operation_fails(label):
+@pytest.mark.parametrize(
+    "precision,label",
+    [("bf16", label) for label in NEEDED if not OPERATIONS[label].scaled]
+    + [("fp8_block", label) for label in SCALED]
+    + [("fp8_channel", label) for label in SCALED if OPERATIONS[label].scaled],
+)
+def test_dropping_an_operation_fails(precision, label):
     with pytest.raises((MegaMoEError, WrongResult)):
         for seed in range(4):
-            run(make_layer(label), seed)
+            run(make_layer(label, precision), seed)
 
 
 @pytest.mark.parametrize("label", REDUNDANT)
@@ -80,16 +100,18 @@ def test_one_of_two_redundant_operations_must_stay(label):
 @pytest.mark.parametrize("label", SHOWN_BY_VALUES)
 def test_held_back_stores_show_it_too(label):
     """Some seed goes wrong in values alone, not only in the comparison of clocks."""
+    precision = "fp8_block" if OPERATIONS[label].scaled else "bf16"
     with pytest.raises((MegaMoEError, WrongResult)):
         for seed in range(4):
-            layer = make_layer(label)
+            layer = make_layer(label, precision)
             layer.emulator.memory.check_order = False
             run(layer, seed)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_values_alone_are_right_when_nothing_is_dropped(seed):
-    layer = make_layer(None)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_values_alone_are_right_when_nothing_is_dropped(precision, seed):
+    layer = make_layer(None, precision)
     layer.emulator.memory.check_order = False
     run(layer, seed)
 

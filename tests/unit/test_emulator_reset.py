@@ -7,13 +7,16 @@ import torch
 
 from megamoe.config import MoEConfig
 from megamoe.faults import MegaMoEError
+from megamoe.precision import PRECISIONS
 from tests.emulated import Layer, WrongResult
 from workspace import layout_of
 from workspace.layout import BARRIER, DATA
 
 TABLE = layout_of(MoEConfig(4, 2, 128, 128, 4, 2)).regions.values()
+SCALED_TABLE = layout_of(MoEConfig(4, 2, 128, 128, 4, 2, "fp8_block")).regions.values()
 RESETS = [region.name for region in TABLE if region.resets]
 DATA_REGIONS = [region.name for region in TABLE if region.kind == DATA]
+SCALED_DATA_REGIONS = [region.name for region in SCALED_TABLE if region.kind == DATA]
 BARRIER_REGIONS = [region.name for region in TABLE if region.kind == BARRIER]
 
 #: Three launches: enough that each counter and each padding row is met again.
@@ -48,23 +51,30 @@ def test_each_region_that_resets_must(region):
             layer.check(routing, seed)
 
 
-@pytest.mark.parametrize("region", DATA_REGIONS)
-def test_resetting_a_data_region_changes_nothing(region):
-    plain, zeroed = run(make_layer()), run(make_layer(reset_regions={*RESETS, region}))
+@pytest.mark.parametrize(
+    "precision,region",
+    [("bf16", region) for region in DATA_REGIONS]
+    + [("fp8_block", region) for region in SCALED_DATA_REGIONS],
+)
+def test_resetting_a_data_region_changes_nothing(precision, region):
+    plain = run(make_layer(precision=precision))
+    zeroed = run(make_layer(precision=precision, reset_regions={*RESETS, region}))
     assert all(torch.equal(a, b) for a, b in zip(plain, zeroed, strict=True))
 
 
-def test_data_regions_are_poisoned_and_never_seen():
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_data_regions_are_poisoned_and_never_seen(precision):
     """After a launch, poison is still there: nobody wrote it, and nobody read it."""
-    layer = make_layer()
+    layer = make_layer(precision=precision)
     layer.check("uniform", 0)
     for rank in range(2):
         views = layer.workspace.regions(rank)
-        for region in DATA_REGIONS:
+        for region in DATA_REGIONS if precision == "bf16" else SCALED_DATA_REGIONS:
             view = views[region]
             bad = view.isnan() if view.dtype.is_floating_point else view == view.min()
             assert bad.any() or region in (
                 "input_token_buffer",
+                "input_sf_buffer",
                 "expert_recv_count",
                 "combine_output",
                 "layer_output",

@@ -37,7 +37,7 @@ def test_no_kernel_is_built_twice(configs):
 
 
 def test_every_world_has_every_variant():
-    variants = ("", "_ring", "_odd", "_stress", "_large")
+    variants = ("", "_ring", "_odd", "_stress", "_large", "_block", "_channel", "_block_stress")
     assert set(many_gpus.CONFIGS) == {f"mp{w}{v}" for w in many_gpus.WORLDS for v in variants}
 
 

@@ -37,6 +37,9 @@ CONFIGS = {
     "pro": PRO,
     "72 ranks": MoEConfig(288, 6, 7168, 3072, 512, num_ranks=72),
     "one rank, large": MoEConfig(64, 8, 4096, 2048, 65536),
+    "scaled, odd": MoEConfig(8, 3, 384, 128, 37, 2, "fp8_block"),
+    "scaled v3": MoEConfig(256, 8, 7168, 2048, 4096, 8, "fp8_block"),
+    "scaled flash": MoEConfig(256, 6, 4096, 2048, 4096, 4, "fp8_channel"),
 }
 LAYOUTS = [pytest.param(layout_of(config), id=name) for name, config in CONFIGS.items()]
 

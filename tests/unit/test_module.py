@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamoe import MegaMoE, reference
+from megamoe import MegaMoE, quantize_weights, reference
+from megamoe.precision import PRECISIONS
 from tests.routing import make_routing
 
 E, K, H, I, T, W = 8, 2, 256, 128, 12, 2  # noqa: E741
+FP8_RECIPES = ("fp8_block", "fp8_channel")
 
 
 def make(**changes) -> MegaMoE:
@@ -24,11 +26,13 @@ def make(**changes) -> MegaMoE:
     return MegaMoE(**(arguments | changes))
 
 
-def weights(experts: int = E) -> tuple[torch.Tensor, torch.Tensor]:
+def weights(precision: str = "bf16") -> reference.Weights:
     rng = torch.Generator().manual_seed(1)
-    w13 = torch.randn(experts, 2 * I, H, generator=rng) * H**-0.5
-    w2 = torch.randn(experts, H, I, generator=rng) * I**-0.5
-    return w13.bfloat16(), w2.bfloat16()
+    w13 = (torch.randn(E, 2 * I, H, generator=rng) * H**-0.5).bfloat16()
+    w2 = (torch.randn(E, H, I, generator=rng) * I**-0.5).bfloat16()
+    return (
+        reference.Weights(w13, w2) if precision == "bf16" else quantize_weights(w13, w2, precision)
+    )
 
 
 def inputs(world: int = W, tokens: int = T, seed: int = 0):
@@ -37,32 +41,129 @@ def inputs(world: int = W, tokens: int = T, seed: int = 0):
     return [torch.randn(tokens, H, generator=rng).bfloat16() for _ in ids], ids, router
 
 
-@pytest.fixture(scope="module")
-def layer() -> MegaMoE:
-    moe = make()
-    moe.load_weights(*weights())
+def loaded(precision: str = "bf16", **changes) -> MegaMoE:
+    moe = make(precision=precision, **changes)
+    moe.load_weights(*weights(precision))
     return moe
 
 
-def check(outputs, xs, ids, router) -> None:
+@pytest.fixture(scope="module")
+def layer() -> MegaMoE:
+    return loaded()
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def any_layer(request) -> MegaMoE:
+    """A layer of every recipe."""
+    return loaded(request.param)
+
+
+@pytest.fixture(scope="module", params=FP8_RECIPES)
+def scaled_layer(request) -> MegaMoE:
+    return loaded(request.param)
+
+
+def check(outputs, xs, ids, router, precision="bf16", clamp=None) -> None:
     for y, x, idx, weight in zip(outputs, xs, ids, router, strict=True):
-        expected = reference.moe_forward(x, idx, weight.nan_to_num(), *weights())
+        expected = reference.moe_forward(
+            x, idx, weight.nan_to_num(), *weights(precision), precision=precision, clamp=clamp
+        )
         assert reference.relative_error(y, expected) <= 2**-8
 
 
-def test_forward_of_several_ranks(layer):
+def quantized(layer: MegaMoE, xs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """(xs, x_scales)"""
+    pairs = [reference.quantize(x, layer.config.recipe.token_block) for x in xs]
+    return [x for x, _ in pairs], [scale for _, scale in pairs]
+
+
+def same(ys, others) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(ys, others, strict=True))
+
+
+def test_forward_of_several_ranks(any_layer):
     for seed in range(3):
         arguments = inputs(seed=seed)
-        check(layer(*arguments), *arguments)
+        check(any_layer(*arguments), *arguments, any_layer.config.precision)
 
 
-def test_forward_of_one_rank_takes_plain_tensors():
-    moe = make(world=1)
-    moe.load_weights(*weights())
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_forward_of_one_rank_takes_plain_tensors(precision):
+    moe = loaded(precision, world=1)
     xs, ids, router = inputs(world=1)
-    y = moe(xs[0], ids[0].int(), router[0])
+    counts = torch.zeros(E, dtype=torch.int32)
+    y = moe(xs[0], ids[0].int(), router[0], expert_counts=counts)
     assert isinstance(y, torch.Tensor)
-    check([y], xs, ids, router)
+    check([y], xs, ids, router, precision)
+    assert counts.sum() == (ids[0] >= 0).sum()
+    if precision != "bf16":
+        stored, scales = quantized(moe, xs)
+        assert same([moe(stored[0], ids[0], router[0], scales[0])], [y])
+
+
+def test_quantised_input_gives_the_same_bits(scaled_layer):
+    xs, ids, router = inputs(seed=7)
+    ys = scaled_layer(xs, ids, router)
+    stored, scales = quantized(scaled_layer, xs)
+    assert same(scaled_layer(stored, ids, router, scales), ys)
+    mixed = [stored[0], xs[1]], ids, router, [scales[0], None]
+    assert same(scaled_layer(*mixed), ys)
+
+
+def test_quantised_input_may_be_in_its_buffers(scaled_layer):
+    xs, ids, router = inputs(seed=8)
+    ys = scaled_layer(xs, ids, router)
+    for rank, (x, scale) in enumerate(zip(*quantized(scaled_layer, xs), strict=True)):
+        scaled_layer.input_buffer(rank)[:T] = x
+        scaled_layer.input_scale_buffer(rank)[:T] = scale
+    stored = [scaled_layer.input_buffer(rank)[:T] for rank in range(W)]
+    scales = [scaled_layer.input_scale_buffer(rank)[:T] for rank in range(W)]
+    assert same(scaled_layer(stored, ids, router, scales), ys)
+
+
+def test_input_buffers_have_the_dtype_that_tokens_travel_in(any_layer):
+    recipe = any_layer.config.recipe
+    buffer = any_layer.input_buffer(1)
+    assert buffer.shape == (T, H) and buffer.dtype == getattr(torch, recipe.token)
+    if not recipe.scaled:
+        with pytest.raises(ValueError, match="precision='bf16' has no scales"):
+            any_layer.input_scale_buffer()
+        return
+    scales = any_layer.input_scale_buffer(1)
+    assert scales.dtype == torch.float32
+    assert scales.shape == (T, 1 if recipe.name == "fp8_channel" else H // 128)
+    assert scales.data_ptr() == any_layer.workspace.regions(1)["input_sf_buffer"].data_ptr()
+
+
+def test_weights_are_not_copied(any_layer):
+    """They must stay alive and unchanged, as the docstring says."""
+    given = weights(any_layer.config.precision)
+    before = given.w13.clone()
+    any_layer.load_weights(*given)
+    assert torch.equal(given.w13.view(torch.uint8), before.view(torch.uint8))
+    arguments = inputs()
+    check(any_layer(*arguments), *arguments, any_layer.config.precision)
+
+
+def test_expert_counts_are_added_up(any_layer):
+    xs, ids, router = inputs(seed=9)
+    counts = [torch.full((E // W,), 5 * rank, dtype=torch.int32) for rank in range(W)]
+    for _ in range(2):
+        any_layer(xs, ids, router, expert_counts=counts)
+    flat = torch.cat([idx.flatten() for idx in ids])
+    rows = torch.bincount(flat[flat >= 0], minlength=E).view(W, -1)
+    for rank in range(W):
+        assert torch.equal(counts[rank], (5 * rank + 2 * rows[rank]).int())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_activation_is_clamped(precision):
+    arguments = inputs(seed=10)
+    moe = loaded(precision, activation_clamp=0.25)
+    ys = moe(*arguments)
+    check(ys, *arguments, precision, 0.25)
+    free = loaded(precision, workspace=moe.workspace)(*arguments)
+    assert all(reference.relative_error(a, b) > 0.1 for a, b in zip(ys, free, strict=True))
 
 
 def test_out_is_filled_and_returned(layer):
@@ -98,6 +199,11 @@ def test_a_workspace_of_another_shape_is_refused(layer):
         ({"precision": "fp3"}, "precision='fp3'"),
         ({"device": "meta"}, "device='meta'"),
         ({"timeout_s": 0}, "timeout_s=0"),
+        ({"activation_clamp": 0.0}, "activation_clamp=0.0 must be"),
+        ({"activation_clamp": -1}, "activation_clamp=-1 must be"),
+        ({"activation_clamp": float("inf")}, "activation_clamp=inf must be"),
+        ({"activation_clamp": float("nan")}, "activation_clamp=nan must be"),
+        ({"activation_clamp": "7"}, "activation_clamp='7' must be"),
         ({"kernel_options": {"colour": 1}}, "kernel_options has no field 'colour'"),
         ({"kernel_options": {"num_stages": 9}}, "num_stages=9"),
         ({"kernel_options": {"math_registers": 240}}, "math_registers=240"),
@@ -130,10 +236,22 @@ def test_forward_needs_weights():
     ],
 )
 def test_bad_weights_are_named(name, broken, message):
-    w13, w2 = weights()
-    pair = (broken(w13), w2) if name == "w13" else (w13, broken(w2))
+    given = weights()
+    given = given._replace(**{name: broken(getattr(given, name))})
     with pytest.raises(ValueError, match=message):
-        make().load_weights(*pair)
+        make().load_weights(*given)
+
+
+def test_bf16_weights_for_a_scaled_recipe_name_the_helper():
+    with pytest.raises(ValueError, match=r"quantize_weights\(w13, w2, 'fp8_block'\)"):
+        make(precision="fp8_block").load_weights(*weights()[:2])
+
+
+def test_weights_without_their_scales_are_refused():
+    with pytest.raises(ValueError, match=r"w13_scale is missing.*\[8, 2, 2\]"):
+        make(precision="fp8_block").load_weights(*weights("fp8_block")[:2])
+    with pytest.raises(ValueError, match="w13_scale is given, but precision='bf16' has no scales"):
+        make().load_weights(*weights()[:2], torch.ones(8))
 
 
 def at(index: int, change):
@@ -172,6 +290,67 @@ def test_bad_out_is_named(layer):
     xs, ids, router = inputs()
     with pytest.raises(ValueError, match=r"out\[1\] has dtype torch.float32"):
         layer(xs, ids, router, out=[xs[0].clone(), xs[1].float()])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda counts: counts[:1], "expert_counts holds 1 tensors"),
+        (lambda counts: [c.long() for c in counts], r"expert_counts\[0\] has dtype torch.int64"),
+        (lambda counts: [c[:3] for c in counts], r"expert_counts\[0\] has shape \[3\]"),
+    ],
+)
+def test_bad_expert_counts_are_named(layer, broken, message):
+    counts = [torch.zeros(E // W, dtype=torch.int32) for _ in range(W)]
+    with pytest.raises(ValueError, match=message):
+        layer(*inputs(), expert_counts=broken(counts))
+
+
+def test_bad_scales_of_the_input_are_named(scaled_layer):
+    xs, ids, router = inputs()
+    stored, scales = quantized(scaled_layer, xs)
+    for index, (x, scale, message) in enumerate(
+        [
+            (stored, [None, scales[1]], r"x_scale\[0\] is missing: x of torch.float8_e4m3fn"),
+            (stored, None, r"x_scale\[0\] is missing"),
+            (xs, scales, r"x\[0\] has dtype torch.bfloat16, expected torch.float8_e4m3fn"),
+            ([x.float() for x in xs], None, r"x\[0\] has dtype torch.float32"),
+            (stored, [scales[0].double(), scales[1]], r"x_scale\[0\] has dtype torch.float64"),
+            (stored, [scales[0], scales[1][:-1]], r"x_scale\[1\] has shape \[11,"),
+            (stored, [scales[0], None, None], "x_scale holds 3 tensors"),
+            (stored, [7.0, scales[1]], r"x_scale\[0\] must be a torch.Tensor, got float"),
+        ]
+    ):
+        with pytest.raises(ValueError, match=message):
+            scaled_layer(x, ids, router, scale)
+            pytest.fail(f"case {index} passed")
+
+
+def test_scales_that_only_start_in_their_buffer_are_refused(scaled_layer):
+    """Rows of the buffer are padded to 16 bytes; packed rows there would be read wrong."""
+    xs, ids, router = inputs()
+    stored, scales = quantized(scaled_layer, xs)
+    region = scaled_layer.workspace.regions(0)["input_sf_buffer"]
+    scales[0] = region.view(-1)[: scales[0].numel()].view(scales[0].shape)
+    with pytest.raises(ValueError, match=r"x_scale\[0\] starts in the scale buffer, but has shape"):
+        scaled_layer(stored, ids, router, scales)
+
+
+def test_an_empty_rank_may_pass_empty_scales(scaled_layer):
+    xs, ids, router = inputs()
+    xs[1], ids[1], router[1] = xs[1][:0], ids[1][:0], router[1][:0]
+    stored, scales = quantized(scaled_layer, xs)
+    ys = scaled_layer(stored, ids, router, scales)
+    assert ys[1].shape == (0, H)
+    assert same(ys, scaled_layer(xs, ids, router))
+
+
+def test_bf16_takes_no_scales(layer):
+    xs, ids, router = inputs()
+    with pytest.raises(ValueError, match=r"x_scale\[0\] is given, but precision='bf16' has no"):
+        layer(xs, ids, router, [torch.ones(T, 2), None])
+    with pytest.raises(ValueError, match=r"x\[0\] has dtype torch.float8_e4m3fn, expected"):
+        layer([x.to(torch.float8_e4m3fn) for x in xs], ids, router)
 
 
 def test_regions_are_the_same_objects_before_and_after_forwards(layer):

@@ -13,9 +13,9 @@ from megamoe.faults import MegaMoEError
 from megamoe.precision import PRECISIONS
 from perf import experts
 from perf.baselines import BASELINES, TorchBf16, TorchFp8
-from perf.cases import MODELS, Case, Inputs, make_inputs, make_weights
+from perf.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
 from perf.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
-from perf.measure import baseline_contenders
+from perf.measure import baseline_contenders, largest_error, layer_bound, oracle
 from perf.routings import ROUTINGS
 from perf.timing import EAGER, GRAPH, Times, measure
 
@@ -178,15 +178,30 @@ def test_a_replayed_graph_on_the_gpu_equals_the_oracle(cuda, routing):
     assert len(times.us) == 5 and 0 < times.us_min < 1e5
 
 
-@pytest.mark.parametrize(("token", "bound"), [("bfloat16", 2e-2), ("float8_e4m3fn", 0.1)])
-def test_bf16_may_differ_from_an_fp8_oracle_as_fp8_does(token, bound, monkeypatch):
-    recipe = dataclasses.replace(PRECISIONS["bf16"], name="other", token=token)
-    monkeypatch.setitem(PRECISIONS, "other", recipe)
-    case = dataclasses.replace(case_of(), precision="other")
-    plan = SimpleNamespace(case=case, baselines=("torch_bf16", "torch_fp8"), mode=EAGER)
-    names = baseline_contenders(plan, BASELINES, *make_weights(case_of()))
-    assert [contender.max_error for contender in names] == [bound, MAX_FP8_ERROR]
-    assert [contender.impl for contender in names] == ["torch_bf16", "torch_fp8"]
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, monkeypatch):
+    case = dataclasses.replace(case_of(), precision=precision)
+    weights = make_layer_weights(case)
+    scaled = case.recipe.scaled
+    plan = SimpleNamespace(case=case, baselines=(), mode=EAGER, device=torch.device("cpu"))
+    made = []
+    monkeypatch.setattr("perf.measure.make_weights", lambda *a: made.append(a) or make_weights(*a))
+    assert baseline_contenders(plan, BASELINES, weights) == [] and not made
+
+    plan.baselines = ("torch_bf16", "torch_fp8")
+    contenders = baseline_contenders(plan, BASELINES, weights)
+    assert len(made) == scaled
+    assert [contender.impl for contender in contenders] == list(plan.baselines)
+    bounds = [contender.max_error for contender in contenders]
+    assert bounds == pytest.approx([0.102, 0.1414] if scaled else [0.02, 0.1], rel=1e-3)
+    inputs = make_inputs(case)
+    expected = oracle(inputs, weights, precision)
+    for contender in contenders:
+        contender.refuse(largest_error(contender.prepare(inputs)(), expected), case.tokens)
+
+
+def test_the_layer_in_fp8_may_differ_by_flipped_codes_only():
+    assert [layer_bound(recipe) for recipe in PRECISIONS.values()] == [2e-2, 3e-2, 3e-2]
 
 
 def test_statistics_of_times():

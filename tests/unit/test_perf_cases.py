@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from megamoe import reference
+from megamoe import quantize_weights, reference
 from megamoe.config import supports
-from perf.cases import MODELS, Case, make_inputs, make_weights
+from perf.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
 from perf.routings import ROUTINGS
 
 EMULATED = MODELS["emulated"]
@@ -133,10 +133,22 @@ def test_activations_stay_of_order_one():
     assert w13.dtype == w2.dtype == torch.bfloat16
     assert w13.shape == (32, 512, 256) and w2.shape == (32, 256, 256)
     inputs = make_inputs(case)[0]
-    gate_up = reference.fc1(inputs.x.float(), w13[0].float())
+    gate_up = reference.product(inputs.x.float(), w13[0].float())
     assert 0.9 < gate_up.std() < 1.1
     out = reference.moe_forward(inputs.x, inputs.topk_idx, inputs.topk_weights, w13, w2)
     assert 0.1 < out.float().std() < 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block", "fp8_channel"])
+def test_the_layer_gets_the_same_draws_in_every_precision(precision):
+    case = dataclasses.replace(case_of(tokens=4), precision=precision)
+    experts, drawn = range(3, 6), make_weights(case, experts=range(3, 6))
+    expected = drawn if precision == "bf16" else quantize_weights(*drawn, precision)
+    made = make_layer_weights(case, experts=experts)
+    for one, other in zip(made[: len(expected)], expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    assert make_inputs(case)[0].x.dtype == torch.bfloat16
 
 
 def test_impossible_cases_are_refused():

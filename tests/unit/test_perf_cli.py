@@ -49,7 +49,7 @@ class FakeMoE:
         self.nvlink_bytes = 4096
         self.made.append(self)
 
-    def load_weights(self, w13, w2):
+    def load_weights(self, w13, w2, *scales):
         self.w13, self.w2 = w13, w2
 
     def __call__(self, x, topk_idx, topk_weights):
@@ -417,6 +417,18 @@ def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120
     )
+
+
+@pytest.mark.parametrize("precision", ["fp8_block", "fp8_channel"])
+def test_the_emulator_sweeps_fp8(precision, tmp_path):
+    path = tmp_path / "rows.csv"
+    argv = [*SMALL, "--reps", "1", "--precision", precision, "--csv", str(path)]
+    assert main([*argv, "--baseline", "torch_bf16,torch_fp8"]) == 0
+    rows = load(path)
+    assert rows.precision.tolist() == [precision] * 6
+    assert rows.impl.tolist() == ["megamoe", "torch_bf16", "torch_fp8"] * 2
+    assert (rows.error_rel[rows.impl == "megamoe"] < 8e-3).all()
+    assert (rows.error_rel[rows.impl != "megamoe"] > 8e-3).all()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import torch
 
 import megamoe
 from megamoe import reference
+from megamoe.precision import PRECISIONS
 from perf import zeroing
 from perf.__main__ import main
 from perf.cases import MODELS, Case, make_inputs, make_weights
@@ -97,9 +98,11 @@ def test_ratios_are_to_the_layer_at_the_same_tokens():
     assert "2.50x" in zeroing.table(points) and "1.30x" in zeroing.table(points)
 
 
-def test_the_command_on_the_emulator(tmp_path, capsys):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_command_on_the_emulator(precision, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     small = ["--tokens", "2", "--ranks", "2", "--num-experts", "8", "--reps", "2"]
+    small += ["--precision", precision]
     assert main(["zeroing", *small, "--csv", str(path)]) == 0
     out = capsys.readouterr().out
     assert "CPU emulation" in out and "full zeroing" in out and out.count("x\n") == 1

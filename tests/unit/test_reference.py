@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from megamoe import reference
-from megamoe.precision import PRECISIONS
+from megamoe import quantize_weights, reference
+from megamoe.precision import FP8_BLOCK, FP8_MIN_AMAX, PRECISIONS, WHOLE_ROW
 from tests.routing import ROUTINGS, make_routing
 
 H, INTERMEDIATE, EXPERTS, K, T = 24, 10, 5, 3, 11
+FP8_SIZES = {"hidden": 384, "intermediate": 256}
+FP8_RECIPES = ("fp8_block", "fp8_channel")
 HALF_ULP = 2.0**-9  # of bfloat16: largest relative error of one rounding
+#: What storing the hidden rows in e4m3 may cost in norm: three bits of mantissa.
+FP8_ERROR = 0.032
 
 
 def make_case(seed, tokens=T, experts=EXPERTS, hidden=H, intermediate=INTERMEDIATE):
@@ -24,19 +29,41 @@ def make_case(seed, tokens=T, experts=EXPERTS, hidden=H, intermediate=INTERMEDIA
     return x, w13, w2.bfloat16()
 
 
-def naive(x, idx, weights, w13, w2):
+def make_scaled_case(precision, seed, **sizes):
+    """(x, weights) of a recipe with scales."""
+    x, w13, w2 = make_case(seed, **(FP8_SIZES | sizes))
+    return x, quantize_weights(w13, w2, precision)
+
+
+def spread(scale, channels, columns):
+    """Scales of one matrix, one for every weight: [channels, columns] float64."""
+    scale = scale.reshape(scale.shape[0], -1).double()
+    scale = scale.repeat_interleave(channels // scale.shape[0], 0)
+    return scale.repeat_interleave(columns // scale.shape[1], 1)
+
+
+def naive_weights(weights, expert):
+    """(w13, w2) of one expert, dequantised, in float64."""
+    w13, w2 = weights.w13[expert].double(), weights.w2[expert].double()
+    if weights.w13_scale is None:
+        return w13, w2
+    scales = weights.w13_scale[expert], weights.w2_scale[expert]
+    return w13 * spread(scales[0], *w13.shape), w2 * spread(scales[1], *w2.shape)
+
+
+def naive(x, idx, router, weights, clamp=math.inf):
     """One token and one slot at a time, in float64, with scalar functions."""
-    x, weights, w13, w2 = x.double(), weights.double(), w13.double(), w2.double()
+    x, router = x.double(), router.double()
     y = torch.zeros(x.shape, dtype=torch.float64)
     for t in range(x.shape[0]):
         for k in range(idx.shape[1]):
-            expert = int(idx[t, k])
-            if expert == -1:
+            if idx[t, k] == -1:
                 continue
-            rows = [float(torch.dot(row, x[t])) for row in w13[expert]]
-            gates, ups = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+            w13, w2 = naive_weights(weights, int(idx[t, k]))
+            gates, ups = (half.tolist() for half in (w13 @ x[t]).chunk(2))
+            gates, ups = [min(g, clamp) for g in gates], [max(-clamp, min(u, clamp)) for u in ups]
             hidden = [g / (1.0 + math.exp(-g)) * u for g, u in zip(gates, ups, strict=True)]
-            y[t] += float(weights[t, k]) * (w2[expert] @ torch.tensor(hidden, dtype=torch.float64))
+            y[t] += float(router[t, k]) * (w2 @ torch.tensor(hidden, dtype=torch.float64))
     return y
 
 
@@ -44,10 +71,202 @@ def naive(x, idx, weights, w13, w2):
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_exact_form_equals_the_naive_loop(routing, seed):
     x, w13, w2 = make_case(seed)
-    [idx], [weights] = make_routing(routing, 1, T, K, EXPERTS, seed)
-    y = reference.moe_forward(x, idx, weights, w13, w2, rounding=False)
+    [idx], [router] = make_routing(routing, 1, T, K, EXPERTS, seed)
+    y = reference.moe_forward(x, idx, router, w13, w2, rounding=False)
     assert y.dtype == torch.float64
-    torch.testing.assert_close(y, naive(x, idx, weights, w13, w2), rtol=1e-11, atol=1e-12)
+    expected = naive(x, idx, router, reference.Weights(w13, w2))
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+@pytest.mark.parametrize("routing", ["masked", "repeated_expert"])
+def test_exact_form_of_a_scaled_recipe_takes_stored_values_as_they_are(precision, routing):
+    x, weights = make_scaled_case(precision, 0)
+    [idx], [router] = make_routing(routing, 1, T, K, EXPERTS, 0)
+    y = reference.moe_forward(x, idx, router, *weights, precision=precision, rounding=False)
+    block = PRECISIONS[precision].token_block
+    travels = reference.dequantize(*reference.quantize(x, block))
+    expected = naive(travels, idx, router, weights)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_rounded_form_of_a_scaled_recipe_is_near_the_exact_one(precision, routing):
+    x, weights = make_scaled_case(precision, 1)
+    [idx], [router] = make_routing(routing, 1, T, K, EXPERTS, 1)
+    arguments = (x, idx, router, *weights)
+    y = reference.moe_forward(*arguments, precision=precision)
+    exact = reference.moe_forward(*arguments, precision=precision, rounding=False)
+    finer = reference.moe_forward(*arguments, precision=precision, compute=torch.float64)
+    assert y.dtype == finer.dtype == torch.bfloat16
+    assert reference.relative_error(y, exact) <= FP8_ERROR
+    # Other sums move an e4m3 code here and there, and no more.
+    assert reference.relative_error(y, finer) <= FP8_ERROR / 8
+
+
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+def test_rounding_points_of_a_scaled_recipe_are_exactly_these(precision):
+    """Quantise the input row, the weighted hidden row by 128 columns, round each slot and the
+    sum.
+    """
+    x, weights = make_scaled_case(precision, 2)
+    [idx], [router] = make_routing("masked", 1, T, K, EXPERTS, 2)
+    y = reference.moe_forward(x, idx, router, *weights, precision=precision, compute=torch.float64)
+    block = x.shape[1] if precision == "fp8_channel" else 128
+    expected = torch.zeros(x.shape)
+    for t in range(T):
+        row = dequantized(x[t], block)
+        for k in range(K):
+            if idx[t, k] < 0:
+                continue
+            w13, w2 = naive_weights(weights, int(idx[t, k]))
+            gate, up = (w13 @ row).chunk(2)
+            hidden = gate * torch.sigmoid(gate) * up * router[t, k].double()
+            expected[t] += (w2 @ dequantized(hidden, 128)).bfloat16().float()
+    assert reference.relative_error(y, expected.bfloat16()) < HALF_ULP / 2
+    assert (y == expected.bfloat16()).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+@pytest.mark.parametrize("stage", ["input", "hidden", "hidden block", "slot"])
+def test_each_rounding_point_of_a_scaled_recipe_matters(monkeypatch, precision, stage):
+    x, weights = make_scaled_case(precision, 3, tokens=32)
+    [idx], [router] = make_routing("uniform", 1, 32, K, EXPERTS, 3)
+    arguments = (x, idx, router, *weights)
+    y = reference.moe_forward(*arguments, precision=precision)
+    changes = {
+        "input": {"token_block": 0, "token": "float32"},
+        "hidden": {"hidden_block": 0, "token": "float32"},
+        "hidden block": {"hidden_block": WHOLE_ROW},
+        "slot": {"output": "float32"},
+    }
+    changed = dataclasses.replace(PRECISIONS[precision], **changes[stage])
+    monkeypatch.setitem(PRECISIONS, precision, changed)
+    other = reference.moe_forward(*arguments, precision=precision)
+    error = reference.relative_error(other, y)
+    assert (HALF_ULP / 8 if stage == "slot" else 2 * HALF_ULP) < error < 2.5 * FP8_ERROR
+
+
+# --- quantisation
+
+E4M3 = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+
+
+def nearest_e4m3(value):
+    """Round to nearest, ties to the even code, saturating; from the table of finite values."""
+    distance = np.abs(E4M3 - min(abs(float(value)), 448.0))
+    near = np.flatnonzero(distance == distance.min())
+    code = near[0] if len(near) == 1 else next(code for code in near if code % 2 == 0)
+    return math.copysign(E4M3[code], value)
+
+
+def naive_quantize(values, block):
+    """(stored, scales) of one row, number by number in float32."""
+    stored, scales = [], []
+    for start in range(0, len(values), block):
+        part = values[start : start + block].astype(np.float32)
+        amax = max(np.abs(part).max(), np.float32(FP8_MIN_AMAX))
+        scale = np.float32(amax / np.float32(448))
+        inverse = np.float32(np.float32(1) / scale)
+        stored += [nearest_e4m3(np.float32(value * inverse)) for value in part]
+        scales.append(scale)
+    return np.array(stored), np.array(scales)
+
+
+def dequantized(row, block):
+    """A row in float64 after it was stored, by the loop above."""
+    stored, scales = naive_quantize(row.double().numpy(), block)
+    return torch.from_numpy(stored) * torch.from_numpy(scales).double().repeat_interleave(block)
+
+
+@pytest.mark.parametrize("block", [FP8_BLOCK, WHOLE_ROW])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_quantize_number_by_number(block, dtype):
+    rng = torch.Generator().manual_seed(0)
+    values = torch.randn(9, 384, generator=rng)
+    values *= torch.logspace(-8, 6, 9).unsqueeze(1)
+    values[0, :128] = 0.0
+    values[1, 200] = 3e38
+    values[2] = -448.0
+    values[3, 128:256] = 1e-12
+    values = values.to(dtype)
+    stored, scale = reference.quantize(values, block)
+    width = 384 if block == WHOLE_ROW else block
+    assert stored.dtype == torch.float8_e4m3fn and stored.shape == (9, 384)
+    assert scale.dtype == torch.float32 and scale.shape == (9, 384 // width)
+    for row in range(9):
+        expected = naive_quantize(values[row].float().numpy(), width)
+        assert np.array_equal(stored[row].double().numpy(), expected[0]), row
+        assert np.array_equal(scale[row].numpy(), expected[1]), row
+    assert torch.equal(
+        reference.dequantize(stored, scale),
+        stored.double() * scale.double().repeat_interleave(width, 1),
+    )
+
+
+def test_the_largest_value_of_a_block_is_stored_as_the_largest_number():
+    values = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1))
+    stored, _ = reference.quantize(values)
+    assert (stored.float().view(64, 8, 128).abs().amax(-1) == 448.0).all()
+    assert stored.float().isfinite().all()
+
+
+def test_no_rows_are_quantised_to_no_rows():
+    stored, scale = reference.quantize(torch.empty(0, 256))
+    assert stored.shape == (0, 256) and scale.shape == (0, 2)
+
+
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+def test_quantised_input_gives_the_same_bits(precision):
+    x, weights = make_scaled_case(precision, 4)
+    [idx], [router] = make_routing("uniform", 1, T, K, EXPERTS, 4)
+    stored, scale = reference.quantize(x, PRECISIONS[precision].token_block)
+    y = reference.moe_forward(x, idx, router, *weights, precision=precision)
+    again = reference.moe_forward(stored, idx, router, *weights, precision=precision, x_scale=scale)
+    assert torch.equal(y, again)
+
+
+def test_products_with_scales():
+    """A scale per block of columns, one per row, and both together."""
+    rng = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(rows, 6, generator=rng).double() for rows in (3, 4))
+    by_block, of_row = torch.rand(3, 2, generator=rng).double(), torch.rand(3, 1).double()
+    channel = torch.rand(4, 1, generator=rng).double()
+    spread_x = x * by_block.repeat_interleave(3, 1)
+    torch.testing.assert_close(reference.product(x, w, by_block), spread_x @ w.T)
+    torch.testing.assert_close(
+        reference.product(x, w, by_block, channel), spread_x @ (w * channel).T
+    )
+    torch.testing.assert_close(
+        reference.product(x, w, of_row, channel), (x * of_row) @ (w * channel).T
+    )
+
+
+# --- clamp
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_clamp_of_the_activation(precision):
+    x, w13, w2 = make_case(6, **FP8_SIZES)
+    weights = reference.Weights(w13, w2)
+    if PRECISIONS[precision].scaled:
+        weights = quantize_weights(w13, w2, precision)
+        x = reference.dequantize(*reference.quantize(x, PRECISIONS[precision].token_block)).float()
+    [idx], [router] = make_routing("uniform", 1, T, K, EXPERTS, 6)
+    arguments = (x, idx, router, *weights)
+    options = {"precision": precision, "rounding": False}
+    y = reference.moe_forward(*arguments, **options, clamp=0.75)
+    expected = naive(x, idx, router, weights, clamp=0.75)
+    assert reference.relative_error(y, expected) < 1e-6  # dequantised x is quantised again
+    assert reference.relative_error(reference.moe_forward(*arguments, **options), expected) > 0.05
+
+
+def test_clamp_bounds_gate_from_above_and_up_from_both_sides():
+    gate_up = torch.tensor([[-9.0, 9.0, 1.0, 2.0, 9.0, -9.0]], dtype=torch.float64)
+    same = torch.tensor([[-9.0, 3.0, 1.0, 2.0, 3.0, -3.0]], dtype=torch.float64)
+    assert torch.equal(reference.swiglu(gate_up, 3.0), reference.swiglu(same))
+    assert torch.equal(reference.swiglu(gate_up, math.inf), reference.swiglu(gate_up))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -104,9 +323,9 @@ def test_each_rounding_point_matters(monkeypatch, stage):
     else:
         rows = reference.expert_rows
 
-        def weight_last(x_RH, weights_R, w13_2IH, w2_HI, recipe, rounding):
-            out = rows(x_RH, torch.ones_like(weights_R), w13_2IH, w2_HI, recipe, rounding)
-            return (out * weights_R[:, None]).to(out.dtype)
+        def weight_last(values, router_R, *rest):
+            out = rows(values, torch.ones_like(router_R), *rest)
+            return (out * router_R[:, None]).to(out.dtype)
 
         monkeypatch.setattr(reference, "expert_rows", weight_last)
     other = reference.moe_forward(*args).to(torch.bfloat16)
@@ -179,11 +398,9 @@ def test_swiglu_takes_gate_first():
     torch.testing.assert_close(reference.swiglu(gate_up), expected, rtol=1e-14, atol=0)
 
 
-def test_fc1_and_fc2_contract_the_last_dimension():
-    x = torch.arange(6.0).view(2, 3)
-    w13, w2 = torch.arange(12.0).view(4, 3), torch.arange(8.0).view(4, 2)
-    assert torch.equal(reference.fc1(x, w13), torch.einsum("th,ih->ti", x, w13))
-    assert torch.equal(reference.fc2(x[:, :2], w2), torch.einsum("ti,hi->th", x[:, :2], w2))
+def test_products_contract_the_last_dimension():
+    x, w13 = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    assert torch.equal(reference.product(x, w13), torch.einsum("th,ih->ti", x, w13))
 
 
 def test_combine_adds_in_slot_order_in_float32():

@@ -1,50 +1,138 @@
-"""The weight layout of the kernel, and refusals of weights that do not fit."""
+"""Quantised weights, the layout of their scales, and refusals of weights that do not fit."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megamoe.config import MoEConfig
-from megamoe.weights import INTERLEAVE, check_tensor, check_weights, interleave_gate_up
+from megamoe import quantize_weights
+from megamoe.config import MoEConfig, select
+from megamoe.precision import PRECISIONS
+from megamoe.reference import Weights, relative_error
+from megamoe.shape import Shape
+from megamoe.weights import check_tensor, check_weights, empty_weights, tile_scales
+from workspace.layout import layout_of
 
 CPU = torch.device("cpu")
 CONFIG = MoEConfig(8, 2, 384, 128, 16, num_ranks=2)
 
 
-@pytest.mark.parametrize("hidden", [1, 3, 16])
-@pytest.mark.parametrize("intermediate", [8, 16, 128, 384])
-@pytest.mark.parametrize("experts", [1, 3])
-def test_interleave_row_formula(experts, intermediate, hidden):
-    """Row 16 i + r is gate row 8 i + r for r < 8, and up row 8 i + r - 8 above."""
-    w13 = torch.arange(experts * 2 * intermediate * hidden).view(experts, 2 * intermediate, hidden)
-    out = interleave_gate_up(w13)
-    gate, up = w13[:, :intermediate], w13[:, intermediate:]
-    assert out.shape == w13.shape and out.is_contiguous()
-    for row in range(2 * intermediate):
-        i, r = divmod(row, 2 * INTERLEAVE)
-        half = gate if r < INTERLEAVE else up
-        expected = half[:, INTERLEAVE * i + r % INTERLEAVE]
-        assert torch.equal(out[:, row], expected)
+FP8_RECIPES = ("fp8_block", "fp8_channel")
 
 
-def test_interleave_is_a_permutation_into_new_memory():
-    w13 = torch.randn(2, 256, 4)
-    out = interleave_gate_up(w13)
-    assert {tuple(row.tolist()) for row in out[0]} == {tuple(row.tolist()) for row in w13[0]}
-    kept = w13.clone()
-    out.zero_()
-    assert torch.equal(w13, kept)
+def config_of(precision, hidden=384, intermediate=256):
+    return MoEConfig(8, 2, hidden, intermediate, 16, 2, precision)
 
 
-def test_interleaved_product_keeps_the_pairs_eight_apart():
-    """The FC1 epilogue relies on it: column 16 i + r + 8 is the up of the gate in 16 i + r."""
-    w13 = torch.randn(1, 64, 5, dtype=torch.float64)
-    x = torch.randn(3, 5, dtype=torch.float64)
-    gate, up = (x @ w13[0].T).chunk(2, dim=1)
-    product = (x @ interleave_gate_up(w13)[0].T).view(3, -1, 2, INTERLEAVE)
-    torch.testing.assert_close(product[:, :, 0].reshape(3, -1), gate)
-    torch.testing.assert_close(product[:, :, 1].reshape(3, -1), up)
+def drawn(experts=3, hidden=384, intermediate=256):
+    rng = torch.Generator().manual_seed(hidden)
+    w13 = torch.randn(experts, 2 * intermediate, hidden, generator=rng) / hidden**0.5
+    w2 = torch.randn(experts, hidden, intermediate, generator=rng) / intermediate**0.5
+    return w13.bfloat16(), w2.bfloat16()
+
+
+# --- quantising
+
+
+@pytest.mark.parametrize("name", ["w13", "w2"])
+def test_a_block_of_128_by_128_weights_shares_a_scale(name):
+    plain = Weights(*drawn())
+    made = quantize_weights(*plain[:2], "fp8_block")
+    matrix, stored = getattr(plain, name).float(), getattr(made, name)
+    scale = getattr(made, f"{name}_scale")
+    experts, rows, columns = matrix.shape
+    assert scale.shape == (experts, rows // 128, columns // 128) and scale.dtype == torch.float32
+    for expert in range(experts):
+        for i in range(rows // 128):
+            for j in range(columns // 128):
+                part = expert, slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+                expected = matrix[part].abs().max() / torch.tensor(448.0)
+                assert scale[expert, i, j] == expected
+                inverse = torch.ones(()) / expected
+                want = (matrix[part] * inverse).to(torch.float8_e4m3fn)
+                assert torch.equal(stored[part].view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["w13", "w2"])
+def test_an_output_channel_shares_a_scale(name):
+    plain = Weights(*drawn())
+    made = quantize_weights(*plain[:2], "fp8_channel")
+    matrix, scale = getattr(plain, name).float(), getattr(made, f"{name}_scale")
+    assert torch.equal(scale, matrix.abs().amax(-1) / torch.tensor(448.0))
+    inverse = torch.ones(()) / scale.unsqueeze(-1)
+    want = (matrix * inverse).to(torch.float8_e4m3fn)
+    assert torch.equal(getattr(made, name).view(torch.uint8), want.view(torch.uint8))
+    back = getattr(made, name).float() * scale.unsqueeze(-1)
+    assert 0.01 < relative_error(back, matrix) < 0.04
+
+
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+def test_quantised_weights_are_what_the_layer_takes(precision):
+    config = config_of(precision)
+    made = quantize_weights(*drawn(4), precision)
+    check_weights(config, 4, CPU, made)
+    blank = empty_weights(config.recipe, 4, 384, 256, CPU)
+    for one, other in zip(made, blank, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+    second = made.of(slice(2, 4))
+    assert torch.equal(second.w13_scale, made.w13_scale[2:])
+    assert second.of(1).w2.data_ptr() == made.w2[3].data_ptr()
+
+
+@pytest.mark.parametrize(
+    "w13,w2,precision,message",
+    [
+        (*drawn(), "bf16", "precision='bf16' has no scales"),
+        (*drawn(), "fp3", "precision='fp3' is not supported"),
+        (drawn()[0][:, :-1], drawn()[1], "fp8_block", r"w13 has shape \[3, 511, 384\]"),
+        (*drawn(1, 64, 128), "fp8_block", r"w2 has shape \[1, 64, 128\]"),
+    ],
+)
+def test_what_cannot_be_quantised(w13, w2, precision, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_weights(w13, w2, precision)
+
+
+# --- scales as the kernel reads them
+
+
+@pytest.mark.parametrize("hidden,intermediate", [(128, 128), (384, 256), (512, 384)])
+def test_scales_of_a_tile_lie_side_by_side(hidden, intermediate):
+    """Per quarter of a tile's columns: gate, up, gate, up for FC1; two row blocks for FC2."""
+    config = config_of("fp8_block", hidden, intermediate)
+    kernel = select(config)
+    shape = Shape(config, kernel, layout_of(config, kernel))
+    made = quantize_weights(*drawn(4, hidden, intermediate), "fp8_block")
+    w13_sf, w2_sf = tile_scales(config, made)
+    assert w13_sf.shape == (4, shape.fc1_columns, hidden // 128, 4)
+    assert w2_sf.shape == (4, shape.fc2_columns, intermediate // 128, 4)
+    for scales in (w13_sf, w2_sf):
+        assert scales.dtype == torch.float32 and scales.is_contiguous()
+    for expert in range(4):
+        for column in range(shape.fc1_columns):
+            for k in range(hidden // 128):
+                gate = made.w13_scale[expert, column, k]
+                up = made.w13_scale[expert, intermediate // 128 + column, k]
+                assert w13_sf[expert, column, k].tolist() == [gate, up, gate, up]
+        for column in range(shape.fc2_columns):
+            for k in range(intermediate // 128):
+                rows = [made.w2_scale[expert, 2 * column, k], torch.zeros(())]
+                if 2 * column + 1 < hidden // 128:
+                    rows[1] = made.w2_scale[expert, 2 * column + 1, k]
+                assert w2_sf[expert, column, k].tolist() == [rows[0], rows[0], rows[1], rows[1]]
+
+
+def test_scales_of_channels_are_used_as_they_are():
+    made = quantize_weights(*drawn(4), "fp8_channel")
+    w13_sf, w2_sf = tile_scales(config_of("fp8_channel"), made)
+    assert w13_sf is made.w13_scale and w2_sf is made.w2_scale
+
+
+def test_there_are_no_scales_in_bf16():
+    assert tile_scales(config_of("bf16"), Weights(*drawn())) == (None, None)
+
+
+# --- refusals
 
 
 def weights(experts=4, hidden=384, intermediate=128, dtype=torch.bfloat16):
@@ -53,7 +141,7 @@ def weights(experts=4, hidden=384, intermediate=128, dtype=torch.bfloat16):
 
 
 def test_good_weights_pass():
-    check_weights(CONFIG, 4, CPU, *weights())
+    check_weights(CONFIG, 4, CPU, Weights(*weights()))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +159,65 @@ def test_good_weights_pass():
 )
 def test_bad_weights_are_named(tensors, words):
     with pytest.raises(ValueError) as error:
-        check_weights(CONFIG, 4, CPU, *tensors)
+        check_weights(CONFIG, 4, CPU, Weights(*tensors))
     for word in words:
         assert word in str(error.value)
+
+
+def broken(precision, **changes):
+    """Weights of four experts with some of their tensors replaced."""
+    made = Weights(*drawn(4))
+    if PRECISIONS[precision].scaled:
+        made = quantize_weights(*drawn(4), precision)
+    return made._replace(**{name: change(made) for name, change in changes.items()})
+
+
+def unaligned(tensor):
+    """The same values, four bytes past an aligned address."""
+    raw = torch.empty(tensor.numel() * tensor.element_size() + 4, dtype=torch.uint8)
+    view = raw[4:].view(tensor.dtype).view(tensor.shape)
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    "precision,changes,words",
+    [
+        ("bf16", {"w13_scale": lambda w: torch.ones(4)}, ["w13_scale is given", "'bf16'"]),
+        ("bf16", {"w2_scale": lambda w: torch.ones(4)}, ["w2_scale is given", "'bf16'"]),
+        ("bf16", {"w2": lambda w: unaligned(w.w2)}, ["w2 starts at address", "multiple of 16"]),
+        ("fp8_block", {"w13_scale": lambda w: None}, ["w13_scale is missing", "[4, 4, 3]"]),
+        ("fp8_channel", {"w2_scale": lambda w: None}, ["w2_scale is missing", "[4, 384]"]),
+        ("fp8_block", {"w2_scale": lambda w: w.w2_scale.mT}, ["w2_scale", "[4, 2, 3]"]),
+        ("fp8_block", {"w2_scale": lambda w: w.w2_scale.bfloat16()}, ["w2_scale", "bfloat16"]),
+        ("fp8_block", {"w13": lambda w: w.w13.half()}, ["w13", "float16", "float8_e4m3fn"]),
+        ("fp8_channel", {"w13_scale": lambda w: unaligned(w.w13_scale)}, ["w13_scale starts"]),
+        (
+            "fp8_block",
+            {"w13": lambda w: drawn(4)[0]},
+            ["w13 has dtype torch.bfloat16", "quantize_weights(w13, w2, 'fp8_block')"],
+        ),
+        (
+            "fp8_channel",
+            {"w2": lambda w: drawn(4)[1]},
+            ["w2 has dtype torch.bfloat16", "quantize_weights(w13, w2, 'fp8_channel')"],
+        ),
+    ],
+)
+def test_bad_weights_of_a_recipe_are_named(precision, changes, words):
+    with pytest.raises(ValueError) as error:
+        check_weights(config_of(precision), 4, CPU, broken(precision, **changes))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_scales_of_blocks_are_laid_out_anew_wherever_they_start():
+    made = broken("fp8_block", w13_scale=lambda w: unaligned(w.w13_scale))
+    check_weights(config_of("fp8_block"), 4, CPU, made)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_good_weights_of_a_recipe_pass(precision):
+    check_weights(config_of(precision), 4, CPU, broken(precision))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from megamoe import MegaMoE
 from megamoe.config import MoEConfig, select
+from megamoe.precision import PRECISIONS
 from workspace import Workspace
 from workspace.layout import KINDS, layout_of
 
@@ -19,10 +20,13 @@ PRO = dict(
 
 @pytest.mark.parametrize("world", [1, 2, 8])
 @pytest.mark.parametrize("options", [None, {"pool_blocks": 3}])
-def test_bytes_are_those_of_the_layout_and_of_the_memory(world, options):
-    config = MoEConfig(**SMALL, num_ranks=world)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bytes_are_those_of_the_layout_and_of_the_memory(precision, world, options):
+    config = MoEConfig(**SMALL, num_ranks=world, precision=precision)
     layout = layout_of(config, select(config, **(options or {})))
-    sizes = MegaMoE.workspace_bytes(**SMALL, world=world, kernel_options=options)
+    sizes = MegaMoE.workspace_bytes(
+        **SMALL, world=world, kernel_options=options, precision=precision
+    )
     assert sizes == {
         **layout.bytes_by_kind(),
         "reset": layout.reset_bytes,
@@ -61,6 +65,17 @@ def test_a_smaller_ring_takes_less():
     small = MegaMoE.workspace_bytes(**PRO, world=8, kernel_options={"pool_blocks": 64})
     saved = (192 - 64) * 128 * (7168 + 3072) * 2
     assert full["data"] - small["data"] == saved
+
+
+@pytest.mark.parametrize("precision,scales", [("fp8_block", 7168 // 128), ("fp8_channel", 1)])
+def test_fp8_rows_take_half_and_their_scales(precision, scales):
+    """A row of the ring holds a token, a hidden row, the token's scales and one per 128 hidden."""
+    ring = {"kernel_options": {"pool_blocks": 64}}
+    small = MegaMoE.workspace_bytes(**PRO, world=8, precision=precision)
+    few = MegaMoE.workspace_bytes(**PRO, world=8, precision=precision, **ring)
+    rows = (192 - 64) * 128
+    assert small["data"] - few["data"] == rows * (7168 + 3072 + 4 * (scales + 3072 // 128))
+    assert small["reset"] == MegaMoE.workspace_bytes(**PRO, world=8)["reset"]
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,16 @@
 rank).
 
 A math warp owns 16 rows of the tile. Accumulator element (q, r, j) of a lane is row lane / 4 + 8 r,
-column 8 j + 2 (lane % 4) + q. Results leave in passes of 16 rows x 64 columns through 2 KB of
-shared memory per warp, swizzled in 16-byte chunks, so that every global store is 16 bytes per lane
-and 128 contiguous bytes per row.
+column 8 j + 2 (lane % 4) + q. The columns of an FC1 tile are 64 gate, their 64 up, 64 gate, 64 up
+(`operands`). Results leave in passes of 16 rows x 128 bytes through 2 KB of shared memory per warp,
+swizzled in 16-byte chunks, so that every global store is 16 bytes per lane and 128 contiguous bytes
+per row.
 """
 
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import schedule
 from megamoe.budget import PASS_ROW_BYTES, WARP_ROWS
@@ -18,14 +19,18 @@ from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address, peer_base
 from megamoe.kernels.ptx import (
     as_float,
+    as_word,
     global_ptr,
+    load_global_v2,
     load_shared_v4,
     pack_bf16x2,
     silu,
     store_global,
     store_global_v4,
     store_shared,
+    store_shared_e4m3x2,
 )
+from megamoe.kernels.quantize import largest_of_lanes, magnitude, scale_of
 from workspace import wire
 
 arch = cute.arch
@@ -43,13 +48,20 @@ def read_metadata(launch: Launch, name: Constexpr, ring_row) -> Int32:
 
 
 @cute.jit
-def stage_word(staging, lane, half: Constexpr, slab: Constexpr, word):
+def stage_pair(staging, lane, half: Constexpr, slab: Constexpr, low, high, item_bytes: Constexpr):
     """Put columns 2 (lane % 4) .. + 1 of slab `slab` of row lane / 4 + 8 `half` into the swizzled
-    staging tile.
+    staging tile, as BF16 or (one byte) e4m3.
     """
     row = lane // 4 + 8 * half
-    chunk = slab ^ (row % 8)
-    store_shared(staging + (row * PASS_ROW_BYTES + chunk * 16 + (lane % 4) * 4), word)
+    offset = slab * 8 * item_bytes
+    chunk = (offset // 16) ^ (row % 8)
+    pointer = staging + (
+        row * PASS_ROW_BYTES + chunk * 16 + offset % 16 + (lane % 4) * 2 * item_bytes
+    )
+    if const_expr(item_bytes == 1):
+        store_shared_e4m3x2(pointer, low, high)
+    else:
+        store_shared(pointer, pack_bf16x2(low, high))
 
 
 @cute.jit
@@ -61,28 +73,73 @@ def unstage(staging, lane, store: Constexpr):
 
 
 @cute.jit
+def activate(launch: Launch, gate, up) -> Float32:
+    """silu(gate) * up, both clamped."""
+    gate = arch.fmin(gate, launch.clamp)
+    up = arch.fmax(arch.fmin(up, launch.clamp), -launch.clamp)
+    return silu(gate) * up
+
+
+def gate_index(slab: int) -> int:
+    """Accumulator index of the gate values of output slab `slab` (8 of the tile's 128 outputs); its
+    up values lie UP_INDEX on. A tile holds 64 gate columns, their 64 up columns, and so on.
+    """
+    return 4 * (slab // 8 * 16 + slab % 8)
+
+
+UP_INDEX = 4 * 8
+
+
+@cute.jit
 def store_fc1(launch: Launch, accumulator, staging, warp, lane, pool, column):
-    """FC1 tile of pool block `pool`: 128 outputs per row to `fc1_output`, then one report per
-    warp.
+    """FC1 tile of pool block `pool`: 128 outputs per row to `fc1_output`, and their scale where the
+    recipe has one.
     """
     shape = launch.shape
-    first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m) + warp * WARP_ROWS
+    block_m = shape.kernel.block_m
+    first_row = schedule.ring_row(pool, shape.ring, block_m) + warp * WARP_ROWS
     weights = [
         as_float(read_metadata(launch, "l1_topk_weights_buffer", first_row + lane // 4 + 8 * half))
         for half in range(2)
     ]
     outputs = shape.kernel.block_n // 2
+    tile_bytes = outputs * shape.config.recipe.token_bytes
+    slabs = outputs // 8
+    for slab in range_constexpr(slabs):
+        for half in range_constexpr(2):
+            for q in range_constexpr(2):
+                index = gate_index(slab) + 2 * half + q
+                activated = activate(launch, accumulator[index], accumulator[index + UP_INDEX])
+                accumulator[index] = activated * weights[half]
+    inverses = [Float32(1.0)] * 2
+    if const_expr(shape.config.recipe.scaled):
+        for half in range_constexpr(2):
+            values = [
+                accumulator[gate_index(slab) + 2 * half + q]
+                for slab in range(slabs)
+                for q in range(2)
+            ]
+            scale, inverses[half] = scale_of(largest_of_lanes(magnitude(values), 4))
+            target = address(launch, "fc1_output_sf", pool % shape.ring)
+            row = warp * WARP_ROWS + lane // 4 + 8 * half
+            if lane % 4 == 0:
+                store_global(target + Int64(column * block_m + row) * 4, as_word(scale))
     row_bytes = shape.hidden_row_bytes
-    base = address(launch, "fc1_output", first_row) + column * (2 * outputs) + (lane % 8) * 16
-    for step in range_constexpr(outputs // PASS_COLUMNS):
-        for slab in range_constexpr(SLABS_PER_PASS):
-            gate = 4 * (2 * (step * SLABS_PER_PASS + slab))
+    base = address(launch, "fc1_output", first_row) + column * tile_bytes + (lane % 8) * 16
+    passes = tile_bytes // PASS_ROW_BYTES
+    for step in range_constexpr(passes):
+        for slab in range_constexpr(slabs // passes):
             for half in range_constexpr(2):
-                values = []
-                for q in range_constexpr(2):
-                    index = gate + 2 * half + q
-                    values.append(silu(accumulator[index]) * accumulator[index + 4] * weights[half])
-                stage_word(staging, lane, half, slab, pack_bf16x2(values[0], values[1]))
+                index = gate_index(step * (slabs // passes) + slab) + 2 * half
+                stage_pair(
+                    staging,
+                    lane,
+                    half,
+                    slab,
+                    accumulator[index] * inverses[half],
+                    accumulator[index + 1] * inverses[half],
+                    shape.config.recipe.token_bytes,
+                )
         arch.sync_warp()
         for store in range_constexpr(STORES_PER_PASS):
             row = 4 * store + lane // 8
@@ -98,6 +155,56 @@ def report_fc1(launch: Launch, lane, pool):
     arch.sync_warp()
     if lane == 0:
         sync.signal(launch, "fc1_done_counter", pool)
+
+
+@cute.jit
+def scale_columns(accumulator, scales, channels, lane):
+    """accumulator *= scale of the output channel. `scales`: address of one expert's float32 scales;
+    `channels`: the channel of the first column of each quarter of the tile.
+    """
+    slabs = cute.size(accumulator) // 4
+    for slab in range_constexpr(slabs):
+        quarter, within = slab // (slabs // 4), slab % (slabs // 4)
+        channel = channels[quarter] + 8 * within + 2 * (lane % 4)
+        words = load_global_v2(scales + Int64(channel) * 4)
+        for half in range_constexpr(2):
+            for q in range_constexpr(2):
+                index = 4 * slab + 2 * half + q
+                accumulator[index] = accumulator[index] * as_float(words[q])
+
+
+@cute.jit
+def scale_fc1(launch: Launch, accumulator, tile, warp, lane):
+    """FC1 with a scale per token row and per output channel."""
+    shape = launch.shape
+    base = address(launch, "l1_sf_buffer", tile.pool % shape.ring)
+    for half in range_constexpr(2):
+        row = warp * WARP_ROWS + lane // 4 + 8 * half
+        word = arch.load(global_ptr(base + Int64(row) * 4), Int32, sem="relaxed", scope="gpu")
+        scale = as_float(word)
+        for pair in range_constexpr(cute.size(accumulator) // 4):
+            for q in range_constexpr(2):
+                index = 4 * pair + 2 * half + q
+                accumulator[index] = accumulator[index] * scale
+    intermediate, quarter = shape.config.intermediate_size, shape.kernel.block_n // 4
+    gate = tile.column * (2 * quarter)
+    up = gate + intermediate
+    scales = launch.w13_sf + Int64(tile.expert) * (8 * intermediate)
+    scale_columns(accumulator, scales, [gate, up, gate + quarter, up + quarter], lane)
+
+
+@cute.jit
+def scale_fc2(launch: Launch, accumulator, tile, lane):
+    """FC2 with a scale per output channel; the row scales are in already."""
+    hidden, quarter = launch.shape.config.hidden_size, launch.shape.kernel.block_n // 4
+    channels = []
+    for n in range_constexpr(4):
+        channel = tile.column * (4 * quarter) + n * quarter
+        if channel >= hidden:
+            channel = Int32(0)  # these columns are not stored
+        channels.append(channel)
+    scales = launch.w2_sf + Int64(tile.expert) * (4 * hidden)
+    scale_columns(accumulator, scales, channels, lane)
 
 
 @cute.jit
@@ -123,12 +230,8 @@ def store_fc2(launch: Launch, accumulator, staging, warp, lane, pool, column):
             for slab in range_constexpr(SLABS_PER_PASS):
                 for half in range_constexpr(2):
                     index = 4 * (step * SLABS_PER_PASS + slab) + 2 * half
-                    stage_word(
-                        staging,
-                        lane,
-                        half,
-                        slab,
-                        pack_bf16x2(accumulator[index], accumulator[index + 1]),
+                    stage_pair(
+                        staging, lane, half, slab, accumulator[index], accumulator[index + 1], 2
                     )
             arch.sync_warp()
             for store in range_constexpr(STORES_PER_PASS):

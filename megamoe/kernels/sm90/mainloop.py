@@ -1,30 +1,36 @@
-"""SM90 BF16 mainloop: one math warpgroup accumulates m64 x block_n over K from the shared-memory
-ring.
+"""SM90 mainloops: a math warpgroup accumulates m64 x block_n over K from the shared-memory ring.
 
-One WGMMA group stays in flight: the stage of the previous K block is released when the next group
-has been issued.
+`accumulate` lets the tensor cores add up over all of K, one WGMMA group in flight: the stage of the
+previous K block is released when the next group has been issued. `accumulate_scaled` has a scale
+per K block: every block starts a fresh sum of half the tile's columns, which is promoted, times its
+scales, into the float32 accumulator while the tensor cores work for the other warpgroup.
 """
 
 from __future__ import annotations
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr
+from cutlass import Constexpr, Float32, const_expr, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
+
+from megamoe.budget import WEIGHT_SF_BYTES
+from megamoe.kernels.ptx import as_float, load_shared, load_shared_v4
 
 arch = cute.arch
 
 
 @cute.jit
-def issue(mma, accumulator, a, b, stage, fresh: Constexpr):
-    """One K block as one WGMMA group; `fresh` starts the accumulation (a Python constant keeps
-    ptxas from serialising).
+def issue(mma, sums, a, b, stage, fresh: Constexpr):
+    """One K block as one WGMMA group: every part of `sums` takes A times its part of B. `fresh`
+    starts the accumulation (a Python constant keeps ptxas from serialising).
     """
     atom = cute.make_mma_atom(mma.op)
     warpgroup.fence()
-    for k in cutlass.range_constexpr(cute.size(a, mode=[2])):
-        atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
-        cute.gemm(atom, accumulator, a[None, None, k, stage], b[None, None, k, stage], accumulator)
+    for part in range_constexpr(len(sums)):
+        for k in range_constexpr(cute.size(a, mode=[2])):
+            atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
+            sum, rows, columns = sums[part], a[None, None, k, stage], b[part][None, None, k, stage]
+            cute.gemm(atom, sum, rows, columns, sum)
     warpgroup.commit_group()
 
 
@@ -36,29 +42,76 @@ def release(empty, stage, lane):
 
 
 @cute.jit
-def accumulate(
-    mma, accumulator, a, b, full, empty, position, k_blocks, lane, num_stages: Constexpr
-):
+def accumulate(mma, fragments, pipes, position, k_blocks, lane, kernel: Constexpr):
     """accumulator = A @ B^T over `k_blocks` K blocks, the first of which is number `position` of
     the ring.
     """
-    stage = position % num_stages
-    arch.mbarrier_wait(full + stage, (position // num_stages) % 2)
-    issue(mma, accumulator, a, b, stage, True)
+    stages = kernel.num_stages
+    stage = position % stages
+    arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
+    issue(mma, fragments.parts, fragments.a, fragments.b, stage, True)
     for block in cutlass.range(1, k_blocks, unroll=1):
-        current = (position + block) % num_stages
-        arch.mbarrier_wait(full + current, ((position + block) // num_stages) % 2)
-        issue(mma, accumulator, a, b, current, False)
+        current = (position + block) % stages
+        arch.mbarrier_wait(pipes.full + current, ((position + block) // stages) % 2)
+        issue(mma, fragments.parts, fragments.a, fragments.b, current, False)
         warpgroup.wait_group(1)
-        release(empty, (position + block - 1) % num_stages, lane)
+        release(pipes.empty, (position + block - 1) % stages, lane)
     warpgroup.wait_group(0)
-    release(empty, (position + k_blocks - 1) % num_stages, lane)
+    release(pipes.empty, (position + k_blocks - 1) % stages, lane)
 
 
 @cute.jit
-def skip(full, empty, position, k_blocks, lane, num_stages: Constexpr):
+def accumulate_scaled(
+    mma,
+    fragments,
+    pipes,
+    row_scales,
+    weight_scales,
+    weighted: Constexpr,
+    position,
+    k_blocks,
+    lane,
+    kernel: Constexpr,
+):
+    """accumulator = sum over K blocks of scale * (A @ B^T), element by element.
+
+    `row_scales`: shared pointer to the scale of this lane's first row in stage 0; that of its
+    second row lies 8 words on. `weight_scales`: shared pointer to the tile's weight scales, per K
+    block one for each quarter of the columns, unless not `weighted`.
+    """
+    stages, sf_bytes = kernel.num_stages, 4 * kernel.block_m
+    accumulator = fragments.accumulator
+    accumulator.fill(0.0)
+    partial = cute.make_rmem_tensor_like(fragments.parts[0])
+    size = cute.size(partial)
+    parts = len(fragments.parts)
+    for block in cutlass.range(k_blocks, unroll=1):
+        stage = (position + block) % stages
+        arch.mbarrier_wait(pipes.full + stage, ((position + block) // stages) % 2)
+        scales = []
+        for part in range_constexpr(parts):
+            issue(mma, [partial], fragments.a, [fragments.b[part]], stage, True)
+            if const_expr(part == 0):  # under the tensor cores
+                pointer = row_scales + stage * sf_bytes
+                rows = [as_float(load_shared(pointer)), as_float(load_shared(pointer + 32))]
+                weights = [Float32(1.0)] * 4
+                if const_expr(weighted):
+                    words = load_shared_v4(weight_scales + block * WEIGHT_SF_BYTES)
+                    weights = [as_float(word) for word in words]
+                scales = [[row * weight for row in rows] for weight in weights]
+            warpgroup.wait_group(0)
+            if const_expr(part == parts - 1):
+                release(pipes.empty, stage, lane)
+            for i in range_constexpr(size):
+                scale = scales[2 * part + i // (size // 2)][(i // 2) % 2]
+                index = size * part + i
+                accumulator[index] = accumulator[index] + partial[i] * scale
+
+
+@cute.jit
+def skip(pipes, position, k_blocks, lane, num_stages: Constexpr):
     """Consume the stages of a tile without computing: all rows of this warpgroup pad the block."""
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % num_stages
-        arch.mbarrier_wait(full + stage, ((position + block) // num_stages) % 2)
-        release(empty, stage, lane)
+        arch.mbarrier_wait(pipes.full + stage, ((position + block) // num_stages) % 2)
+        release(pipes.empty, stage, lane)

@@ -1,0 +1,125 @@
+"""FP8 quantisation on the device, as `reference.quantize` defines it: scale = amax / 448 of a
+block, stored value = e4m3(value * (1 / scale)), rounded to nearest even.
+
+`quantize_input` is the step of `count` that turns a BF16 input into the rows that peers pull.
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
+
+from megamoe.kernels.launch import Launch, address
+from megamoe.kernels.ptx import (
+    global_ptr,
+    load_global_v4_if,
+    pack_e4m3x4,
+    store_global_v2,
+    unpack_bf16x2,
+)
+from megamoe.precision import FP8_BLOCK, FP8_MAX, FP8_MIN_AMAX, WHOLE_ROW
+
+arch = cute.arch
+
+LANE_COLUMNS = 8  # 16 bytes of BF16
+WARP_COLUMNS = 32 * LANE_COLUMNS
+LOADS_IN_FLIGHT = 4
+
+
+def magnitude(values):
+    """Largest |value| of a Python list of Float32."""
+    largest = arch.fmax(values[0], -values[0])
+    for value in values[1:]:
+        largest = arch.fmax(largest, arch.fmax(value, -value))
+    return largest
+
+
+def largest_of_lanes(value, lanes: int):
+    """Maximum over aligned groups of `lanes` neighbouring lanes (a power of two)."""
+    step = 1
+    while step < lanes:
+        value = arch.fmax(value, arch.shuffle_sync_bfly(value, offset=step))
+        step *= 2
+    return value
+
+
+def scale_of(amax):
+    """(scale, 1 / scale) of a block."""
+    scale = arch.fmax(amax, Float32(FP8_MIN_AMAX)) / Float32(FP8_MAX)
+    return scale, Float32(1.0) / scale
+
+
+@cute.jit
+def load_columns(launch: Launch, token, first, lane):
+    """LOADS_IN_FLIGHT x 8 columns of a BF16 row per lane as Float32; zeros past the row's end."""
+    hidden = launch.shape.config.hidden_size
+    row = launch.x + Int64(token) * (2 * hidden)
+    loaded = []
+    for part in range_constexpr(LOADS_IN_FLIGHT):
+        column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
+        inside = Int32(column < hidden)
+        loaded.append(load_global_v4_if(row + Int64(column) * 2, inside))
+    values = []
+    for words in loaded:
+        pairs = [unpack_bf16x2(word) for word in words]
+        values.append([value for pair in pairs for value in pair])
+    return values
+
+
+@cute.jit
+def store_columns(launch: Launch, token, first, lane, values, inverses):
+    """Quantise what `load_columns` returned and store it to the row that peers pull."""
+    hidden = launch.shape.config.hidden_size
+    row = address(launch, "input_token_buffer", token)
+    for part in range_constexpr(LOADS_IN_FLIGHT):
+        column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
+        if column < hidden:
+            scaled = [value * inverses[part] for value in values[part]]
+            store_global_v2(row + column, pack_e4m3x4(scaled[:4]), pack_e4m3x4(scaled[4:]))
+
+
+@cute.jit
+def store_scale(launch: Launch, token, index, scale):
+    word = address(launch, "input_sf_buffer", token) + Int64(index) * 4
+    global_ptr(word, Float32)[0] = scale
+
+
+@cute.jit
+def quantize_input(launch: Launch, threads: Constexpr):
+    """Whole grid: BF16 `x` -> input_token_buffer and input_sf_buffer, unless the host staged them
+    (x == 0). A warp takes 1024 columns of a token, or with a scale per row a whole token.
+    """
+    config = launch.shape.config
+    hidden = config.hidden_size
+    span = LOADS_IN_FLIGHT * WARP_COLUMNS
+    spans = (hidden + span - 1) // span
+    lane = launch.thread % 32
+    worker = launch.cta * (threads // 32) + launch.thread // 32
+    workers = launch.num_ctas * (threads // 32)
+    if launch.x != 0:
+        if const_expr(config.recipe.token_block == WHOLE_ROW):
+            for token in range(worker, launch.num_tokens, workers):
+                amax = Float32(0.0)
+                for part in range(spans):
+                    values = load_columns(launch, token, part * span, lane)
+                    for piece in values:
+                        amax = arch.fmax(amax, magnitude(piece))
+                scale, inverse = scale_of(largest_of_lanes(amax, 32))
+                for part in range(spans):
+                    values = load_columns(launch, token, part * span, lane)
+                    inverses = [inverse] * LOADS_IN_FLIGHT
+                    store_columns(launch, token, part * span, lane, values, inverses)
+                if lane == 0:
+                    store_scale(launch, token, 0, scale)
+        else:
+            lanes = FP8_BLOCK // LANE_COLUMNS
+            for item in range(worker, launch.num_tokens * spans, workers):
+                token, first = item // spans, item % spans * span
+                values = load_columns(launch, token, first, lane)
+                scales = [scale_of(largest_of_lanes(magnitude(piece), lanes)) for piece in values]
+                inverses = [inverse for _, inverse in scales]
+                store_columns(launch, token, first, lane, values, inverses)
+                for part in range_constexpr(LOADS_IN_FLIGHT):
+                    column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
+                    if lane % lanes == 0 and column < hidden:
+                        store_scale(launch, token, column // FP8_BLOCK, scales[part][0])

@@ -1,0 +1,252 @@
+"""The loader warps: tickets and weight tiles, token tiles, and the queue that hands tiles over."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr, range_constexpr
+
+from megamoe import faults, schedule
+from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SF_BYTES, Budget
+from megamoe.kernels import sync
+from megamoe.kernels.launch import Launch, address
+from megamoe.kernels.ptx import bulk_load, global_ptr
+from megamoe.kernels.sm90.operands import down_box, gate_up_box, partition, tokens_box
+
+arch = cute.arch
+
+
+class Pipes(NamedTuple):
+    """Shared-memory pointers of the pipelines (see `kernel`): mbarriers, the words of the tile
+    queue, and the scales that come with stages and with tiles.
+    """
+
+    full: cute.Pointer
+    empty: cute.Pointer
+    queue: cute.Pointer
+    queue_full: cute.Pointer
+    queue_empty: cute.Pointer
+    row_scales: cute.Pointer
+    weight_scales: cute.Pointer
+
+
+class Entry(NamedTuple):
+    """A tile as handed over."""
+
+    phase: Int32
+    pool: Int32  # pool block
+    column: Int32
+    rows: Int32  # real rows
+    expert: Int32
+
+
+@cute.jit
+def take_tile(pipes: Pipes, taken) -> Entry:
+    """Tile number `taken` of the queue; give it back with `release_tile`."""
+    slot = taken % QUEUE_SLOTS
+    arch.mbarrier_wait(pipes.queue_full + slot, (taken // QUEUE_SLOTS) % 2)
+    words = pipes.queue + slot * QUEUE_WORDS
+    return Entry(words[0], words[1], words[2], words[3], words[4])
+
+
+@cute.jit
+def release_tile(pipes: Pipes, taken, lane):
+    """This warp has read what the queue holds of tile number `taken`."""
+    arch.sync_warp()
+    if lane == 0:
+        arch.mbarrier_arrive(pipes.queue_empty + taken % QUEUE_SLOTS)
+
+
+@cute.jit
+def load_stages(
+    launch: Launch, atom, sides, pipes, position, k_blocks, rows, num_bytes, scales, lane
+):
+    """Load `k_blocks` K blocks of one operand into consecutive stages, from ring position
+    `position`. A stage takes one box from each of `sides`; all but the first only if `rows` reach
+    into it. `num_bytes`: of the boxes together. `scales`: address of the row scales of the first K
+    block (a stage's after the other), or None.
+    """
+    stages, sf_bytes = launch.shape.kernel.num_stages, 4 * launch.shape.kernel.block_m
+    for k in cutlass.range(k_blocks, unroll=1):
+        stage = (position + k) % stages
+        full = pipes.full + stage
+        arch.mbarrier_wait(pipes.empty + stage, ((position + k) // stages + 1) % 2)
+        if lane == 0:
+            if const_expr(scales is None):
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
+            else:
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes + sf_bytes)
+                to = pipes.row_scales + stage * sf_bytes
+                bulk_load(to, scales + Int64(k) * sf_bytes, full, sf_bytes)
+        arch.sync_warp()
+        for part in range_constexpr(len(sides)):
+            to, source = sides[part]
+            if part == 0 or rows > part * WARPGROUP_ROWS:
+                cute.copy(atom, source[None, k], to[None, stage], tma_bar_ptr=full)
+
+
+@cute.jit
+def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
+    """Put a tile into its queue slot, and with it the block scales of its weights."""
+    shape = launch.shape
+    if lane == 0:
+        words = pipes.queue + slot * QUEUE_WORDS
+        words[0] = tile.phase
+        words[1] = tile.pool
+        words[2] = tile.column
+        words[3] = tile.rows
+        words[4] = tile.expert
+        full = pipes.queue_full + slot
+        if const_expr(shape.weight_sf_bytes == 0):
+            arch.mbarrier_arrive(full)
+        else:
+            to = pipes.weight_scales + slot * shape.weight_sf_bytes
+            if tile.phase == schedule.PHASE_FC1:
+                num_bytes = shape.fc1_k_blocks * WEIGHT_SF_BYTES
+                index = tile.expert * shape.fc1_columns + tile.column
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
+                bulk_load(to, launch.w13_sf + Int64(index) * num_bytes, full, num_bytes)
+            elif tile.phase == schedule.PHASE_FC2:
+                num_bytes = shape.fc2_k_blocks * WEIGHT_SF_BYTES
+                index = tile.expert * shape.fc2_columns + tile.column
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
+                bulk_load(to, launch.w2_sf + Int64(index) * num_bytes, full, num_bytes)
+            else:
+                arch.mbarrier_arrive(full)
+    arch.sync_warp()
+
+
+@cute.jit
+def load_weights(
+    launch: Launch,
+    budget: Budget,
+    gate_up_atom,
+    gate_up,
+    down_atom,
+    down,
+    smem_b,
+    received,
+    pipes,
+    lane,
+):
+    """Take tickets, hand tiles over, load weight tiles. Waits only for free queue slots and
+    stages.
+    """
+    shape, kernel = launch.shape, launch.shape.kernel
+    num_bytes = budget.b_stage_bytes
+    tickets = global_ptr(address(launch, "load_balance_counter"))
+    stream = shape.stream(launch.num_ctas)
+    walk = schedule.start_walk(received, Int32(shape.experts))
+    position = Int32(0)
+    handed = Int32(0)
+    running = Int32(1)
+    while running == 1:
+        ticket = Int32(0)
+        if lane == 0:
+            ticket = arch.atomic_add(tickets, Int32(1), sem="relaxed", scope="gpu")
+        ticket = arch.shuffle_sync(ticket, 0)
+        walk = schedule.seek_walk(walk, ticket, received, *stream)
+        slot = handed % QUEUE_SLOTS
+        arch.mbarrier_wait(pipes.queue_empty + slot, (handed // QUEUE_SLOTS + 1) % 2)
+        tile = schedule.Tile(Int32(0), Int32(0), Int32(0))
+        rows = Int32(0)
+        if walk.phase != schedule.PHASE_DONE:
+            tile = schedule.tile_of(walk, ticket)
+            rows = schedule.rows_in_block(received[walk.expert], tile.block, kernel.block_m)
+        entry = Entry(walk.phase, tile.pool, tile.column, rows, walk.expert)
+        hand_over(launch, pipes, slot, entry, lane)
+        handed += 1
+        if walk.phase == schedule.PHASE_FC1:
+            place = ((0, 0, tile.column), None, walk.expert)
+            sides = [partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)]
+            k_blocks = shape.fc1_k_blocks
+            load_stages(
+                launch, gate_up_atom, sides, pipes, position, k_blocks, rows, num_bytes, None, lane
+            )
+            position += k_blocks
+        elif walk.phase == schedule.PHASE_FC2:
+            place = (tile.column, None, walk.expert)
+            sides = [partition(down_atom, smem_b, down, down_box(kernel), place)]
+            k_blocks = shape.fc2_k_blocks
+            load_stages(
+                launch, down_atom, sides, pipes, position, k_blocks, rows, num_bytes, None, lane
+            )
+            position += k_blocks
+        else:
+            running = Int32(0)
+
+
+@cute.jit
+def load_rows(
+    launch: Launch, budget: Budget, atom, tensor, smem_a, pipes, position, k_blocks, tile, scales,
+    lane,
+):  # fmt: skip
+    """Load the rows of a tile's pool block over K: one box per math warpgroup that has real rows,
+    and the rows' scales.
+    """
+    kernel = launch.shape.kernel
+    box, boxes = tokens_box(kernel), kernel.num_math_warpgroups
+    box_bytes = budget.a_stage_bytes // boxes
+    block = tile.pool % launch.shape.ring
+    sides = []
+    num_bytes = Int32(box_bytes)
+    for half in range_constexpr(boxes):
+        smem_box = cute.local_tile(smem_a, box, (half, 0, None))
+        sides.append(partition(atom, smem_box, tensor, box, (block * boxes + half, None)))
+        if const_expr(half > 0):
+            if tile.rows > half * WARPGROUP_ROWS:
+                num_bytes += box_bytes
+    load_stages(launch, atom, sides, pipes, position, k_blocks, tile.rows, num_bytes, scales, lane)
+
+
+@cute.jit
+def load_tokens(
+    launch: Launch, budget: Budget, tokens_atom, tokens, hiddens_atom, hiddens, smem_a, pipes, lane
+):
+    """Wait until a tile's rows are ready, then load them."""
+    shape, role = launch.shape, faults.ROLE_LOAD_TOKENS
+    recipe = shape.config.recipe
+    position = Int32(0)
+    taken = Int32(0)
+    running = Int32(1)
+    waited_tokens, waited_hidden = Int64(0), Int64(0)  # ns, if the kernel is built to trace
+    while running == 1:
+        tile = take_tile(pipes, taken)
+        release_tile(pipes, taken, lane)
+        taken += 1
+        block = tile.pool % shape.ring
+        began = sync.trace_clock(launch)
+        if tile.phase == schedule.PHASE_FC1:
+            sync.wait_for(launch, "l1_arrival_count", tile.pool, 0, tile.rows, role, "gpu")
+            waited_tokens += sync.trace_clock(launch) - began
+            if taken == 1:
+                sync.mark(launch, "first_tile")
+            arch.fence_proxy("async.global")
+            scales = None
+            if const_expr(recipe.token_block > 0):
+                scales = address(launch, "l1_sf_buffer", block)
+            load_rows(
+                launch, budget, tokens_atom, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
+                tile, scales, lane,
+            )  # fmt: skip
+            position += shape.fc1_k_blocks
+        elif tile.phase == schedule.PHASE_FC2:
+            done = Int32(shape.fc1_done)
+            sync.wait_for(launch, "fc1_done_counter", tile.pool, 0, done, role, "gpu")
+            waited_hidden += sync.trace_clock(launch) - began
+            arch.fence_proxy("async.global")
+            scales = None
+            if const_expr(recipe.hidden_block > 0):
+                scales = address(launch, "fc1_output_sf", block)
+            load_rows(
+                launch, budget, hiddens_atom, hiddens, smem_a, pipes, position, shape.fc2_k_blocks,
+                tile, scales, lane,
+            )  # fmt: skip
+            position += shape.fc2_k_blocks
+        else:
+            running = Int32(0)
+    if lane == 0:
+        sync.record(launch, "wait_tokens_ns", waited_tokens)
+        sync.record(launch, "wait_hidden_ns", waited_hidden)

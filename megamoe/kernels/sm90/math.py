@@ -1,0 +1,118 @@
+"""The math role: products of tiles in the order handed over, each followed by its epilogue."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+
+from megamoe import schedule
+from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, WARP_ROWS, WARPGROUP_ROWS
+from megamoe.kernels import sync
+from megamoe.kernels.launch import Launch
+from megamoe.kernels.sm90 import epilogue, mainloop
+from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
+
+arch = cute.arch
+
+
+class Fragments(NamedTuple):
+    """Operands of one warpgroup: descriptors of its rows of A and of the column parts of B in all
+    stages, and the accumulator, whole and in the same parts.
+    """
+
+    a: cute.Tensor
+    b: list
+    accumulator: cute.Tensor
+    parts: list
+
+
+def fragments_of(kernel, mma, smem_a, smem_b, warpgroup) -> Fragments:
+    """The fragments of a math warpgroup."""
+    part = mma.get_slice(0)
+    rows_a = cute.logical_divide(mma.make_fragment_A(part.partition_A(smem_a)), (None, 1))
+    columns_b = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_b)), (None, 1))
+    accumulator = cute.make_rmem_tensor(
+        part.partition_shape_C((WARPGROUP_ROWS, kernel.block_n)), Float32
+    )
+    divided = cute.logical_divide(accumulator, (None, None, 1))
+    parts = range(cute.size(accumulator, mode=[2]))
+    return Fragments(
+        rows_a[None, (None, warpgroup), None, None],
+        [columns_b[None, (None, n), None, None] for n in parts],
+        accumulator,
+        [divided[None, None, (None, n)] for n in parts],
+    )
+
+
+@cute.jit
+def multiply(launch: Launch, mma, fragments, pipes, tile, taken, position, k_blocks, warp, lane):
+    """The product of this warpgroup's rows of a tile, with the scales of its K blocks."""
+    recipe = launch.shape.config.recipe
+    if const_expr(not recipe.scaled):
+        mainloop.accumulate(mma, fragments, pipes, position, k_blocks, lane, launch.shape.kernel)
+    else:
+        slot = taken % QUEUE_SLOTS
+        weights = pipes.weight_scales + slot * launch.shape.weight_sf_bytes
+        rows = pipes.row_scales + (warp * WARP_ROWS + lane // 4) * 4
+        if const_expr(recipe.token_block > 0):
+            mainloop.accumulate_scaled(
+                mma, fragments, pipes, rows, weights, True, position, k_blocks, lane,
+                launch.shape.kernel,
+            )  # fmt: skip
+        else:
+            if tile.phase == schedule.PHASE_FC1:
+                mainloop.accumulate(
+                    mma, fragments, pipes, position, k_blocks, lane, launch.shape.kernel
+                )
+            else:
+                mainloop.accumulate_scaled(
+                    mma, fragments, pipes, rows, weights, False, position, k_blocks, lane,
+                    launch.shape.kernel,
+                )  # fmt: skip
+
+
+@cute.jit
+def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
+    """One math warp, 0..7 of the CTA: rows 16 * warp .. of every tile."""
+    shape = launch.shape
+    fragments = fragments_of(shape.kernel, mma, smem_a, smem_b, warp // 4)
+    accumulator = fragments.accumulator
+    mine = staging + warp * PASS_BYTES
+    position = Int32(0)
+    taken = Int32(0)
+    running = Int32(1)
+    while running == 1:
+        tile = take_tile(pipes, taken)
+        if tile.phase == schedule.PHASE_DONE:
+            running = Int32(0)
+        else:
+            k_blocks = Int32(shape.fc1_k_blocks)
+            if tile.phase == schedule.PHASE_FC2:
+                k_blocks = Int32(shape.fc2_k_blocks)
+            if tile.rows > (warp // 4) * WARPGROUP_ROWS:
+                multiply(launch, mma, fragments, pipes, tile, taken, position, k_blocks, warp, lane)
+                if tile.phase == schedule.PHASE_FC1:
+                    if const_expr(shape.config.recipe.weight_block[0] == 1):
+                        epilogue.scale_fc1(launch, accumulator, tile, warp, lane)
+                    epilogue.store_fc1(
+                        launch, accumulator, mine, warp, lane, tile.pool, tile.column
+                    )
+                else:
+                    if const_expr(shape.config.recipe.weight_block[0] == 1):
+                        epilogue.scale_fc2(launch, accumulator, tile, lane)
+                    epilogue.store_fc2(
+                        launch, accumulator, mine, warp, lane, tile.pool, tile.column
+                    )
+            else:
+                mainloop.skip(pipes, position, k_blocks, lane, shape.kernel.num_stages)
+            if tile.phase == schedule.PHASE_FC1:
+                epilogue.report_fc1(launch, lane, tile.pool)
+            else:
+                epilogue.report_fc2(launch, lane, tile.pool)
+            position += k_blocks
+        release_tile(pipes, taken, lane)
+        taken += 1
+    if warp == 0 and lane == 0:
+        sync.mark(launch, "last_tile")

@@ -1,0 +1,95 @@
+"""TMA maps and the MMA of the SM90 kernel: how tiles of A and B come into shared memory.
+
+A and B are K-major with a 128-byte swizzle. A tile column of FC1 covers 128 gate rows of w13 and
+the 128 up rows that belong to them; in shared memory they alternate by 64, so that a warpgroup that
+holds a gate column of the accumulator holds its up column too. Weights stay in checkpoint layout:
+the order is made by a five-dimensional map.
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import BFloat16, Float8E4M3FN, Float32
+from cutlass.cute.nvgpu import cpasync
+from cutlass.tensor_utils import LayoutEnum
+
+from megamoe.budget import WARPGROUP_ROWS
+from megamoe.config import KernelConfig
+
+DTYPES = {"bfloat16": BFloat16, "float8_e4m3fn": Float8E4M3FN}
+
+INTERLEAVE = 64  # columns of an FC1 tile that are gate or up in turn
+
+
+def stage_layouts(dtype, kernel: KernelConfig):
+    """Shared-memory layouts of all stages of A and B."""
+    tile = (kernel.block_m, kernel.block_n, kernel.block_k)
+    layout_a = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, dtype, kernel.num_stages)
+    layout_b = sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, tile, dtype, kernel.num_stages)
+    return layout_a, layout_b
+
+
+def tiled_mma(dtype, columns: int):
+    """m64 x `columns` for one warpgroup."""
+    major = cute.nvgpu.OperandMajorMode.K
+    return sm90.make_trivial_tiled_mma(
+        dtype, dtype, major, major, Float32, atom_layout_mnk=(1, 1, 1), tiler_mn=(64, columns)
+    )
+
+
+def gate_up_box(kernel: KernelConfig):
+    """Box of `gate_up_map`: (64 rows, gate and up, pairs), K."""
+    return (INTERLEAVE, 2, kernel.block_n // (2 * INTERLEAVE)), kernel.block_k
+
+
+def down_box(kernel: KernelConfig):
+    return kernel.block_n, kernel.block_k
+
+
+def tokens_box(kernel: KernelConfig):
+    return WARPGROUP_ROWS, kernel.block_k
+
+
+def _tensor(dtype, address, alignment: int, shape, stride):
+    pointer = cute.make_ptr(dtype, address, cute.AddressSpace.gmem, assumed_align=alignment)
+    return cute.make_tensor(pointer, cute.make_layout(shape, stride=stride))
+
+
+def _map(tensor, stage, box):
+    return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, stage, box)
+
+
+def tokens_map(dtype, kernel: KernelConfig, address, rows: int, columns: int):
+    """Map over a [rows, columns] buffer in boxes of 64 rows: what one math warpgroup reads, so
+    that rows of a block that only pad it need not be loaded.
+    """
+    tensor = _tensor(dtype, address, 128, (rows, columns), (columns, 1))
+    tile = (WARPGROUP_ROWS, kernel.block_n, kernel.block_k)
+    half = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, dtype, 1)
+    return _map(tensor, cute.slice_(half, (None, None, 0)), tokens_box(kernel))
+
+
+def gate_up_map(dtype, kernel: KernelConfig, address, experts: int, intermediate: int, hidden: int):
+    """Map over w13 [e, 2I, H], seen as ((64, gate or up, I / 64), H, e)."""
+    shape = (INTERLEAVE, 2, intermediate // INTERLEAVE), hidden, experts
+    stride = (hidden, intermediate * hidden, INTERLEAVE * hidden), 1, 2 * intermediate * hidden
+    tensor = _tensor(dtype, address, 16, shape, stride)
+    _, layout_b = stage_layouts(dtype, kernel)
+    return _map(tensor, cute.slice_(layout_b, (None, None, 0)), gate_up_box(kernel))
+
+
+def down_map(dtype, kernel: KernelConfig, address, experts: int, hidden: int, intermediate: int):
+    """Map over w2 [e, H, I], seen as (H, I, e); rows past H read as zero."""
+    stride = intermediate, 1, hidden * intermediate
+    tensor = _tensor(dtype, address, 16, (hidden, intermediate, experts), stride)
+    _, layout_b = stage_layouts(dtype, kernel)
+    return _map(tensor, cute.slice_(layout_b, (None, None, 0)), down_box(kernel))
+
+
+def partition(atom, smem, tensor, box, coordinate):
+    """(shared side, global side) of one operand's TMA copies along K."""
+    tile = cute.local_tile(tensor, box, coordinate)
+    return cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(smem, 0, 2), cute.group_modes(tile, 0, 2)
+    )
