@@ -172,6 +172,7 @@ def layer_of(plan: Plan, **ranks) -> megamoe.MegaMoE:
         device=str(plan.device),
         num_sms=plan.num_sms,
         kernel_dir=plan.kernel_dir,
+        kernel_options=plan.kernel_options,
         **ranks,
     )
 

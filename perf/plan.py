@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -61,12 +61,13 @@ SIZES = {
 }
 
 
-def add_options(
-    parser: argparse.ArgumentParser, baselines: bool = True, tokens: str | None = None
-) -> None:
-    """The options of `sweep`; one without a value here follows the device (DEFAULTS). Without
-    `baselines` there is no such option. `tokens` describes another command's default.
-    """
+def _follows(name: str) -> str:
+    """A default that follows the device, in words."""
+    return ", ".join(f"{getattr(row, name)} on {device}" for device, row in DEFAULTS.items())
+
+
+def _adder(parser: argparse.ArgumentParser) -> Callable:
+    """`parser.add_argument` with a help text that ends in the default."""
 
     def add(*names: str, text: str, **kwargs) -> None:
         value = kwargs.get("default")
@@ -74,21 +75,27 @@ def add_options(
         default = "" if value in (None, "", ()) else f" (default: {value})"
         parser.add_argument(*names, help=text + default, **kwargs)
 
+    return add
+
+
+def add_launch_options(parser: argparse.ArgumentParser, tokens: str | None = None) -> None:
+    """The options that say what is launched; one without a value here follows the device
+    (DEFAULTS). `tokens` describes the default of a command that has its own.
+    """
+
     def names_in(table) -> dict[str, object]:
         return {"type": one_of(table), "metavar": "NAME"}
 
-    def follows(field: str) -> str:
-        return ", ".join(f"{getattr(row, field)} on {name}" for name, row in DEFAULTS.items())
-
+    add = _adder(parser)
     ranks, count = integer(choices=(1, 2, 4, 8)), integer(1)
     add("--device", default="cpu", **names_in(DEFAULTS), text=", ".join(DEFAULTS))
     add(
         "--ranks",
         type=ranks,
         metavar="W",
-        text=f"1, 2, 4 or 8; {follows('ranks')}; under torchrun its number of processes",
+        text=f"1, 2, 4 or 8; {_follows('ranks')}; under torchrun its number of processes",
     )
-    add("--model", **names_in(MODELS), text=f"{', '.join(MODELS)}; {follows('model')}")
+    add("--model", **names_in(MODELS), text=f"{', '.join(MODELS)}; {_follows('model')}")
     for letter, size in zip("HIEK", SIZES.values(), strict=True):
         what = size[2:].replace("-", " ").replace("num ", "number of ")
         add(size, type=count, metavar=letter, text=f"{what}, instead of the model's")
@@ -123,11 +130,27 @@ def add_options(
         text=f"one or several of {', '.join(PRECISIONS)}",
     )
     add("--seed", type=integer(0, 2**31), default=0, metavar="N", text="of inputs and weights")
-    add("--graph", dest="mode", action="store_const", const=GRAPH, text="replay a CUDA graph")
-    add("--eager", dest="mode", action="store_const", const=EAGER, text="call from the host")
-    add("--reps", type=integer(1, 100_000), metavar="N", text=f"timed calls: {follows('reps')}")
     add("--num-sms", type=count, metavar="N", text="SMs that the kernel may use")
     add("--kernel-dir", metavar="DIR", text="kernels compiled ahead of time")
+    add(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        text="compare outputs with the oracle",
+    )
+
+
+def add_options(
+    parser: argparse.ArgumentParser, baselines: bool = True, tokens: str | None = None
+) -> None:
+    """The options of `sweep`: what is launched, and how it is timed. Without `baselines` there is
+    no such option.
+    """
+    add_launch_options(parser, tokens)
+    add = _adder(parser)
+    add("--graph", dest="mode", action="store_const", const=GRAPH, text="replay a CUDA graph")
+    add("--eager", dest="mode", action="store_const", const=EAGER, text="call from the host")
+    add("--reps", type=integer(1, 100_000), metavar="N", text=f"timed calls: {_follows('reps')}")
     if baselines:
         add(
             "--baseline",
@@ -136,19 +159,15 @@ def add_options(
             metavar="LIST",
             text=f"measure beside it one or several of {', '.join(BASELINES)}",
         )
-    add(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        text="compare outputs with the oracle",
-    )
     add("--ceilings", metavar="PATH", text="rooflines from rows of `python -m perf ceilings`")
     add("--csv", metavar="PATH", text="append a result row per measurement")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep with every default filled in; `case` is its point of the first token count."""
+    """A sweep with every default filled in; `case` is its point of the first token count.
+    `kernel_options`: fields of `KernelConfig` that differ from the choice for the configuration.
+    """
 
     case: Case
     device: torch.device
@@ -163,6 +182,7 @@ class Plan:
     verify: bool
     workspace_bytes: int  # of one rank
     ceilings: Ceilings
+    kernel_options: dict[str, object] = field(default_factory=dict)
 
     @property
     def emulated(self) -> bool:
@@ -245,6 +265,7 @@ def plan_of(
             )
         device = torch.device("cuda", place.local_rank)
     case, tokens, max_tokens = case_of(args, place.size if place else 1, precision)
+    kernel_options = getattr(args, "kernel_options", {})
     return Plan(
         case=case,
         device=device,
@@ -257,8 +278,9 @@ def plan_of(
         kernel_dir=args.kernel_dir,
         baselines=getattr(args, "baseline", ()),
         verify=args.verify,
-        workspace_bytes=_workspace_bytes(case, max_tokens),
+        workspace_bytes=_workspace_bytes(case, max_tokens, kernel_options),
         ceilings=_ceilings(args, device, case),
+        kernel_options=kernel_options,
     )
 
 
@@ -275,11 +297,12 @@ def _ceilings(args: argparse.Namespace, device: torch.device, case: Case) -> Cei
     return found
 
 
-def _workspace_bytes(case: Case, max_tokens: int) -> int:
+def _workspace_bytes(case: Case, max_tokens: int, kernel_options: dict[str, object]) -> int:
     """Of one rank; ValueError if the layer cannot run this shape."""
     config = case.config(max_tokens)
     sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    return MegaMoE.workspace_bytes(world=sizes.pop("num_ranks"), **sizes)["total"]
+    sizes |= {"world": sizes.pop("num_ranks"), "kernel_options": kernel_options}
+    return MegaMoE.workspace_bytes(**sizes)["total"]
 
 
 def plans_of(args: argparse.Namespace, place: Place | None = None) -> list[Plan]:
@@ -307,7 +330,11 @@ def check_here(plans: Sequence[Plan]) -> None:
             )
         if plan.kernel_dir and not dsl.HAVE_DSL:
             config = case.config(plan.max_tokens)
-            file = f"{compile.kernel_name(config, select(config))}.so"
+            kernel = select(config, **plan.kernel_options)
+            file = f"{compile.kernel_name(config, kernel)}.so"
             places = (Path(plan.kernel_dir), compile.cache_dir())
             if not any((directory / file).exists() for directory in places):
-                raise ValueError(f"--kernel-dir {plan.kernel_dir} has no {file} for {config}")
+                special = f" with {plan.kernel_options}" if plan.kernel_options else ""
+                raise ValueError(
+                    f"--kernel-dir {plan.kernel_dir} has no {file} for {config}{special}"
+                )
