@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import ceilings, compare, report, sweep, zeroing
+from perf import ceilings, compare, report, sweep, trace, zeroing
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
@@ -19,6 +19,7 @@ COMMANDS = {
     "report": report,
     "ceilings": ceilings,
     "zeroing": zeroing,
+    "trace": trace,
 }
 
 
