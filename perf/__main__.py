@@ -1,6 +1,7 @@
 """The command line, `python -m perf <command> ...`.
 
-A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`.
+A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`; EPILOG, if
+it has one, ends its help.
 """
 
 from __future__ import annotations
@@ -8,11 +9,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import sweep
+from perf import ceilings, compare, report, sweep, trace, zeroing
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
-COMMANDS = {"sweep": sweep}
+COMMANDS = {
+    "sweep": sweep,
+    "compare": compare,
+    "report": report,
+    "ceilings": ceilings,
+    "zeroing": zeroing,
+    "trace": trace,
+}
 
 
 def parser() -> Parser:
@@ -20,14 +28,17 @@ def parser() -> Parser:
     top = Parser(prog="python -m perf", description="Measure the MoE layer.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
+        texts = {"description": module.SUMMARY, "epilog": getattr(module, "EPILOG", None)}
+        command = commands.add_parser(name, help=module.SUMMARY, **texts)
         module.add_options(command)
         command.set_defaults(run=module.run, fail=command.error)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status. Bad arguments: one line on stderr, SystemExit(2)."""
+    """Run one command; its exit status, 130 after an interrupt. Bad arguments: one line on stderr,
+    SystemExit(2).
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = parser()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -37,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except ValueError as error:
         args.fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
 """What the layer is compared with: the same whole layer made of torch operations.
 
-Two forms of `torch_bf16`. Where one GPU holds all experts (BASELINES): sort the slots by expert,
-gather, grouped GEMM, SwiGLU, router weight, grouped GEMM, gather back, sum over the slots. Nothing
-in it waits for the host and no shape depends on the routing, so a CUDA graph can capture it. With a
-process per GPU (PROCESS_BASELINES) all-to-alls bring rows to their experts and back; the host reads
-how many, so it runs eagerly. Rounding: as the oracle's, and FC1 and silu(gate) are rounded to bf16
-as well. Both run on the CPU too, through the same operations.
+Two forms of each. Where one GPU holds all experts (BASELINES): sort the slots by expert, gather,
+FC1, SwiGLU, router weight, FC2, gather back, sum over the slots. Nothing in it waits for the host
+and no shape depends on the routing, so a CUDA graph can capture it unless the experts' arithmetic
+needs the host. With a process per GPU (PROCESS_BASELINES) all-to-alls bring rows to their experts
+and back; the host reads how many, so it runs eagerly. `experts` has the arithmetic: BF16 rounds as
+the oracle does, and FC1 and silu(gate) to bf16 as well; FP8 rounds tokens, weights and hidden rows
+to FP8, and sends tokens in FP8. All run on the CPU too.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+
+from perf.experts import Bf16Experts, Fp8Experts, Packed
 
 
-def _swiglu(rows_RH: torch.Tensor, w13_EH2I: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-    """FC1 and SwiGLU of rows sorted by expert: [R, I]."""
-    gate, up = torch._grouped_mm(rows_RH, w13_EH2I, offs=offsets_E).chunk(2, dim=1)
-    return F.silu(gate).mul_(up)
-
-
-class TorchBf16:
+class LocalTorch:
     """The layer over weights in checkpoint layout, w13 [E, 2I, H] gate then up and w2 [E, H, I].
 
-    The weights are not copied. `masked` says whether topk_idx may hold -1; without masks a few
-    small launches are saved.
+    `masked` says whether topk_idx may hold -1; without masks a few small launches are saved.
+    Attributes that a measurement reads: `capturable`, a CUDA graph can hold it; `max_error`, the
+    largest relative error against the oracle; `config`, what a result row says of its form.
     """
 
+    arithmetic: type = Bf16Experts
+
     def __init__(self, w13_E2IH: torch.Tensor, w2_EHI: torch.Tensor, masked: bool = True):
-        self.w13_EH2I = w13_E2IH.transpose(1, 2)
-        self.w2_EIH = w2_EHI.transpose(1, 2)
+        self.multiply = self.arithmetic(w13_E2IH, w2_EHI)
+        self.capturable, self.config = self.multiply.capturable, self.multiply.config
+        self.max_error = self.multiply.max_error
         self.masked = masked
         self.experts = torch.arange(w13_E2IH.shape[0], dtype=torch.int32, device=w13_E2IH.device)
 
@@ -51,10 +51,9 @@ class TorchBf16:
         sorted_R, slot_R = torch.sort(ids_R)
         offsets_E = torch.searchsorted(sorted_R, self.experts, right=True, out_int32=True)
 
-        rows_RH = x_TH.index_select(0, slot_R // top_k)
-        hidden_RI = _swiglu(rows_RH, self.w13_EH2I, offsets_E)
-        hidden_RI.mul_(topk_weights_TK.flatten().index_select(0, slot_R).unsqueeze(1))
-        out_RH = torch._grouped_mm(hidden_RI, self.w2_EIH, offs=offsets_E)
+        rows = _select(self.multiply.pack(x_TH), slot_R // top_k)
+        weights_R = topk_weights_TK.flatten().index_select(0, slot_R)
+        out_RH = self.multiply(rows, offsets_E, weights_R)
 
         row_R = torch.empty_like(slot_R)
         row_R.scatter_(0, slot_R, torch.arange(slot_R.numel(), device=slot_R.device))
@@ -66,10 +65,14 @@ class TorchBf16:
         return slots_TKH.sum(dim=1)  # accumulated in float32, rounded once
 
 
-class ExchangedTorchBf16:
+class ExchangedTorch:
     """The layer of one rank over the weights of its own experts, e of E; collective over the
-    default process group. Row counts, rows and results travel in three all-to-alls.
+    default process group. Row counts, rows (their scales apart) and results travel in all-to-alls.
+    Attributes as `LocalTorch`.
     """
+
+    arithmetic: type = Bf16Experts
+    capturable = False
 
     def __init__(
         self,
@@ -78,8 +81,8 @@ class ExchangedTorchBf16:
         num_ranks: int,
         masked: bool = True,
     ):
-        self.w13_EH2I = w13_E2IH.transpose(1, 2)
-        self.w2_EIH = w2_EHI.transpose(1, 2)
+        self.multiply = self.arithmetic(w13_E2IH, w2_EHI)
+        self.config, self.max_error = self.multiply.config, self.multiply.max_error
         self.num_ranks, self.local = num_ranks, w13_E2IH.shape[0]
         self.num_experts = num_ranks * self.local
         self.masked = masked
@@ -103,8 +106,9 @@ class ExchangedTorchBf16:
         sent, received = torch.stack([to_WE.sum(dim=1), from_WE.sum(dim=1)]).tolist()  # host waits
 
         slot_R = slot_R[: sum(sent)]
-        arrived_RH = _exchange(x_TH.index_select(0, slot_R // top_k), sent, received)
-        results_RH = self._experts(arrived_RH, from_WE)
+        rows = _select(self.multiply.pack(x_TH), slot_R // top_k)
+        arrived = tuple(_exchange(part, sent, received) for part in rows)
+        results_RH = self._experts(arrived, from_WE, x_TH)
         slots_RH = _exchange(results_RH, received, sent)
 
         blank = torch.zeros if self.masked else torch.empty
@@ -113,18 +117,21 @@ class ExchangedTorchBf16:
         slots_TKH.mul_(topk_weights_TK.unsqueeze(2))
         return slots_TKH.sum(dim=1)  # accumulated in float32, rounded once
 
-    def _experts(self, rows_RH: torch.Tensor, from_WE: torch.Tensor) -> torch.Tensor:
+    def _experts(self, rows: Packed, from_WE: torch.Tensor, like_TH: torch.Tensor) -> torch.Tensor:
         """Every row through its expert; rows are in the order of `from_WE`, rank by rank."""
-        num_rows = rows_RH.shape[0]
+        num_rows = rows[0].shape[0]
         if num_rows == 0:
-            return rows_RH
+            return like_TH[:0]
         counts = from_WE.flatten().long()
         expert_R = self.expert_of_count.repeat_interleave(counts, output_size=num_rows)
         order_R = torch.sort(expert_R, stable=True).indices
         offsets_E = from_WE.sum(dim=0).cumsum(0).to(torch.int32)
-        hidden_RI = _swiglu(rows_RH.index_select(0, order_R), self.w13_EH2I, offsets_E)
-        out_RH = torch._grouped_mm(hidden_RI, self.w2_EIH, offs=offsets_E)
+        out_RH = self.multiply(_select(rows, order_R), offsets_E)
         return torch.empty_like(out_RH).index_copy_(0, order_R, out_RH)
+
+
+def _select(rows: Packed, index_R: torch.Tensor) -> Packed:
+    return tuple(part.index_select(0, index_R) for part in rows)
 
 
 def _exchange(rows_RH: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
@@ -134,5 +141,21 @@ def _exchange(rows_RH: torch.Tensor, sent: list[int], received: list[int]) -> to
     return arrived_RH
 
 
-BASELINES = {"torch_bf16": TorchBf16}
-PROCESS_BASELINES = {"torch_bf16": ExchangedTorchBf16}
+class TorchBf16(LocalTorch):
+    pass
+
+
+class ExchangedTorchBf16(ExchangedTorch):
+    pass
+
+
+class TorchFp8(LocalTorch):
+    arithmetic = Fp8Experts
+
+
+class ExchangedTorchFp8(ExchangedTorch):
+    arithmetic = Fp8Experts
+
+
+BASELINES = {"torch_bf16": TorchBf16, "torch_fp8": TorchFp8}
+PROCESS_BASELINES = {"torch_bf16": ExchangedTorchBf16, "torch_fp8": ExchangedTorchFp8}

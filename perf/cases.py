@@ -1,22 +1,21 @@
-"""What is measured: models, cases, routings, and inputs and weights made from a seed on the device.
+"""What is measured: models, cases, and inputs and weights made from a seed on the device.
 
-Routings are functions of (case, generator, device), by name in ROUTINGS; each returns int32 [T, K]
-with -1 for a masked slot. Inputs depend on the seed, the token count and the rank only. Inputs have
-unit variance and the weights of each projection 1 / fan-in, so that every activation of the layer
-stays of order one and bf16 errors compare across shapes.
+Inputs depend on the seed, the token count and the rank only; `routings` draws the expert ids.
+Inputs have unit variance and the weights of each projection 1 / fan-in, so that every activation of
+the layer stays of order one and bf16 errors compare across shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.precision import precision_of
+from megamoe.precision import Precision, precision_of
 from megamoe.reference import Weights
 from megamoe.weights import empty_weights, quantize_weights
+from perf import routings
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ MODELS = {
         Model("flash", hidden=4096, intermediate=2048, num_experts=256, top_k=6),
         Model("v3", hidden=7168, intermediate=2048, num_experts=256, top_k=8),
         Model("mimo", hidden=6144, intermediate=2048, num_experts=384, top_k=8),
+        Model("qwen3", hidden=4096, intermediate=1536, num_experts=128, top_k=8),
         Model("tiny", hidden=1024, intermediate=512, num_experts=32, top_k=4),
         Model("emulated", hidden=256, intermediate=256, num_experts=32, top_k=4),
     )
@@ -73,6 +73,10 @@ class Case:
     def experts_per_rank(self) -> int:
         return self.model.num_experts // self.num_ranks
 
+    @property
+    def recipe(self) -> Precision:
+        return precision_of(self.precision)
+
     def config(self, max_tokens: int) -> MoEConfig:
         """The layer's configuration for at most `max_tokens` tokens per rank."""
         return MoEConfig(
@@ -85,85 +89,13 @@ class Case:
             precision=self.precision,
         )
 
+    def check_routing(self, max_tokens: int) -> None:
+        """ValueError unless the routing can be drawn for up to `max_tokens` tokens per rank."""
+        model = self.model
+        routings.check(self.routing, self.num_ranks, max_tokens, model.num_experts, model.top_k)
+
     def with_tokens(self, tokens: int) -> Case:
         return replace(self, tokens=tokens)
-
-
-def _top_scores(scores_TE: torch.Tensor, top_k: int) -> torch.Tensor:
-    return scores_TE.topk(top_k, dim=1).indices.to(torch.int32)
-
-
-def _uniform(
-    case: Case, num_experts: int, top_k: int, generator: torch.Generator, device
-) -> torch.Tensor:
-    """Uniform over the first `num_experts` experts, without repeats."""
-    return _top_scores(
-        torch.rand(case.tokens, num_experts, generator=generator, device=device), top_k
-    )
-
-
-def balanced(case: Case, generator: torch.Generator, device) -> torch.Tensor:
-    """Uniform random experts, no expert twice in a token."""
-    return _uniform(case, case.model.num_experts, case.model.top_k, generator, device)
-
-
-def with_replacement(case: Case, generator: torch.Generator, device) -> torch.Tensor:
-    """Uniform random experts; a token may name one expert in several slots."""
-    shape = (case.tokens, case.model.top_k)
-    return torch.randint(
-        case.model.num_experts, shape, generator=generator, device=device, dtype=torch.int32
-    )
-
-
-def skewed(case: Case, generator: torch.Generator, device) -> torch.Tensor:
-    """Zipf: the n-th most popular expert is drawn in proportion to 1/n, without repeats (Gumbel
-    top-k).
-
-    Popularity is a permutation of the experts that depends on the seed alone, so that all ranks
-    agree on it.
-    """
-    experts = case.model.num_experts
-    order = torch.randperm(experts, generator=torch.Generator().manual_seed(case.seed)).to(device)
-    log_weight = -torch.log(1.0 + order)
-    noise = torch.rand(case.tokens, experts, generator=generator, device=device).clamp_min(1e-20)
-    return _top_scores(log_weight - torch.log(-torch.log(noise)), case.model.top_k)
-
-
-def hot_expert(case: Case, generator: torch.Generator, device) -> torch.Tensor:
-    """The last expert takes slot 0 of every token; the other slots are balanced over the rest."""
-    last = case.model.num_experts - 1
-    first = torch.full((case.tokens, 1), last, dtype=torch.int32, device=device)
-    if case.model.top_k == 1:
-        return first
-    return torch.cat([first, _uniform(case, last, case.model.top_k - 1, generator, device)], dim=1)
-
-
-def hot_rank(case: Case, generator: torch.Generator, device) -> torch.Tensor:
-    """Every slot goes to rank 0; with repeats only where rank 0 has fewer than K experts."""
-    local, top_k = case.experts_per_rank, case.model.top_k
-    if local >= top_k:
-        return _uniform(case, local, top_k, generator, device)
-    return torch.randint(
-        local, (case.tokens, top_k), generator=generator, device=device, dtype=torch.int32
-    )
-
-
-def masked(case: Case, generator: torch.Generator, device) -> torch.Tensor:
-    """Balanced, then every second slot masked at random, and the first token of a rank whole."""
-    topk_idx = balanced(case, generator, device)
-    drop = torch.rand(topk_idx.shape, generator=generator, device=device) < 0.5
-    drop[0] = True
-    return topk_idx.masked_fill(drop, -1)
-
-
-ROUTINGS: dict[str, Callable[[Case, torch.Generator, torch.device], torch.Tensor]] = {
-    "balanced": balanced,
-    "random": with_replacement,
-    "skewed": skewed,
-    "hot-expert": hot_expert,
-    "hot-rank": hot_rank,
-    "masked": masked,
-}
 
 
 @dataclass(frozen=True)
@@ -182,8 +114,10 @@ def make_rank_inputs(case: Case, rank: int, device: torch.device | str = "cpu") 
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(case.tokens, case.model.hidden, generator=generator, device=device).to(dtype)
     logits = torch.randn(case.tokens, case.model.top_k, generator=generator, device=device)
-    topk_idx = ROUTINGS[case.routing](case, generator, device)
-    return Inputs(x, topk_idx.contiguous(), logits.softmax(dim=1))
+    model = case.model
+    draw = routings.Draw(case.tokens, model.top_k, model.num_experts, case.num_ranks, rank,
+                         case.seed, generator, device)  # fmt: skip
+    return Inputs(x, routings.draw_ids(case.routing, draw), logits.softmax(dim=1))
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> list[Inputs]:
@@ -215,7 +149,7 @@ def make_layer_weights(
     """What `MegaMoE.load_weights` takes: `make_weights`, quantised expert by expert if the
     precision has scales, so that never more than one expert is held in bf16.
     """
-    recipe, model = precision_of(case.precision), case.model
+    recipe, model = case.recipe, case.model
     if not recipe.scaled:
         return Weights(*make_weights(case, device, experts))
     experts = range(model.num_experts) if experts is None else experts

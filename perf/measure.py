@@ -1,7 +1,8 @@
-"""Running a plan: the layer and its baseline on the same inputs, checked against the oracle.
+"""Running a plan: the layer and its contenders on the same inputs, checked against the oracle.
 
 The output that is checked is that of the last timed call, so a wrong result cannot hide behind a
-fast time. `Runner` holds every rank of the job; `process_runner` has one for a process per rank.
+fast time; a contender is checked before it is timed too, because a wrong one is nothing to compare
+with. `Runner` holds every rank of the job; `process_runner` has one for a process per rank.
 Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the points.
 """
 
@@ -11,26 +12,55 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import hypot
 
 import torch
 
 import megamoe
 from megamoe import reference
+from megamoe.precision import Precision
 from perf.baselines import BASELINES
 from perf.cases import Case, Inputs, make_inputs, make_layer_weights, make_weights
+from perf.experts import MAX_ERROR, MAX_FP8_ERROR
 from perf.plan import Plan
 from perf.results import Row
-from perf.roofline import Roofline, Work, roofline_of, work_of
-from perf.timing import Times, measure
+from perf.roofline import Roofline, Work, work_of
+from perf.routings import label_of, may_mask
+from perf.timing import EAGER, Times, measure
 
 MEGAMOE = "megamoe"
-#: A relative error above this is no rounding: the sweep says so and exits with status 1. In FP8
-#: codes of hidden values flip, about 0.01 in all; storing them in another way is 0.023 or more.
-MAX_ERROR = 2e-2
+#: The layer's relative error against the oracle, which stores hidden rows in FP8 as the layer does.
+#: Above this it is no rounding: sums in another order flip codes of hidden values, 0.013 to 0.018
+#: over many tokens and up to 0.022 of a single one (H200). Rows stored in another way are 0.023 or
+#: more over many tokens, which only the kernel's own tests tell apart.
+MAX_FLIP_ERROR = 3e-2
 
 
 class WrongResult(RuntimeError):
-    """A baseline is wrong, so there is nothing to compare with."""
+    """A contender is wrong, so there is nothing to compare with."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is measured beside the layer.
+
+    prepare: takes the inputs of the ranks of this process and returns the call that is timed; a
+    call returns [T, H] of each of these ranks. mode: of `timing`. max_error: relative, against the
+    oracle. config: what a result row says of it. check: waits for the device and raises what a
+    launch reported.
+    """
+
+    impl: str
+    prepare: Callable[[Sequence[Inputs]], Callable[[], Sequence[torch.Tensor]]]
+    mode: str
+    max_error: float
+    config: str = ""
+    check: Callable[[], object] = lambda: None
+
+    def refuse(self, error: float | None, tokens: int) -> None:
+        """WrongResult if an output with this error is no rounding."""
+        if error is not None and not error <= self.max_error:
+            raise WrongResult(f"{self.impl} is wrong at {tokens} tokens: error {error:.2e}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +78,12 @@ class Point:
     reset_bytes: int | None = None
     workspace_bytes: int | None = None
     config: str = ""
+    max_error: float | None = None  # None: the layer's
+
+    @property
+    def wrong(self) -> bool:
+        bound = layer_bound(self.case.recipe) if self.max_error is None else self.max_error
+        return self.error is not None and not self.error <= bound
 
     def row(self, where: dict[str, object]) -> Row:
         """The result row of this point, measured at `where` (`results.environment`)."""
@@ -75,7 +111,7 @@ class Point:
             top_k=case.model.top_k,
             tokens=case.tokens,
             precision=case.precision,
-            routing=case.routing,
+            routing=label_of(case.routing),
             mode=self.mode,
             impl=self.impl,
             us_min=self.times.us_min,
@@ -84,6 +120,11 @@ class Point:
             **{name: value for name, value in optional.items() if value is not None},
             config=self.config,
         )
+
+
+def layer_bound(recipe: Precision) -> float:
+    """The largest relative error of the layer that is rounding."""
+    return MAX_FLIP_ERROR if recipe.scaled else MAX_ERROR
 
 
 def oracle(
@@ -131,12 +172,49 @@ def layer_of(plan: Plan, **ranks) -> megamoe.MegaMoE:
         device=str(plan.device),
         num_sms=plan.num_sms,
         kernel_dir=plan.kernel_dir,
+        kernel_options=plan.kernel_options,
         **ranks,
     )
 
 
+def baseline_contenders(
+    plan: Plan, table: dict, weights: reference.Weights, experts: range | None = None, **ranks
+) -> list[Contender]:
+    """The plan's baselines, made by the classes of `table`; for one rank, with these `experts`, or
+    for all ranks of the job, whose tokens become one batch. They take bf16 weights: the layer's if
+    it has such, else the same drawn once more. Where the oracle itself rounds to FP8, its error
+    comes on top of the baseline's, independent of it.
+    """
+    if not plan.baselines:
+        return []
+    masked, scaled = may_mask(plan.case.routing), plan.case.recipe.scaled
+    oracle_error = MAX_FP8_ERROR if scaled else 0.0
+    matrices = make_weights(plan.case, plan.device, experts) if scaled else weights[:2]
+
+    def contender(name: str) -> Contender:
+        layer = table[name](*matrices, **ranks, masked=masked)
+
+        def prepare(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
+            tokens = [i.x.shape[0] for i in inputs]
+            columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
+            batch = [torch.cat(c) if len(c) > 1 else c[0] for c in columns]
+            return lambda: layer(*batch).split(tokens)
+
+        mode = plan.mode if layer.capturable else EAGER
+        bound = hypot(layer.max_error, oracle_error)
+        return Contender(name, prepare, mode, bound, layer.config)
+
+    return [contender(name) for name in plan.baselines]
+
+
+def layer_arguments(inputs: Sequence[Inputs]) -> list:
+    """x, topk_idx and topk_weights as the layer takes them: tensors of one rank, else lists."""
+    columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
+    return [column[0] for column in columns] if len(inputs) == 1 else columns
+
+
 class Runner:
-    """Weights, the layer and the baseline of a plan, made once; `points(tokens)` measures them."""
+    """Weights, the layer and its contenders, made once; `points(tokens)` measures them."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -144,42 +222,45 @@ class Runner:
         self.weights = make_layer_weights(case, plan.device)
         self.moe = layer_of(plan, world=case.num_ranks)
         self.moe.load_weights(*self.weights)
-        self.baseline = None
-        if plan.baseline:
-            masked = case.routing == "masked"
-            weights = self.weights[:2]
-            if case.config(1).recipe.scaled:
-                weights = make_weights(case, plan.device)
-            self.baseline = BASELINES[plan.baseline](*weights, masked=masked)
+        self.contenders = self.make_contenders()
+
+    def make_contenders(self) -> list[Contender]:
+        """What is measured beside the layer, here the baselines."""
+        return baseline_contenders(self.plan, BASELINES, self.weights)
 
     def points(self, tokens: int) -> Iterator[Point]:
-        """The layer, then the baseline: same inputs, mode and repetitions."""
+        """The layer, then its contenders: same inputs and repetitions."""
         plan, case = self.plan, self.plan.case.with_tokens(tokens)
         inputs = make_inputs(case, plan.device)
         work = work_of(case, [i.topk_idx for i in inputs])
-        roofline = None if plan.emulated else roofline_of(work)
-        point = partial(Point, case=case, mode=plan.mode, work=work, roofline=roofline)
+        point = partial(Point, case=case, work=work, roofline=plan.roofline_of(work))
         expected = oracle(inputs, self.weights, case.precision) if plan.verify else None
-        columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
-        single = case.num_ranks == 1
 
-        arguments = [column[0] for column in columns] if single else columns
-        times, output = self._measure(lambda: self.moe(*arguments), self.moe.synchronize)
+        call = partial(self.moe, *layer_arguments(inputs))
+        times, output = self._measure(call, plan.mode, self.moe.synchronize)
         yield point(
+            mode=plan.mode,
             times=times,
-            error=largest_error([output] if single else output, expected),
+            error=largest_error([output] if len(inputs) == 1 else output, expected),
             nvlink_bytes=self.moe.nvlink_bytes,
             **layer_facts(self.moe),
         )
-        if self.baseline is None:
-            return
-        joined = [torch.cat(column) for column in columns]
-        times, output = self._measure(lambda: self.baseline(*joined), lambda: None)
-        error = largest_error(output.split(tokens), expected)
-        yield point(impl=plan.baseline, times=times, error=error)
+        for contender in self.contenders:
+            call = contender.prepare(inputs)
+            if expected is not None:
+                contender.refuse(largest_error(call(), expected), tokens)
+            times, outputs = self._measure(call, contender.mode, contender.check)
+            yield point(
+                mode=contender.mode,
+                impl=contender.impl,
+                times=times,
+                error=largest_error(outputs, expected),
+                config=contender.config,
+                max_error=contender.max_error,
+            )
 
     def _measure(
-        self, call: Callable[[], object], check: Callable[[], object]
+        self, call: Callable[[], object], mode: str, check: Callable[[], object]
     ) -> tuple[Times, object]:
         plan = self.plan
-        return measure(call, plan.device, plan.mode, plan.reps, plan.warmup, check)
+        return measure(call, plan.device, mode, plan.reps, plan.warmup, check)

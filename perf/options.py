@@ -67,6 +67,33 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
     return parse
 
 
+def names(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    """Option type: a comma-separated list of these names, in which `-` may stand for `_`; without
+    repeats.
+    """
+    known = list(choices)
+    name = one_of(known)
+
+    def parse(text: str) -> tuple[str, ...]:
+        return tuple(
+            dict.fromkeys(name(part.strip().replace("-", "_")) for part in text.split(","))
+        )
+
+    return parse
+
+
+def checked(function: Callable[[str], object]) -> Callable[[str], object]:
+    """Option type: what `function` makes of the text; its ValueError is the message."""
+
+    def parse(text: str) -> object:
+        try:
+            return function(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
 def integer(
     low: int = 1, high: int | None = None, choices: Iterable[int] | None = None
 ) -> Callable[[str], int]:
@@ -86,6 +113,17 @@ def integer(
         return value
 
     return parse
+
+
+def percent(text: str) -> float:
+    """Option type: `3` or `3%` is 0.03; in 0..1000."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of percent") from None
+    if not 0 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} must be in 0..1000 percent")
+    return value / 100
 
 
 def token_counts(text: str) -> list[int]:

@@ -1,6 +1,7 @@
-"""The options of a sweep, and the frozen plan that they become.
+"""The options of a sweep, and the frozen plans that they become, one per precision.
 
-A plan has every default filled in and can run here.
+A plan has every default filled in and is legal: `plans_of` looks at every configuration before any
+of them runs, `check_here` at what this machine has for them.
 Neighbours: `sweep` is the command, `measure` runs a plan.
 """
 
@@ -8,16 +9,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from megamoe.config import supports
-from megamoe.precision import PRECISIONS
+from megamoe import compile, dsl
+from megamoe.config import select, supports
+from megamoe.module import MegaMoE
+from megamoe.precision import ITEM_BYTES, PRECISIONS
+from perf import routings
 from perf.baselines import BASELINES
-from perf.cases import MODELS, ROUTINGS, Case
-from perf.options import MAX_TOKENS, integer, one_of, token_counts
+from perf.cases import MODELS, Case, Model
+from perf.ceilings import ceilings_of
+from perf.options import MAX_TOKENS, checked, integer, names, one_of, token_counts
 from perf.processes import Place
+from perf.roofline import DEFAULTS as DEFAULT_CEILINGS
+from perf.roofline import Ceilings, Roofline, Work, roofline_of
 from perf.timing import EAGER, GRAPH
 
 
@@ -41,58 +50,124 @@ DEFAULTS = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `sweep`; one without a value here follows the device (DEFAULTS)."""
+#: Name of a model whose sizes were given.
+CUSTOM = "custom"
+#: Options that replace a size of the model, by field.
+SIZES = {
+    "hidden": "--hidden-size",
+    "intermediate": "--intermediate-size",
+    "num_experts": "--num-experts",
+    "top_k": "--top-k",
+}
+
+
+def _follows(name: str) -> str:
+    """A default that follows the device, in words."""
+    return ", ".join(f"{getattr(row, name)} on {device}" for device, row in DEFAULTS.items())
+
+
+def _adder(parser: argparse.ArgumentParser) -> Callable:
+    """`parser.add_argument` with a help text that ends in the default."""
 
     def add(*names: str, text: str, **kwargs) -> None:
-        default = f" (default: {kwargs['default']})" if "default" in kwargs else ""
+        value = kwargs.get("default")
+        value = ",".join(value) if isinstance(value, tuple) else value
+        default = "" if value in (None, "", ()) else f" (default: {value})"
         parser.add_argument(*names, help=text + default, **kwargs)
+
+    return add
+
+
+def add_launch_options(parser: argparse.ArgumentParser, tokens: str | None = None) -> None:
+    """The options that say what is launched; one without a value here follows the device
+    (DEFAULTS). `tokens` describes the default of a command that has its own.
+    """
 
     def names_in(table) -> dict[str, object]:
         return {"type": one_of(table), "metavar": "NAME"}
 
-    def follows(field: str) -> str:
-        return ", ".join(f"{getattr(row, field)} on {name}" for name, row in DEFAULTS.items())
-
+    add = _adder(parser)
     ranks, count = integer(choices=(1, 2, 4, 8)), integer(1)
     add("--device", default="cpu", **names_in(DEFAULTS), text=", ".join(DEFAULTS))
     add(
         "--ranks",
         type=ranks,
         metavar="W",
-        text=f"1, 2, 4 or 8; {follows('ranks')}; under torchrun its number of processes",
+        text=f"1, 2, 4 or 8; {_follows('ranks')}; under torchrun its number of processes",
     )
-    add("--model", **names_in(MODELS), text=f"{', '.join(MODELS)}; {follows('model')}")
-    add("--num-experts", type=count, metavar="E", text="experts, instead of the model's")
-    add("--experts-per-gpu", type=count, metavar="N", text="the same, per GPU")
-    add("--tokens", type=token_counts, metavar="LIST", text="per rank: 1,8,64 or 1:4096 (doubling)")
+    add("--model", **names_in(MODELS), text=f"{', '.join(MODELS)}; {_follows('model')}")
+    for letter, size in zip("HIEK", SIZES.values(), strict=True):
+        what = size[2:].replace("-", " ").replace("num ", "number of ")
+        add(size, type=count, metavar=letter, text=f"{what}, instead of the model's")
+    add(
+        "--experts-per-gpu",
+        type=count,
+        metavar="N",
+        text="number of experts on each GPU, instead of the model's",
+    )
+    tokens = tokens or "; ".join(
+        f"{','.join(map(str, row.tokens))} on {name}" for name, row in DEFAULTS.items()
+    )
+    add(
+        "--tokens",
+        type=token_counts,
+        metavar="LIST",
+        text=f"per rank: 1,8,64 or 1:4096 (doubling); by default {tokens}",
+    )
     add(
         "--max-tokens",
         type=integer(1, MAX_TOKENS),
         metavar="T",
         text="capacity per rank, else the largest of --tokens",
     )
-    add("--routing", default="balanced", **names_in(ROUTINGS), text=", ".join(ROUTINGS))
-    add("--precision", default="bf16", **names_in(PRECISIONS), text=", ".join(PRECISIONS))
+    routing = checked(routings.canonical)
+    add("--routing", default="balanced", type=routing, metavar="NAME|FILE", text=routings.HELP)
+    add(
+        "--precision",
+        default=("bf16",),
+        type=names(PRECISIONS),
+        metavar="LIST",
+        text=f"one or several of {', '.join(PRECISIONS)}",
+    )
     add("--seed", type=integer(0, 2**31), default=0, metavar="N", text="of inputs and weights")
-    add("--graph", dest="mode", action="store_const", const=GRAPH, text="replay a CUDA graph")
-    add("--eager", dest="mode", action="store_const", const=EAGER, text="call from the host")
-    add("--reps", type=integer(1, 100_000), metavar="N", text=f"timed calls: {follows('reps')}")
     add("--num-sms", type=count, metavar="N", text="SMs that the kernel may use")
     add("--kernel-dir", metavar="DIR", text="kernels compiled ahead of time")
-    add("--baseline", **names_in(BASELINES), text=f"measure beside: {', '.join(BASELINES)}")
     add(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         text="compare outputs with the oracle",
     )
+
+
+def add_options(
+    parser: argparse.ArgumentParser, baselines: bool = True, tokens: str | None = None
+) -> None:
+    """The options of `sweep`: what is launched, and how it is timed. Without `baselines` there is
+    no such option.
+    """
+    add_launch_options(parser, tokens)
+    add = _adder(parser)
+    add("--graph", dest="mode", action="store_const", const=GRAPH, text="replay a CUDA graph")
+    add("--eager", dest="mode", action="store_const", const=EAGER, text="call from the host")
+    add("--reps", type=integer(1, 100_000), metavar="N", text=f"timed calls: {_follows('reps')}")
+    if baselines:
+        add(
+            "--baseline",
+            default=(),
+            type=names(BASELINES),
+            metavar="LIST",
+            text=f"measure beside it one or several of {', '.join(BASELINES)}",
+        )
+    add("--ceilings", metavar="PATH", text="rooflines from rows of `python -m perf ceilings`")
     add("--csv", metavar="PATH", text="append a result row per measurement")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep with every default filled in; `case` is its point of the first token count."""
+    """A sweep with every default filled in; `case` is its point of the first token count.
+    `kernel_options`: fields of `KernelConfig` that differ from the choice for the configuration.
+    """
 
     case: Case
     device: torch.device
@@ -103,21 +178,50 @@ class Plan:
     warmup: int
     num_sms: int | None
     kernel_dir: str | None
-    baseline: str | None
+    baselines: tuple[str, ...]
     verify: bool
+    workspace_bytes: int  # of one rank
+    ceilings: Ceilings
+    kernel_options: dict[str, object] = field(default_factory=dict)
 
     @property
     def emulated(self) -> bool:
         return self.device.type == "cpu"
 
+    def roofline_of(self, work: Work) -> Roofline | None:
+        """The bound of `work`; None where nothing runs on a GPU."""
+        return None if self.emulated else roofline_of(work, self.ceilings, self.case.recipe.token)
 
-def case_of(args: argparse.Namespace, gpus: int = 1) -> tuple[Case, tuple[int, ...], int]:
-    """(case of the first token count, token counts, capacity per rank), wherever it will run: all
-    ranks on one GPU, or a process and a rank on each of several.
-    """
-    default = DEFAULTS[args.device]
+    @property
+    def weight_bytes(self) -> int:
+        """Of one rank, kept once: scale factors and copies come on top."""
+        model = self.case.model
+        item = ITEM_BYTES[self.case.recipe.weight]
+        return 3 * model.hidden * model.intermediate * self.case.experts_per_rank * item
+
+
+def _model_of(args: argparse.Namespace, gpus: int) -> Model:
+    """The model with the sizes asked for; "custom" once more than its number of experts differs."""
+    model = MODELS[args.model or DEFAULTS[args.device].model]
     if args.num_experts and args.experts_per_gpu:
         raise ValueError("--num-experts and --experts-per-gpu exclude each other")
+    sizes = {name: getattr(args, option[2:].replace("-", "_")) for name, option in SIZES.items()}
+    sizes["num_experts"] = args.num_experts or (args.experts_per_gpu or 0) * gpus
+    sizes = {name: size for name, size in sizes.items() if size}
+    if any(size != getattr(model, name) for name, size in sizes.items() if name != "num_experts"):
+        sizes["name"] = CUSTOM
+    return dataclasses.replace(model, **sizes)
+
+
+def case_of(
+    args: argparse.Namespace, gpus: int = 1, precision: str | None = None
+) -> tuple[Case, tuple[int, ...], int]:
+    """(case of the first token count, token counts, capacity per rank), wherever it will run: all
+    ranks on one GPU, or a process and a rank on each of several. Of the first precision unless told
+    otherwise.
+    """
+    default = DEFAULTS[args.device]
+    model = _model_of(args, gpus)
     tokens = tuple(args.tokens or default.tokens)
     max_tokens = args.max_tokens or max(tokens)
     if max(tokens) > max_tokens:
@@ -125,24 +229,25 @@ def case_of(args: argparse.Namespace, gpus: int = 1) -> tuple[Case, tuple[int, .
     if gpus > 1 and args.ranks not in (None, gpus):
         raise ValueError(f"--ranks {args.ranks}, but torchrun started {gpus} processes")
     ranks = gpus if gpus > 1 else args.ranks or default.ranks
-    model = MODELS[args.model or default.model]
-    experts = args.num_experts or (args.experts_per_gpu or 0) * gpus
     case = Case(
-        model=dataclasses.replace(model, num_experts=experts or model.num_experts),
+        model=model,
         num_ranks=ranks,
         tokens=tokens[0],
         ranks_per_gpu=ranks // gpus,
         routing=args.routing,
-        precision=args.precision,
+        precision=precision or args.precision[0],
         seed=args.seed,
     )
     supports(case.config(max_tokens))
+    case.check_routing(max(tokens))
     return case, tokens, max_tokens
 
 
-def plan_of(args: argparse.Namespace, place: Place | None = None) -> Plan:
+def plan_of(
+    args: argparse.Namespace, place: Place | None = None, precision: str | None = None
+) -> Plan:
     """The plan that the options ask for, in the job of `place` if there is one; ValueError if it
-    cannot run here.
+    cannot run here. Of the first precision unless told otherwise.
     """
     default, device = DEFAULTS[args.device], torch.device(args.device)
     if place and args.device == "cpu":
@@ -159,7 +264,8 @@ def plan_of(args: argparse.Namespace, place: Place | None = None) -> Plan:
                 f"torch sees {torch.cuda.device_count()}"
             )
         device = torch.device("cuda", place.local_rank)
-    case, tokens, max_tokens = case_of(args, place.size if place else 1)
+    case, tokens, max_tokens = case_of(args, place.size if place else 1, precision)
+    kernel_options = getattr(args, "kernel_options", {})
     return Plan(
         case=case,
         device=device,
@@ -170,6 +276,65 @@ def plan_of(args: argparse.Namespace, place: Place | None = None) -> Plan:
         warmup=default.warmup,
         num_sms=args.num_sms,
         kernel_dir=args.kernel_dir,
-        baseline=args.baseline,
+        baselines=getattr(args, "baseline", ()),
         verify=args.verify,
+        workspace_bytes=_workspace_bytes(case, max_tokens, kernel_options),
+        ceilings=_ceilings(args, device, case),
+        kernel_options=kernel_options,
     )
+
+
+def _ceilings(args: argparse.Namespace, device: torch.device, case: Case) -> Ceilings:
+    """Of the file asked for, else the defaults; ValueError if they do not cover the precision."""
+    found = DEFAULT_CEILINGS
+    if device.type == "cpu":
+        if args.ceilings:
+            raise ValueError("--ceilings needs --device cuda: the emulator has no roofline")
+        return found
+    if args.ceilings:
+        found = ceilings_of(args.ceilings, torch.cuda.get_device_name(device), case.num_gpus)
+    found.gemm(case.recipe.token)
+    return found
+
+
+def _workspace_bytes(case: Case, max_tokens: int, kernel_options: dict[str, object]) -> int:
+    """Of one rank; ValueError if the layer cannot run this shape."""
+    config = case.config(max_tokens)
+    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    sizes |= {"world": sizes.pop("num_ranks"), "kernel_options": kernel_options}
+    return MegaMoE.workspace_bytes(**sizes)["total"]
+
+
+def plans_of(args: argparse.Namespace, place: Place | None = None) -> list[Plan]:
+    """A plan for every precision; ValueError if any of them cannot run here."""
+    return [plan_of(args, place, precision) for precision in args.precision]
+
+
+def check_here(plans: Sequence[Plan]) -> None:
+    """ValueError unless this machine holds what `plans` need: on a GPU, memory for weights and
+    workspace, SMs, and kernels where none can be built.
+    """
+    for plan in plans:
+        if plan.emulated:
+            continue
+        gpu = torch.cuda.get_device_properties(plan.device)
+        case, sms = plan.case, gpu.multi_processor_count
+        if (plan.num_sms or 0) * case.ranks_per_gpu > sms:
+            raise ValueError(f"--num-sms {plan.num_sms} x {case.ranks_per_gpu} rank(s) is more "
+                             f"than the {sms} SMs of {gpu.name}")  # fmt: skip
+        needed = case.ranks_per_gpu * (plan.workspace_bytes + plan.weight_bytes)
+        if needed > gpu.total_memory:
+            raise ValueError(
+                f"{case.model.name} in {case.precision} needs at least {needed / 2**30:.0f} GiB on "
+                f"a GPU, {gpu.name} has {gpu.total_memory / 2**30:.0f}; try fewer --num-experts"
+            )
+        if plan.kernel_dir and not dsl.HAVE_DSL:
+            config = case.config(plan.max_tokens)
+            kernel = select(config, **plan.kernel_options)
+            file = f"{compile.kernel_name(config, kernel)}.so"
+            places = (Path(plan.kernel_dir), compile.cache_dir())
+            if not any((directory / file).exists() for directory in places):
+                special = f" with {plan.kernel_options}" if plan.kernel_options else ""
+                raise ValueError(
+                    f"--kernel-dir {plan.kernel_dir} has no {file} for {config}{special}"
+                )

@@ -13,13 +13,20 @@ import torch
 import torch.distributed as dist
 
 from perf.baselines import PROCESS_BASELINES
-from perf.cases import Case, Inputs, make_layer_weights, make_rank_inputs, make_weights
-from perf.measure import MAX_ERROR, Point, WrongResult, layer_facts, layer_of
+from perf.cases import Case, Inputs, make_layer_weights, make_rank_inputs
+from perf.measure import (
+    Contender,
+    Point,
+    baseline_contenders,
+    layer_arguments,
+    layer_facts,
+    layer_of,
+)
 from perf.plan import Plan
 from perf.processes import Job
-from perf.roofline import Work, counts_of, roofline_of, work_of_counts
+from perf.roofline import Work, counts_of, work_of_counts
 from perf.sample import Sample, sample_of
-from perf.timing import EAGER, Times, measure
+from perf.timing import Times, measure
 
 
 class ProcessRunner:
@@ -29,41 +36,46 @@ class ProcessRunner:
         self.plan, self.job = plan, job
         case = plan.case
         first = job.rank * case.experts_per_rank
-        own = range(first, first + case.experts_per_rank)
-        self.weights = make_layer_weights(case, plan.device, own)
+        self.experts = range(first, first + case.experts_per_rank)
+        self.weights = make_layer_weights(case, plan.device, self.experts)
         self.moe = layer_of(plan, group=dist.group.WORLD)
         self.moe.load_weights(*self.weights)
-        self.baseline = None
-        if plan.baseline:
-            masked = case.routing == "masked"
-            weights = self.weights[:2]
-            if case.config(1).recipe.scaled:
-                weights = make_weights(case, plan.device, own)
-            self.baseline = PROCESS_BASELINES[plan.baseline](*weights, job.size, masked)
+        self.contenders = self.make_contenders()
+
+    def make_contenders(self) -> list[Contender]:
+        """What is measured beside the layer, here the baselines (eager: their host reads
+        counts).
+        """
+        return baseline_contenders(
+            self.plan, PROCESS_BASELINES, self.weights, self.experts, num_ranks=self.job.size
+        )
 
     def points(self, tokens: int) -> Iterator[Point]:
-        """The layer, then the baseline (eager: its host reads counts), on the same inputs."""
+        """The layer, then its contenders, on the same inputs."""
         plan, case = self.plan, self.plan.case.with_tokens(tokens)
         inputs = make_rank_inputs(case, self.job.rank, plan.device)
         work = self._work(case, inputs)
-        roofline = None if plan.emulated else roofline_of(work)
-        point = partial(Point, case=case, work=work, roofline=roofline)
+        point = partial(Point, case=case, work=work, roofline=plan.roofline_of(work))
         sample = None
         if plan.verify:
             sample = sample_of(self.job, inputs, self.weights, case.precision)
-        arguments = (inputs.x, inputs.topk_idx, inputs.topk_weights)
 
-        times, output = self._measure(lambda: self.moe(*arguments), plan.mode, self.moe.synchronize)
+        call = partial(self.moe, *layer_arguments([inputs]))
+        times, output = self._measure(call, plan.mode, self.moe.synchronize)
         error = self._error(sample, output)
         yield point(mode=plan.mode, times=times, error=error, **layer_facts(self.moe))
-        if self.baseline is None:
-            return
-        error = self._error(sample, self.baseline(*arguments))
-        if error is not None and not error <= MAX_ERROR:
-            raise WrongResult(f"{plan.baseline} is wrong at {tokens} tokens: error {error:.2e}")
-        times, output = self._measure(lambda: self.baseline(*arguments), EAGER, lambda: None)
-        error = self._error(sample, output)
-        yield point(mode=EAGER, impl=plan.baseline, times=times, error=error)
+        for contender in self.contenders:
+            call = contender.prepare([inputs])
+            contender.refuse(self._error(sample, call()[0]), tokens)
+            times, outputs = self._measure(call, contender.mode, contender.check)
+            yield point(
+                mode=contender.mode,
+                impl=contender.impl,
+                times=times,
+                error=self._error(sample, outputs[0]),
+                config=contender.config,
+                max_error=contender.max_error,
+            )
 
     def _work(self, case: Case, inputs: Inputs) -> Work:
         """The work of every GPU, from the routings of all ranks."""
@@ -78,8 +90,8 @@ class ProcessRunner:
         return self.job.max_over_ranks([sample.error(output)])[0]
 
     def _measure(
-        self, call: Callable[[], torch.Tensor], mode: str, check: Callable[[], object]
-    ) -> tuple[Times, torch.Tensor]:
+        self, call: Callable[[], object], mode: str, check: Callable[[], object]
+    ) -> tuple[Times, object]:
         plan, align = self.plan, self.job.align
         times, output = measure(call, plan.device, mode, plan.reps, plan.warmup, check, align=align)
         return Times(tuple(self.job.max_over_ranks(times.us))), output

@@ -1,9 +1,11 @@
 """The measurements that are published, in one go on a GPU machine.
 
-`python -m perf.publish DIR`. Each step is one sweep in its own process with a time limit and
-writes DIR/<step>.csv, so that a hang, a crash or a lost CUDA context costs that step only. The most
-wanted figures come first. On a machine of several GPUs the steps are those with a process per GPU,
-on all or some of them; else those of one GPU. Exit status: 1 if any step failed.
+`python -m perf.publish DIR`. Each step is one sweep in its own process with a time limit, so that a
+hang, a crash or a lost CUDA context costs that step only. A step appends its rows, one at a time
+and with token counts ascending, to the file of its table, DIR/<table>.csv: steps of one precision
+and one number of GPUs share a file. The most wanted figures come first. On a machine of several
+GPUs the steps are those with a process per GPU, on all or some of them; else those of one GPU. Exit
+status: 1 if any step failed.
 """
 
 from __future__ import annotations
@@ -27,72 +29,104 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 GRACE_S = 45
 
 
+#: The baseline of a precision: torch with operands of the same width.
+BASELINE_OF = {"bf16": "torch_bf16", "fp8_block": "torch_fp8", "fp8_channel": "torch_fp8"}
+#: Table of the steps that only show that everything works.
+SMOKE = "smoke"
+
+
 @dataclass(frozen=True)
 class Step:
-    """One sweep: options beyond `--device cuda --csv`, seconds it may take, and processes with a
-    GPU each (one: all ranks on one GPU).
+    """One sweep: options beyond `--device cuda`, precision, baseline and `--csv`; the table that
+    its rows belong to; seconds it may take; and processes with a GPU each (one: all ranks on one
+    GPU).
     """
 
     name: str
     options: str
+    table: str = ""
+    precision: str = "bf16"
     limit_s: int = 240
     gpus: int = 1
 
+    @property
+    def file(self) -> str:
+        """Name of the CSV file: of the GPU whose figures are published, or the table asked for."""
+        kind = "bf16" if self.precision == "bf16" else "fp8"
+        place = "one_gpu" if self.gpus == 1 else f"ep{self.gpus}"
+        return f"{self.table or f'h200_{kind}_{place}'}.csv"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options of the sweep, but for the file."""
+        baseline = BASELINE_OF[self.precision]
+        given = self.options.split()
+        return ["--device", "cuda", *given, "--precision", self.precision, "--baseline", baseline]
+
 
 #: A rank's share of V3's experts at EP8: what one GPU of a deployment holds.
-_V3 = "--model v3 --num-experts 32 --graph"
+_V3 = "--model v3 --num-experts 32"
+_V3_GRAPH = f"{_V3} --graph"
 
 STEPS = (
-    Step(
-        "smoke",
-        "--model tiny --ranks 1 --tokens 1,64,512 --eager --reps 5 --baseline torch_bf16",
-        120,
-    ),
-    Step("v3_prefill", f"{_V3} --ranks 1 --tokens 4096 --baseline torch_bf16"),
-    Step("v3_tokens", f"{_V3} --ranks 1 --tokens 1:4096 --baseline torch_bf16"),
-    Step("v3_ranks2", f"{_V3} --ranks 2 --tokens 1,8,64,512,2048 --baseline torch_bf16"),
-    Step("v3_ranks4", f"{_V3} --ranks 4 --tokens 1,8,64,512,1024 --baseline torch_bf16"),
-    Step("v3_ranks8", f"{_V3} --ranks 8 --tokens 1,8,64,512 --baseline torch_bf16"),
-    Step("tiny", "--model tiny --ranks 1 --tokens 1:4096 --graph --baseline torch_bf16"),
-    Step("tiny_ranks8", "--model tiny --ranks 8 --tokens 1:512 --graph --baseline torch_bf16"),
-    Step(
-        "v3_eager",
-        f"{_V3.replace('--graph', '--eager')} --ranks 1 --tokens 1,64,4096 --baseline torch_bf16",
-    ),
-    Step("v3_skewed", f"{_V3} --ranks 4 --routing skewed --tokens 64,1024 --baseline torch_bf16"),
-    Step(
-        "v3_hot_expert",
-        f"{_V3} --ranks 4 --routing hot-expert --tokens 64,1024 --baseline torch_bf16",
-    ),
-    Step(
-        "v3_hot_rank", f"{_V3} --ranks 4 --routing hot-rank --tokens 64,1024 --baseline torch_bf16"
-    ),
+    Step("smoke", "--model tiny --ranks 1 --tokens 1,64,512 --eager --reps 5", SMOKE, limit_s=120),
+    Step("v3_prefill", f"{_V3_GRAPH} --ranks 1 --tokens 4096"),
+    Step("v3_tokens", f"{_V3_GRAPH} --ranks 1 --tokens 1:4096"),
+    Step("v3_tokens_fp8", f"{_V3_GRAPH} --ranks 1 --tokens 1:4096", precision="fp8_block"),
+    Step("v3_ranks2", f"{_V3_GRAPH} --ranks 2 --tokens 1,8,64,512,2048"),
+    Step("v3_ranks4", f"{_V3_GRAPH} --ranks 4 --tokens 1,8,64,512,1024"),
+    Step("v3_ranks8", f"{_V3_GRAPH} --ranks 8 --tokens 1,8,64,512"),
+    Step("tiny", "--model tiny --ranks 1 --tokens 1:4096 --graph"),
+    Step("tiny_ranks8", "--model tiny --ranks 8 --tokens 1:512 --graph"),
+    Step("v3_eager", f"{_V3} --eager --ranks 1 --tokens 1,64,4096"),
+    Step("v3_skewed", f"{_V3_GRAPH} --ranks 4 --routing skewed --tokens 64,1024"),
+    Step("v3_hot_expert", f"{_V3_GRAPH} --ranks 4 --routing hot-expert --tokens 64,1024"),
+    Step("v3_hot_rank", f"{_V3_GRAPH} --ranks 4 --routing hot-rank --tokens 64,1024"),
 )
 
 
-#: All with one capacity, so that the steps of a model share a kernel.
-_EP = "--max-tokens 8192 --graph --baseline torch_bf16"
+#: All with one capacity, so that the steps of a model and precision share a kernel.
+_EP = "--max-tokens 8192 --graph"
 _ALL_TOKENS = "1,8,32,128,512,1024,2048,4096,8192"
-_SMOKE = "--model tiny --tokens 1,64,512 --reps 5 --graph --baseline torch_bf16"
+_SOME_TOKENS = "1,32,512,2048,8192"
+_SMOKE = "--model tiny --tokens 1,64,512 --reps 5 --graph"
+#: Options of the models at EP4, and at EP2 with as many experts on a rank.
+_EP4 = {name: f"--model {name} {_EP}" for name in ("pro", "flash", "v3")}
+_EP2 = {
+    name: f"--model {name} --num-experts {experts} {_EP}"
+    for name, experts in (("pro", 192), ("flash", 128), ("v3", 128))
+}
+
+
+def _both(name: str, options: str, gpus: int) -> tuple[Step, Step]:
+    """The sweep in BF16 and in FP8 with the scales of DeepSeek-V3."""
+    return (
+        Step(name, options, gpus=gpus),
+        Step(f"{name}_fp8", options, precision="fp8_block", gpus=gpus),
+    )
+
 
 EP_STEPS = (
-    Step("smoke_ep4", _SMOKE, 120, gpus=4),
-    Step("pro_ep4", f"--model pro --tokens {_ALL_TOKENS} {_EP}", gpus=4),
-    Step("flash_ep4", f"--model flash --tokens {_ALL_TOKENS} {_EP}", gpus=4),
-    Step("v3_ep4", f"--model v3 --tokens {_ALL_TOKENS} {_EP}", gpus=4),
-    Step("pro_ep4_skewed", f"--model pro --routing skewed --tokens 128,1024,8192 {_EP}", gpus=4),
-    Step("pro_ep4_hot_expert", f"--model pro --routing hot-expert --tokens 128,1024 {_EP}", gpus=4),
-    Step("pro_ep4_hot_rank", f"--model pro --routing hot-rank --tokens 128,1024 {_EP}", gpus=4),
-    # A rank holds as many experts as at EP4.
-    Step("smoke_ep2", _SMOKE, 120, gpus=2),
-    Step("pro_ep2", f"--model pro --num-experts 192 --tokens 1,32,512,2048,8192 {_EP}", gpus=2),
-    Step("flash_ep2", f"--model flash --num-experts 128 --tokens 1,32,512,2048,8192 {_EP}", gpus=2),
-    Step("v3_ep2", f"--model v3 --num-experts 128 --tokens 1,32,512,2048,8192 {_EP}", gpus=2),
+    Step("smoke_ep4", _SMOKE, SMOKE, limit_s=120, gpus=4),
+    Step("smoke_ep4_fp8", _SMOKE, SMOKE, "fp8_block", limit_s=120, gpus=4),
+    *_both("pro_ep4", f"{_EP4['pro']} --tokens {_ALL_TOKENS}", 4),
+    *_both("flash_ep4", f"{_EP4['flash']} --tokens {_ALL_TOKENS}", 4),
+    *_both("v3_ep4", f"{_EP4['v3']} --tokens {_ALL_TOKENS}", 4),
     Step(
-        "pro_ep2_skewed",
-        f"--model pro --num-experts 192 --routing skewed --tokens 128,1024,8192 {_EP}",
-        gpus=2,
+        "pro_ep4_fp8_channel",
+        f"{_EP4['pro']} --tokens {_ALL_TOKENS}",
+        "h200_fp8_channel_ep4",
+        "fp8_channel",
+        gpus=4,
     ),
+    Step("pro_ep4_skewed", f"{_EP4['pro']} --routing skewed --tokens 128,1024,8192", gpus=4),
+    Step("pro_ep4_hot_expert", f"{_EP4['pro']} --routing hot-expert --tokens 128,1024", gpus=4),
+    Step("pro_ep4_hot_rank", f"{_EP4['pro']} --routing hot-rank --tokens 128,1024", gpus=4),
+    Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
+    *_both("pro_ep2", f"{_EP2['pro']} --tokens {_SOME_TOKENS}", 2),
+    *_both("flash_ep2", f"{_EP2['flash']} --tokens {_SOME_TOKENS}", 2),
+    *_both("v3_ep2", f"{_EP2['v3']} --tokens {_SOME_TOKENS}", 2),
+    Step("pro_ep2_skewed", f"{_EP2['pro']} --routing skewed --tokens 128,1024,8192", gpus=2),
 )
 
 
@@ -107,18 +141,17 @@ def configs_of(steps: Sequence[Step]) -> list[dict]:
     add_options(parser)
     configs = []
     for step in steps:
-        case, _, max_tokens = case_of(
-            parser.parse_args(["--device", "cuda", *step.options.split()]), step.gpus
-        )
-        fields = dataclasses.asdict(case.config(max_tokens))
-        if fields not in configs:
-            configs.append(fields)
+        args = parser.parse_args(step.arguments)
+        for precision in args.precision:
+            case, _, max_tokens = case_of(args, step.gpus, precision)
+            fields = dataclasses.asdict(case.config(max_tokens))
+            if fields not in configs:
+                configs.append(fields)
     return configs
 
 
 def command_of(step: Step, directory: Path, extra: Sequence[str] = ()) -> list[str]:
     """The command line of a step."""
-    csv = str(directory / f"{step.name}.csv")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(step.gpus), "-m"]
     return [
         sys.executable,
@@ -126,12 +159,10 @@ def command_of(step: Step, directory: Path, extra: Sequence[str] = ()) -> list[s
         *(torchrun if step.gpus > 1 else []),
         "perf",
         "sweep",
-        "--device",
-        "cuda",
-        *step.options.split(),
+        *step.arguments,
         *extra,
         "--csv",
-        csv,
+        str(directory / step.file),
     ]
 
 
@@ -208,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if limit_s <= 0:
             outcomes[step.name] = "not started: out of time"
             continue
-        print(f"== {step.name}: {step.options}", flush=True)
+        print(f"== {step.name}: {' '.join(step.arguments)}", flush=True)
         outcomes[step.name] = run_step(command_of(step, directory, extra), limit_s, step.gpus)
     print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     return 0 if all(outcome == "ok" for outcome in outcomes.values()) else 1

@@ -11,6 +11,7 @@ import csv
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,16 +19,15 @@ from pathlib import Path
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+#: What stands in `gpu` where the emulator ran.
+EMULATION = "cpu emulation"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
-    measured.
+class Environment:
+    """When, from what source and where something was measured, as `environment` fills it in.
 
-    date: UTC. dirty: 1 if tracked files differed from `commit`. tokens: per rank. tflops: useful,
-    per GPU. error_rel: relative L2 error against the oracle, largest over ranks. *_bytes: of one
-    rank's workspace.
+    date: UTC. dirty: 1 if tracked files differed from `commit`.
     """
 
     date: str
@@ -37,6 +37,17 @@ class Row:
     driver: str
     torch: str
     dsl: str
+
+
+@dataclass(frozen=True)
+class Row(Environment):
+    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
+    measured.
+
+    tokens: per rank. tflops: useful, per GPU. error_rel: relative L2 error against the oracle,
+    largest over ranks. *_bytes: of one rank's workspace.
+    """
+
     num_ranks: int
     ranks_per_gpu: int
     model: str
@@ -61,9 +72,6 @@ class Row:
     workspace_bytes: int | str = ""
     config: str = ""
 
-    def cells(self) -> list[str]:
-        return [_cell(getattr(self, column)) for column in COLUMNS]
-
 
 COLUMNS = tuple(field.name for field in fields(Row))
 
@@ -73,15 +81,17 @@ def _cell(value: object) -> str:
 
 
 class ResultsFile:
-    """A CSV file that rows are appended to; ValueError if `path` has another header."""
+    """A CSV file that rows of one kind, a dataclass, are appended to; ValueError if `path` has
+    another header than its fields.
+    """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: type = Row):
         self.path = Path(path)
+        self.columns = tuple(field.name for field in fields(kind))
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a directory, expected a CSV file")
         if self.path.exists() and self.path.stat().st_size:
-            with self.path.open(newline="") as file:
-                _check_header(self.path, next(csv.reader(file), []))
+            check_header(self.path, self.columns)
 
     def append(self, row: Row) -> None:
         """Write one row, with the header first in a new file, and close the file."""
@@ -89,15 +99,17 @@ class ResultsFile:
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if file.tell() == 0:
-                writer.writerow(COLUMNS)
-            writer.writerow(row.cells())
+                writer.writerow(self.columns)
+            writer.writerow([_cell(getattr(row, column)) for column in self.columns])
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    if tuple(header) == COLUMNS:
+def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """ValueError unless `path` is a file with exactly these columns."""
+    header = _header_of(path)
+    if header == list(columns):
         return
-    missing = [column for column in COLUMNS if column not in header]
-    unknown = [column for column in header if column not in COLUMNS]
+    missing = [column for column in columns if column not in header]
+    unknown = [column for column in header if column not in columns]
     detail = (
         f"missing {missing}, unknown {unknown}"
         if missing or unknown
@@ -106,8 +118,30 @@ def _check_header(path: Path, header: list[str]) -> None:
     raise ValueError(f"{path} has another header: {detail}")
 
 
+def result_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """(files of result rows, other CSV files) among `paths` and in the directories among them;
+    ValueError for a path that does not exist.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    rows, others = [], []
+    for path in files:
+        (rows if tuple(_header_of(path)) == COLUMNS else others).append(path)
+    return rows, others
+
+
+def _header_of(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    with path.open(newline="") as file:
+        return next(csv.reader(file), [])
+
+
 def load(*paths: str | Path):
-    """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added."""
+    """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added.
+    ValueError for a file that does not exist or has another header.
+    """
     import pandas
 
     files: list[Path] = []
@@ -115,8 +149,8 @@ def load(*paths: str | Path):
         files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
     frames = [pandas.DataFrame(columns=[*COLUMNS, "file"])] if not files else []
     for file in files:
+        check_header(file)
         frame = pandas.read_csv(file, dtype={"commit": str, "driver": str, "config": str})
-        _check_header(file, list(frame.columns))
         frames.append(frame.assign(file=file.name))
     return pandas.concat(frames, ignore_index=True)
 
@@ -162,7 +196,7 @@ def environment(device: torch.device | str) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": dirty,
-        "gpu": torch.cuda.get_device_name(device) if on_gpu else "cpu emulation",
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else EMULATION,
         "driver": _driver_version() if on_gpu else "",
         "torch": torch.__version__,
         "dsl": _dsl_version(),

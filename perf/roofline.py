@@ -26,11 +26,34 @@ from megamoe.precision import ITEM_BYTES, num_scales
 from megamoe.weights import weight_shapes
 from perf.cases import Case
 
-#: Measured on H200 SXM, torch 2.11 + CUDA 13.0: cuBLAS BF16 GEMM on random data; HBM copy, read
-#: plus write; peer pull by SM loads, all ranks at once, per GPU and direction.
-BF16_GEMM_TFLOPS = 780.0
+#: Measured on H200 SXM, torch 2.11 + CUDA 13.0: cuBLAS BF16 GEMM on random data, and the best FP8
+#: GEMM; HBM copy, read plus write; peer pull by SM loads, all ranks at once, per GPU and direction.
+BF16_GEMM_TFLOPS, FP8_GEMM_TFLOPS = 780.0, 1490.0
 HBM_TBPS = 4.3
 NVLINK_PULL_GBPS = 330.0
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a GPU reaches at its best: TFLOP/s of a GEMM by the dtype of its operands, TB/s of its
+    memory, GB/s over NVLink in one direction.
+    """
+
+    gemm_tflops: dict[str, float]
+    hbm_tbps: float
+    nvlink_gbps: float
+
+    def gemm(self, dtype: str) -> float:
+        """TFLOP/s for tokens of this dtype; ValueError if nobody measured it."""
+        if dtype not in self.gemm_tflops:
+            known = ", ".join(self.gemm_tflops)
+            raise ValueError(f"there is no GEMM ceiling for {dtype}, only for {known}")
+        return self.gemm_tflops[dtype]
+
+
+DEFAULTS = Ceilings(
+    {"bfloat16": BF16_GEMM_TFLOPS, "float8_e4m3fn": FP8_GEMM_TFLOPS}, HBM_TBPS, NVLINK_PULL_GBPS
+)
 
 ROUTE_BYTES = ITEM_BYTES["int32"] + ITEM_BYTES["float32"]  # expert id and router weight of a slot
 
@@ -121,12 +144,12 @@ def work_of_counts(case: Case, counts_WE: torch.Tensor, tokens_W: Sequence[int])
     )
 
 
-def roofline_of(work: Work) -> Roofline:
-    """The bound of `work` on H200."""
+def roofline_of(work: Work, ceilings: Ceilings = DEFAULTS, dtype: str = "bfloat16") -> Roofline:
+    """The bound of `work` on tokens of `dtype`, by default on H200."""
     us = {
-        MATH: max(work.flops) / (BF16_GEMM_TFLOPS * 1e6),
-        HBM: max(work.hbm_bytes) / (HBM_TBPS * 1e6),
-        NVLINK: max(work.nvlink_bytes) / (NVLINK_PULL_GBPS * 1e3),
+        MATH: max(work.flops) / (ceilings.gemm(dtype) * 1e6),
+        HBM: max(work.hbm_bytes) / (ceilings.hbm_tbps * 1e6),
+        NVLINK: max(work.nvlink_bytes) / (ceilings.nvlink_gbps * 1e3),
     }
     bound = max(us, key=us.__getitem__)
     return Roofline(us[bound], bound, us)

@@ -1,11 +1,12 @@
-"""The command `sweep`: one model and routing over a list of token counts, one line per measurement.
+"""The command `sweep`: one model and routing over token counts, for one precision after another.
 
 With `--device cuda` the figures are measurements. All ranks are virtual ranks of one GPU, or each
 has a process and a GPU of its own: `torchrun --nproc-per-node N -m perf sweep`; then rank 0 prints
 and writes. With `--device cpu` the emulator runs the protocol: errors and byte counts are exact,
 times are a CPU's and say nothing about a GPU. Every output is checked against the dense oracle
-(with a process per rank: on a sample of every rank's tokens), unless --no-verify. Lines are printed
-and appended to the CSV file one at a time; an interrupt keeps what is finished.
+(with a process per rank: on a sample of every rank's tokens), unless --no-verify. Every
+configuration is checked before the first runs. Lines are printed and appended to the CSV file one
+at a time; an interrupt keeps what is finished.
 """
 
 from __future__ import annotations
@@ -13,20 +14,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TextIO
 
 import torch
 
 from megamoe.faults import MegaMoEError
-from perf.measure import MAX_ERROR, Point, Runner, WrongResult
-from perf.plan import Plan, add_options, plan_of
+from perf.measure import Point, Runner, WrongResult
+from perf.plan import Plan, add_options, check_here, plans_of
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, joined, place_of
+from perf.progress import Progress
 from perf.results import ResultsFile, environment
+from perf.routings import label_of
 
 __all__ = ["SUMMARY", "add_options", "run"]
 
 SUMMARY = "time one model over token counts and check every output (default: the CPU emulator)"
+EPILOG = (
+    "Exit status: 0 if every output was right, 1 after a wrong output or a failed launch, 2 for "
+    "wrong arguments, 130 after an interrupt, which keeps finished rows. With a process per GPU: "
+    "torchrun --nproc-per-node N -m perf sweep --device cuda ..."
+)
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -39,7 +48,7 @@ def _held(point: Point) -> str:
     return f"{point.reset_bytes:,} of {point.workspace_bytes:,}" if point.workspace_bytes else "-"
 
 
-#: Heading, width and text of every printed column.
+#: Heading, width and text of every printed column; names of implementations may be wider.
 CPU_COLUMNS = (
     ("tokens/rank", 11, lambda p: f"{p.case.tokens}"),
     ("impl", 10, lambda p: p.impl),
@@ -62,20 +71,31 @@ GPU_COLUMNS = (
 )
 
 
+def columns_of(plan: Plan, impls: Sequence[str]):
+    """The columns of a plan that measures these beside the layer."""
+    columns = CPU_COLUMNS if plan.emulated else GPU_COLUMNS
+    widest = max(map(len, impls), default=0)
+    return [
+        (title, max(width, widest) if title == "impl" else width, text)
+        for title, width, text in columns
+    ]
+
+
 def heading(plan: Plan, gpu: str, columns) -> str:
     """What is measured where, and the titles of the columns."""
     model, case = plan.case.model, plan.case
     shape = f"H={model.hidden} I={model.intermediate} E={model.num_experts} K={model.top_k}"
     lines = [
         f"{model.name} ({shape}), EP={case.num_ranks}, {case.precision}, "
-        f"{case.routing} routing, {plan.mode}, {plan.reps} timed call(s)"
+        f"{label_of(case.routing)} routing, {plan.mode}, {plan.reps} timed call(s)"
     ]
     if plan.emulated:
         lines.append("CPU emulation of every rank: the times are those of a CPU, not GPU figures.")
     elif case.num_gpus > 1:
         lines.append(f"{case.num_gpus} x {gpu}, a process and a rank on each; times: slowest rank")
-        if plan.baseline:
-            lines.append(f"{plan.baseline}: eager, NCCL all-to-all with counts read by the host")
+        if plan.baselines:
+            names = ", ".join(plan.baselines)
+            lines.append(f"{names}: eager, NCCL all-to-all with counts read by the host")
     else:
         lines.append(f"{gpu}, which holds {case.ranks_per_gpu} rank(s)")
     lines.append("  ".join(title.rjust(width) for title, width, _ in columns))
@@ -86,52 +106,78 @@ def run(args: argparse.Namespace) -> int:
     """Run the sweep: 0, 1 after a failed launch or a wrong output, 130 after an interrupt. Under
     torchrun a rank that failed does not return; its process ends with the status.
     """
+    return run_plans(args, Runner, ProcessRunner)
+
+
+def run_plans(
+    args: argparse.Namespace,
+    one: type[Runner],
+    many: type[ProcessRunner],
+    seen: Callable[[Point], object] = lambda point: None,
+) -> int:
+    """Measure every plan of `args` by a runner for this process alone, or for one of a job; `seen`
+    gets each point in the process that prints.
+    """
     place = place_of(os.environ)
-    plan = plan_of(args, place)
+    plans = plans_of(args, place)
+    check_here(plans)
     file = ResultsFile(args.csv) if args.csv else None
     if place is None:
-        return measure_all(plan, file, lambda: Runner(plan))
+        return measure_all(plans, file, one, seen=seen)
     with joined(place) as job:
-        return measure_all(plan, file, lambda: ProcessRunner(plan, job), job)
+        return measure_all(plans, file, lambda plan: many(plan, job), job, seen)
 
 
 def measure_all(
-    plan: Plan,
+    plans: Sequence[Plan],
     file: ResultsFile | None,
-    make_runner: Callable[[], Runner | ProcessRunner],
+    make_runner: Callable[[Plan], Runner | ProcessRunner],
     job: Job | None = None,
+    seen: Callable[[Point], object] = lambda point: None,
 ) -> int:
-    """Measure, print and keep every point; the exit status."""
-    columns = CPU_COLUMNS if plan.emulated else GPU_COLUMNS
+    """Measure, print and keep every point; the exit status. `seen` gets each printed point."""
     speaks = job is None or job.rank == 0
     status, finished = 0, 0
+    progress = Progress(sum(len(plan.tokens) for plan in plans) if speaks else 0)
+
+    def say(line: str, stream: TextIO) -> None:
+        progress.clear()
+        print(line, file=stream, flush=True)
 
     def stop(message: str, status: int = FAILED) -> int:
+        progress.clear()
         if job:
             job.abort(message, status)
         print(message, file=sys.stderr)
         return status
 
     try:
-        where = environment(plan.device) if speaks else {}
-        runner = make_runner()
-        if speaks:
-            print(heading(plan, where["gpu"], columns), flush=True)
-        for tokens in plan.tokens:
-            for point in runner.points(tokens):
-                finished += 1
-                wrong = point.error is not None and not point.error <= MAX_ERROR
-                status = FAILED if wrong else status
-                if not speaks:
-                    continue
-                if file:
-                    file.append(point.row(where))
-                print("  ".join(text(point).rjust(width) for _, width, text in columns), flush=True)
-                if wrong:
-                    message = f"{point.impl} is wrong at {tokens} tokens: error {point.error:.2e}"
-                    print(message, file=sys.stderr)
+        for plan in plans:
+            where = environment(plan.device) if speaks else {}
+            runner = None  # gives back the memory of the last plan
+            runner = make_runner(plan)
+            columns = columns_of(plan, [contender.impl for contender in runner.contenders])
+            if speaks:
+                say(heading(plan, where["gpu"], columns), sys.stdout)
+            for tokens in plan.tokens:
+                progress.start(f"{plan.case.precision}, {tokens} tokens per rank")
+                for point in runner.points(tokens):
+                    finished += 1
+                    status = FAILED if point.wrong else status
+                    if not speaks:
+                        continue
+                    if file:
+                        file.append(point.row(where))
+                    seen(point)
+                    line = "  ".join(text(point).rjust(width) for _, width, text in columns)
+                    say(line, sys.stdout)
+                    if point.wrong:
+                        message = f"{point.impl} is wrong at {tokens} tokens"
+                        say(f"{message}: error {point.error:.2e}", sys.stderr)
+        progress.clear()
     except KeyboardInterrupt:
-        return stop(f"interrupted: {finished} finished row(s) kept", INTERRUPTED)
+        kept = f" in {file.path}" if file else ""
+        return stop(f"interrupted: {finished} finished row(s) kept{kept}", INTERRUPTED)
     except torch.OutOfMemoryError as error:
         return stop(f"out of GPU memory after {finished} row(s), try --num-experts: {error}")
     except WrongResult as error:

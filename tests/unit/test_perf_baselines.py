@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megamoe import reference
 from megamoe.faults import MegaMoEError
-from perf.baselines import BASELINES, TorchBf16
-from perf.cases import MODELS, ROUTINGS, Case, Inputs, make_inputs, make_weights
+from megamoe.precision import PRECISIONS
+from perf import experts
+from perf.baselines import BASELINES, TorchBf16, TorchFp8
+from perf.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
+from perf.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
+from perf.measure import baseline_contenders, largest_error, layer_bound, oracle
+from perf.routings import ROUTINGS
 from perf.timing import EAGER, GRAPH, Times, measure
 
 #: A few bf16 roundings (2^-9 each) of independent signs.
@@ -21,10 +27,10 @@ def case_of(routing: str = "balanced", tokens: int = 37) -> Case:
     return Case(MODELS["emulated"], num_ranks=1, tokens=tokens, routing=routing)
 
 
-def both(case: Case, inputs: Inputs, masked: bool):
+def both(case: Case, inputs: Inputs, masked: bool, baseline=TorchBf16):
     w13, w2 = make_weights(case)
     expected = reference.moe_forward(inputs.x, inputs.topk_idx, inputs.topk_weights, w13, w2)
-    layer = TorchBf16(w13, w2, masked=masked)
+    layer = baseline(w13, w2, masked=masked)
     return layer(inputs.x, inputs.topk_idx, inputs.topk_weights), expected
 
 
@@ -67,11 +73,96 @@ def test_rows_of_no_expert_are_never_read(monkeypatch):
     assert reference.relative_error(out, expected) < BOUND
 
 
-def test_no_tokens():
+@pytest.mark.parametrize("form", [GROUPED, BLOCKED])
+@pytest.mark.parametrize("routing", ["balanced", "random", "hot-expert", "masked"])
+def test_fp8_is_the_layer_but_for_its_rounding(routing, form, monkeypatch):
+    monkeypatch.setattr(experts, "fp8_form", lambda device: form)
+    case = case_of(routing)
+    out, expected = both(case, make_inputs(case)[0], routing == "masked", TorchFp8)
+    assert out.shape == expected.shape and out.dtype == torch.bfloat16
+    error = reference.relative_error(out, expected)
+    assert 0.02 < error < MAX_FP8_ERROR  # it did round to FP8
+    layer = TorchFp8(*make_weights(case))
+    assert layer.max_error == MAX_FP8_ERROR and f"form={form}" in layer.config
+    assert layer.capturable == (form == GROUPED)
+
+
+@pytest.mark.parametrize("columns", [None, 128])
+def test_rows_are_quantised_by_their_largest_value(columns):
+    x = torch.randn(5, 256) * torch.tensor([1e-6, 1.0, 1e4, 0.0, 7.0]).unsqueeze(1)
+    x[1, 130] = 1000.0
+    data, scale = experts.quantise_rows(x.bfloat16(), columns)
+    assert data.dtype == torch.float8_e4m3fn and data.shape == x.shape
+    assert scale.dtype == torch.float32 and scale.shape == (5, 2 if columns else 1)
+    back = experts.dequantise(data, scale)
+    assert torch.isfinite(back).all() and not back[3].any()
+    wide = x.bfloat16().float().view(5, scale.shape[1], -1)
+    largest = wide.abs().amax(dim=2)
+    assert torch.allclose(back.view_as(wide).abs().amax(dim=2), largest, rtol=1e-6)
+    # Half a unit in the last place of a number with 3 bits, or of the smallest subnormal.
+    bound = wide.abs() * 2**-4 + scale.unsqueeze(2) * 2**-10
+    assert ((back.view_as(wide) - wide).abs() <= bound * 1.001).all()
+
+
+def test_blocks_of_weights_have_a_scale_each():
+    w = torch.ones(256, 384)
+    w[128:, 256:] = 8.0
+    data, scale = experts.quantise_blocks(w)
+    assert scale.shape == (2, 3) and scale[1, 2] == 8 * scale[0, 0]
+    assert torch.equal(experts.dequantise(data, scale), w)
+
+
+def test_products_get_operands_as_the_gpu_takes_them(monkeypatch):
+    """The operations that only a GPU has, replaced by products of what they are given."""
+
+    def scaled(a, b, scale_a, scale_b, out_dtype):
+        assert a.is_contiguous() and b.t().is_contiguous() and a.shape[0] % 4 == 0
+        assert scale_a.t().is_contiguous() and scale_a.shape == (a.shape[0], a.shape[1] // 128)
+        assert scale_b.t().is_contiguous()
+        assert scale_b.shape == (b.shape[0] // 128, b.shape[1] // 128)
+        rows = experts.dequantise(a, scale_a)
+        return (rows @ experts.dequantise(b.t().contiguous(), scale_b.t()).T).to(out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled)
+    x, w = torch.randn(7, 256), torch.randn(384, 256)
+    rows, blocks = experts.quantise_rows(x, 128), experts.quantise_blocks(w)
+    out = experts._blocked_mm(*rows, *blocks)
+    expected = experts._dequantised_mm(*rows, *blocks)
+    assert out.shape == (7, 384) and reference.relative_error(out, expected) < 4e-3
+
+
+def test_the_form_follows_torch_and_the_gpu(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert experts.fp8_form(cpu) == GROUPED
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert experts.fp8_form(gpu) == GROUPED
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert experts.fp8_form(gpu) == BLOCKED
+    monkeypatch.delattr(torch, "_scaled_grouped_mm")
+    assert experts.fp8_form(cpu) == BLOCKED
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_no_tokens(name):
     case = case_of(tokens=1)
-    layer = BASELINES["torch_bf16"](*make_weights(case))
+    layer = BASELINES[name](*make_weights(case))
     empty = Inputs(*(tensor[:0] for tensor in dataclasses.astuple(make_inputs(case)[0])))
     assert layer(empty.x, empty.topk_idx, empty.topk_weights).shape == (0, case.model.hidden)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [GROUPED, BLOCKED])
+@pytest.mark.parametrize("routing", ["balanced", "masked"])
+def test_fp8_on_the_gpu_equals_the_oracle(cuda, routing, form, monkeypatch):
+    monkeypatch.setattr(experts, "fp8_form", lambda device: form)
+    case = Case(MODELS["tiny"], num_ranks=1, tokens=96, routing=routing)
+    w13, w2 = make_weights(case, cuda)
+    layer = TorchFp8(w13, w2, masked=routing == "masked")
+    i = make_inputs(case, cuda)[0]
+    expected = reference.moe_forward(i.x, i.topk_idx, i.topk_weights, w13, w2)
+    mode = GRAPH if layer.capturable else EAGER
+    _, out = measure(lambda: layer(i.x, i.topk_idx, i.topk_weights), cuda, mode, 5)
+    assert reference.relative_error(out, expected) < MAX_FP8_ERROR
 
 
 @pytest.mark.gpu
@@ -85,6 +176,32 @@ def test_a_replayed_graph_on_the_gpu_equals_the_oracle(cuda, routing):
     times, out = measure(lambda: layer(i.x, i.topk_idx, i.topk_weights), cuda, GRAPH, 5)
     assert reference.relative_error(out, expected) < BOUND
     assert len(times.us) == 5 and 0 < times.us_min < 1e5
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, monkeypatch):
+    case = dataclasses.replace(case_of(), precision=precision)
+    weights = make_layer_weights(case)
+    scaled = case.recipe.scaled
+    plan = SimpleNamespace(case=case, baselines=(), mode=EAGER, device=torch.device("cpu"))
+    made = []
+    monkeypatch.setattr("perf.measure.make_weights", lambda *a: made.append(a) or make_weights(*a))
+    assert baseline_contenders(plan, BASELINES, weights) == [] and not made
+
+    plan.baselines = ("torch_bf16", "torch_fp8")
+    contenders = baseline_contenders(plan, BASELINES, weights)
+    assert len(made) == scaled
+    assert [contender.impl for contender in contenders] == list(plan.baselines)
+    bounds = [contender.max_error for contender in contenders]
+    assert bounds == pytest.approx([0.102, 0.1414] if scaled else [0.02, 0.1], rel=1e-3)
+    inputs = make_inputs(case)
+    expected = oracle(inputs, weights, precision)
+    for contender in contenders:
+        contender.refuse(largest_error(contender.prepare(inputs)(), expected), case.tokens)
+
+
+def test_the_layer_in_fp8_may_differ_by_flipped_codes_only():
+    assert [layer_bound(recipe) for recipe in PRECISIONS.values()] == [2e-2, 3e-2, 3e-2]
 
 
 def test_statistics_of_times():

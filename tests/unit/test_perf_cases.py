@@ -9,7 +9,8 @@ import torch
 
 from megamoe import quantize_weights, reference
 from megamoe.config import supports
-from perf.cases import MODELS, ROUTINGS, Case, make_inputs, make_layer_weights, make_weights
+from perf.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
+from perf.routings import ROUTINGS
 
 EMULATED = MODELS["emulated"]
 
@@ -35,6 +36,7 @@ def has_repeats(ids: torch.Tensor) -> bool:
         "flash": (4096, 2048, 256, 6),
         "v3": (7168, 2048, 256, 8),
         "mimo": (6144, 2048, 384, 8),
+        "qwen3": (4096, 1536, 128, 8),
     }.items(),
 )
 def test_published_shapes(name, shape):
@@ -58,7 +60,9 @@ def test_ids_have_shape_type_and_range(routing):
         assert inputs.topk_idx.min() >= low and inputs.topk_idx.max() < case.model.num_experts
 
 
-@pytest.mark.parametrize("routing", ["balanced", "skewed", "hot-expert", "hot-rank", "masked"])
+@pytest.mark.parametrize(
+    "routing", ["balanced", "zipf", "skewed", "hot-expert", "hot-rank", "masked"]
+)
 def test_no_token_names_an_expert_twice(routing):
     assert not has_repeats(expert_ids(case_of(routing)))
 

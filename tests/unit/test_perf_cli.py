@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +16,17 @@ import pytest
 import torch
 
 import megamoe
-from megamoe import reference
-from megamoe.config import KernelConfig
+from megamoe import compile, dsl, reference
+from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
-from perf import plan, publish
-from perf.__main__ import main, parser
+from megamoe.precision import PRECISIONS
+from perf import plan, publish, sweep
+from perf.__main__ import COMMANDS, main, parser
+from perf.baselines import TorchBf16
+from perf.cases import Model
 from perf.options import nearest, token_counts
 from perf.plan import plan_of
+from perf.progress import Progress
 from perf.results import load
 from perf.timing import EAGER, GRAPH
 
@@ -84,12 +92,22 @@ def error_line(argv: list[str], capsys) -> str:
         ([], ["COMMAND"]),
         (["sweep", "--modle", "v3"], ["--modle", "did you mean --model"]),
         (["sweep", "--model", "v4"], ["--model", "'v4'", "did you mean v3?"]),
-        (["sweep", "--model", "zzz"], ["choose from pro, flash, v3, mimo, tiny, emulated"]),
+        (["sweep", "--model", "zzz"], ["choose from pro, flash, v3, mimo, qwen3, tiny, emulated"]),
         (["sweep", "--routing", "hotrank"], ["--routing", "did you mean hot-rank"]),
         (["sweep", "--device", "gpu"], ["--device", "'gpu'", "cpu"]),
         (["sweep", "--ranks", "3"], ["--ranks", "did you mean 2 or 4?"]),
+        (["sweep", "--routing", "zipf:x"], ["--routing", "'x' is not a number"]),
+        (["sweep", "--routing", "balanced:1"], ["--routing", "takes no parameter"]),
+        (["sweep", "--routing", "no/such.pt"], ["no/such.pt cannot be read: No such file"]),
         (["sweep", "--precision", "bf61"], ["--precision", "did you mean bf16?"]),
-        (["sweep", "--baseline", "torch"], ["--baseline", "did you mean torch_bf16?"]),
+        (["sweep", "--precision", "bf16,pf8"], ["--precision", "'pf8'", "bf16"]),
+        (["sweep", "--precision", ""], ["--precision", "'' is not valid"]),
+        (["sweep", "--hidden-size", "100"], ["hidden_size=100 is not a multiple of 128"]),
+        (["sweep", "--intermediate-size", "64"], ["intermediate_size=64"]),
+        (["sweep", "--top-k", "17"], ["top_k=17 must be in 1..16"]),
+        (["sweep", "--baseline", "torch-bf16,torch-bf17"], ["did you mean torch_bf16"]),
+        (["sweep", "--baseline", "torch-fp9"], ["'torch_fp9'", "did you mean torch_fp8"]),
+        (["sweep", "--baseline", "torch"], ["--baseline", "torch_bf16", "did you mean torch_"]),
         (["sweep", "--tokens", "1,x"], ["--tokens", "'x' is not an integer"]),
         (["sweep", "--tokens", "0"], ["--tokens", "0 must be in 1.."]),
         (["sweep", "--tokens", "8:1"], ["--tokens", "did you mean 1:8?"]),
@@ -150,6 +168,117 @@ def test_defaults_emulate_a_small_layer_at_ep8():
     assert default.emulated and default.mode == EAGER and default.verify
     assert (default.case.num_ranks, default.case.model.name) == (8, "emulated")
     assert default.max_tokens == max(default.tokens)
+
+
+def test_sizes_of_the_model():
+    case = plan_for("--model", "qwen3", "--ranks", "4").case
+    shape = (case.model.hidden, case.model.intermediate, case.model.num_experts, case.model.top_k)
+    assert shape == (4096, 1536, 128, 8)
+    fewer = plan_for("--model", "qwen3", "--num-experts", "32").case.model
+    assert (fewer.name, fewer.num_experts) == ("qwen3", 32)
+    sizes = ["--hidden-size", "512", "--intermediate-size", "384", "--num-experts", "16"]
+    own = plan_for(*sizes, "--top-k", "2").case.model
+    assert own == Model("custom", 512, 384, 16, 2)
+
+
+def test_lists_of_names_take_dashes_and_drop_repeats():
+    plan = plan_for("--baseline", "torch-bf16,torch_bf16")
+    assert plan.baselines == ("torch_bf16",) and plan_for().baselines == ()
+
+
+@pytest.fixture
+def second_precision(monkeypatch):
+    """One more row in the table of precisions, as another kernel would add."""
+    again = dataclasses.replace(PRECISIONS["bf16"], name="bf16_again")
+    monkeypatch.setitem(PRECISIONS, "bf16_again", again)
+
+
+def test_precisions_are_measured_one_after_the_other(second_precision, fake, capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    assert main([*SMALL, "--precision", "bf16,bf16-again", "--csv", str(path)]) == 0
+    rows = load(path)
+    assert rows.precision.tolist() == ["bf16", "bf16", "bf16_again", "bf16_again"]
+    assert [moe.arguments["precision"] for moe in fake.made] == ["bf16", "bf16_again"]
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in err] == [
+        "[1/4] bf16", "[2/4] bf16", "[3/4] bf16_again", "[4/4] bf16_again"]  # fmt: skip
+
+
+def test_every_configuration_is_checked_before_the_first_runs(second_precision, fake, monkeypatch):
+    wide = dataclasses.replace(PRECISIONS["bf16"], name="bf16_again", token="float32")
+    monkeypatch.setitem(PRECISIONS, "bf16_again", wide)
+    with pytest.raises(SystemExit) as stop:
+        main([*SMALL, "--precision", "bf16,bf16_again"])
+    assert stop.value.code == 2 and fake.made == []
+
+
+def test_what_is_lacking_ends_the_sweep_in_one_line(fake, capsys, monkeypatch):
+    def lack(plans):
+        raise ValueError(f"{len(plans)} plan(s), no memory")
+
+    monkeypatch.setattr(sweep, "check_here", lack)
+    assert "1 plan(s), no memory" in error_line(["sweep"], capsys)
+    assert fake.made == []
+
+
+def test_a_wrong_baseline_is_not_timed(fake, capsys, monkeypatch, tmp_path):
+    calls = []
+
+    def wrong(layer, x, topk_idx, topk_weights):
+        calls.append(len(x))
+        return x.clone()
+
+    monkeypatch.setattr(TorchBf16, "__call__", wrong)
+    path = tmp_path / "rows.csv"
+    assert main([*SMALL, "--baseline", "torch_bf16", "--csv", str(path)]) == 1
+    assert "torch_bf16 is wrong at 2 tokens" in capsys.readouterr().err
+    assert calls == [4] and load(path).impl.tolist() == ["megamoe"]
+    assert main([*SMALL, "--baseline", "torch_bf16", "--no-verify"]) == 0
+    assert len(calls) == 1 + 4
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_leaves_nothing_on_a_terminal():
+    terminal, log, none = Terminal(), io.StringIO(), io.StringIO()
+    for stream, total in ((terminal, 2), (log, 2), (none, 0)):
+        progress = Progress(total, stream)
+        for what in ("one", "two"):
+            progress.start(what)
+        progress.clear()
+        progress.clear()
+    assert log.getvalue() == "[1/2] one, 0 s so far\n[2/2] two, 0 s so far\n"
+    first, second = "[1/2] one, 0 s so far", "[2/2] two, 0 s so far"
+    blank = "\r" + " " * len(first) + "\r"
+    assert terminal.getvalue() == first + blank + second + blank
+    assert none.getvalue() == ""
+
+
+def gpu_of(gigabytes: int) -> SimpleNamespace:
+    return SimpleNamespace(name="GPU", multi_processor_count=100, total_memory=gigabytes << 30)
+
+
+def test_what_the_machine_lacks_is_said_before_anything_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu_of(16))
+    cuda = ("--device", "cuda", "--model", "v3")
+    plan.check_here([plan_for(*cuda, "--num-experts", "32")])
+    with pytest.raises(ValueError, match=r"needs at least \d+ GiB on a GPU, GPU has 16"):
+        plan.check_here([plan_for(*cuda)])
+    few = (*cuda, "--num-experts", "32")
+    with pytest.raises(ValueError, match=r"--num-sms 60 x 2 rank\(s\) is more than the 100 SMs"):
+        plan.check_here([plan_for(*few, "--ranks", "2", "--num-sms", "60")])
+    monkeypatch.setattr(dsl, "HAVE_DSL", False)
+    monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
+    wanted = plan_for(*few, "--kernel-dir", str(tmp_path / "kernels"))
+    with pytest.raises(ValueError, match="--kernel-dir .*kernels has no megamoe-bf16-.*.so"):
+        plan.check_here([wanted])
+    config = wanted.case.config(wanted.max_tokens)
+    (tmp_path / f"{compile.kernel_name(config, select(config))}.so").touch()
+    plan.check_here([wanted])
 
 
 def test_cuda_options(monkeypatch):
@@ -234,7 +363,15 @@ def test_help_lists_every_model_and_routing(capsys):
         main(["sweep", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "pro, flash, v3, mimo, tiny" in text and "hot-expert, hot-rank, masked" in text
+    assert "pro, flash, v3, mimo, qwen3, tiny" in text and "hot-expert, hot-rank, masked" in text
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith(" ".join(["usage: python -m perf", *command]))
 
 
 def test_every_published_step_is_a_valid_sweep(monkeypatch, tmp_path):
@@ -245,14 +382,15 @@ def test_every_published_step_is_a_valid_sweep(monkeypatch, tmp_path):
         args = parser().parse_args(command[3:])
         measured = plan_of(args)
         assert measured.device.type == "cuda" and measured.reps == 3
-        assert args.csv == str(tmp_path / f"{step.name}.csv")
+        assert args.csv == str(tmp_path / step.file)
 
 
 def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     limits = {}
+    steps = {tuple(step.arguments): step.name for step in publish.STEPS}
 
     def run(command, cwd, timeout):
-        name = Path(command[-1]).stem
+        name = steps[tuple(command[4 : command.index("--csv")])]
         limits[name] = timeout
         if name == "smoke":
             raise subprocess.TimeoutExpired(command, timeout)
@@ -286,10 +424,12 @@ def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:
 def test_the_emulator_sweeps_fp8(precision, tmp_path):
     path = tmp_path / "rows.csv"
     argv = [*SMALL, "--reps", "1", "--precision", precision, "--csv", str(path)]
-    assert main(argv) == 0
+    assert main([*argv, "--baseline", "torch_bf16,torch_fp8"]) == 0
     rows = load(path)
-    assert rows.precision.tolist() == [precision] * 2
-    assert (rows.error_rel < 8e-3).all()
+    assert rows.precision.tolist() == [precision] * 6
+    assert rows.impl.tolist() == ["megamoe", "torch_bf16", "torch_fp8"] * 2
+    assert (rows.error_rel[rows.impl == "megamoe"] < 8e-3).all()
+    assert (rows.error_rel[rows.impl != "megamoe"] > 8e-3).all()
 
 
 @pytest.mark.slow
@@ -306,3 +446,24 @@ def test_the_emulator_sweep_as_a_user_runs_it(tmp_path):
     assert (rows.reset_bytes > 0).all() and (rows.reset_bytes < rows.workspace_bytes / 10).all()
     nvlink = [int(line.split()[5].replace(",", "")) for line in done.stdout.splitlines()[3:]]
     assert len(nvlink) == len(rows) and nvlink == sorted(nvlink) and nvlink[0] > 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    command = [sys.executable, "-m", "perf", "sweep", "--tokens", "1,4,64:4096", "--csv", str(path)]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (path.exists() and len(path.read_text().splitlines()) >= 3):  # two rows
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    kept = len(load(path))
+    assert process.returncode == 130
+    assert f"interrupted: {kept} finished row(s) kept in {path}" in err and "Traceback" not in err

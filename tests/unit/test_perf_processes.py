@@ -20,7 +20,7 @@ from megamoe.faults import LaunchTimeout
 from megamoe.reference import Weights
 from perf import processes
 from perf.__main__ import main, parser
-from perf.baselines import ExchangedTorchBf16
+from perf.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
 from perf.cases import (
     MODELS,
     Case,
@@ -86,7 +86,7 @@ def sweep(job: Job, csv: Path) -> tuple[int, str]:
     plan = dataclasses.replace(plan, case=dataclasses.replace(plan.case, ranks_per_gpu=1))
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        status = measure_all(plan, ResultsFile(csv), lambda: ProcessRunner(plan, job), job)
+        status = measure_all([plan], ResultsFile(csv), lambda p: ProcessRunner(p, job), job)
     return status, out.getvalue()
 
 
@@ -112,6 +112,7 @@ def work(rank: int, directory: Path) -> None:
         found[routing, "sample"] = sample
         masked = routing == "masked"
         found[routing, "out"] = ExchangedTorchBf16(*weights, RANKS, masked)(*fields(inputs))
+        found[routing, "fp8"] = ExchangedTorchFp8(*weights, RANKS, masked)(*fields(inputs))
     for precision in FP8_RECIPES:
         case = case_of(precision=precision)
         own = range(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
@@ -158,6 +159,17 @@ def test_the_sample_and_the_baseline_equal_the_oracle_on_all_weights(ranks, rout
         assert sample.error(out.roll(1, 0)) > 0.5
         out[1, 3] = float("nan")  # a token outside the sample
         assert 1 not in sample.tokens and sample.error(out) == float("inf")
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_fp8_baseline_is_the_same_with_a_process_per_rank(ranks, routing):
+    case = case_of(routing)
+    whole = TorchFp8(*make_weights(case), masked=routing == "masked")
+    for found, inputs in zip(ranks[0], make_inputs(case), strict=True):
+        out, alone = found[routing, "fp8"], whole(*fields(inputs))
+        assert 0.02 < found[routing, "sample"].error(out) < whole.max_error
+        # Alone the router weight is applied before FC2, and so before hidden rows are rounded.
+        assert reference.relative_error(out, alone) < 0.04
 
 
 @pytest.mark.parametrize("precision", FP8_RECIPES)
@@ -279,7 +291,7 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
     def end(status: int) -> None:
         raise Ended(status)
 
-    def fail():
+    def fail(plan):
         raise error
 
     monkeypatch.setattr(os, "_exit", end)
@@ -295,7 +307,7 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
     monkeypatch.setattr(processes, "Job", lambda device: job)
     plan = plan_of(parser().parse_args(["sweep"]))
     with pytest.raises(Ended) as ended, processes.joined(Place(3, 4, 3)) as joined:
-        measure_all(plan, None, fail, joined)
+        measure_all([plan], None, fail, joined)
     assert ended.value.args == (status,)
     err = capsys.readouterr().err
     assert err.startswith("rank 3: ") and message in err

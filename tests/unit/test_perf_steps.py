@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from perf import publish
 from perf.__main__ import parser
-from perf.plan import plan_of
+from perf.options import Parser
+from perf.plan import add_options, plan_of
 from perf.processes import place_of
 
 RANK_1 = {"RANK": "1", "LOCAL_RANK": "1"}
@@ -35,8 +37,38 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
         (config,) = publish.configs_of([step])
         assert config == dataclasses.asdict(plan.case.config(plan.max_tokens))
         assert config["num_ranks"] == step.gpus
-    names = [step.name for step in publish.EP_STEPS]
-    assert {"pro_ep4", "flash_ep4", "v3_ep4", "pro_ep2", "flash_ep2", "v3_ep2"} <= set(names)
+    names = {step.name for step in publish.EP_STEPS}
+    wanted = {f"{model}_ep{gpus}" for model in ("pro", "flash", "v3") for gpus in (4, 2)}
+    assert wanted | {f"{name}_fp8" for name in wanted} <= names
+
+
+def test_steps_have_names_of_their_own_and_count_tokens_upwards():
+    steps = [*publish.STEPS, *publish.EP_STEPS]
+    assert len({step.name for step in steps}) == len(steps)
+    options = Parser()
+    add_options(options)
+    for step in steps:
+        args = options.parse_args(step.arguments)
+        assert args.tokens == sorted(args.tokens), step.name
+        assert args.precision == (step.precision,)
+        assert args.baseline == (publish.BASELINE_OF[step.precision],)
+
+
+def test_a_file_holds_one_kind_of_rows():
+    files: dict[str, set] = {}
+    for step in [*publish.STEPS, *publish.EP_STEPS]:
+        files.setdefault(step.file, set()).add((step.precision, step.gpus))
+    files.pop("smoke.csv")
+    assert all(len(kinds) == 1 for kinds in files.values())
+    assert {name: kinds.pop() for name, kinds in files.items()} == {
+        "h200_bf16_one_gpu.csv": ("bf16", 1),
+        "h200_fp8_one_gpu.csv": ("fp8_block", 1),
+        "h200_bf16_ep4.csv": ("bf16", 4),
+        "h200_fp8_ep4.csv": ("fp8_block", 4),
+        "h200_fp8_channel_ep4.csv": ("fp8_channel", 4),
+        "h200_bf16_ep2.csv": ("bf16", 2),
+        "h200_fp8_ep2.csv": ("fp8_block", 2),
+    }
 
 
 def test_listing_configs_needs_no_gpu(tmp_path):
@@ -45,6 +77,10 @@ def test_listing_configs_needs_no_gpu(tmp_path):
     assert '"num_ranks": 4' in text and '"num_ranks": 2' in text and '"num_ranks": 1' not in text
     assert publish.main([str(tmp_path), "--list-configs", "--only", "pro_ep4"]) == 0
     assert (tmp_path / "configs.json").read_text().count("num_ranks") == 1
+    only = "pro_ep4_fp8_channel,pro_ep4_fp8"
+    assert publish.main([str(tmp_path), "--list-configs", "--only", only]) == 0
+    listed = json.loads((tmp_path / "configs.json").read_text())
+    assert [config["precision"] for config in listed] == ["fp8_block", "fp8_channel"]
 
 
 def test_a_step_of_several_processes_is_ended_politely(tmp_path):

@@ -1,0 +1,204 @@
+"""The command `ceilings`: measure what this machine's GPUs do at their best, and keep it.
+
+Every ceiling (`probes`) is a row of a CSV file with the columns of its environment. `sweep
+--ceilings FILE` draws its roofline from such rows instead of the defaults of `roofline`. With
+torchrun all GPUs are measured at once, the slowest counts, and NVLink comes on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from perf import probes
+from perf.options import integer, one_of
+from perf.probes import Probe
+from perf.processes import Job, joined, place_of
+from perf.results import REPOSITORY, Environment, ResultsFile, check_header, environment
+from perf.roofline import DEFAULTS, Ceilings
+from perf.timing import Times, measure
+
+SUMMARY = "measure GEMM, memory, launch and NVLink ceilings on the GPUs here and store them"
+EPILOG = "With torchrun all GPUs are measured at once, and NVLink and a barrier on top."
+
+STORED = REPOSITORY / "perf" / "results" / "ceilings.csv"
+
+
+@dataclass(frozen=True)
+class CeilingRow(Environment):
+    """One ceiling; `value` is of the median time, in `unit`.
+
+    num_ranks: GPUs that were measured at once. dtype: of a GEMM. us_*: of one call of the probe,
+    maximum over ranks.
+    """
+
+    num_ranks: int
+    ceiling: str
+    dtype: str
+    value: float
+    unit: str
+    us_min: float
+    us_median: float
+    us_p95: float
+
+
+COLUMNS = tuple(field.name for field in fields(CeilingRow))
+
+
+def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, object]) -> CeilingRow:
+    return CeilingRow(
+        **where,
+        num_ranks=num_ranks,
+        ceiling=probe.name,
+        dtype=probe.dtype,
+        value=probe.value(times.us_median),
+        unit=probe.unit,
+        us_min=times.us_min,
+        us_median=times.us_median,
+        us_p95=times.us_p95,
+    )
+
+
+def load(path: str | Path):
+    """Stored rows as a pandas DataFrame, oldest first; ValueError if `path` is no such file."""
+    import pandas
+
+    check_header(Path(path), COLUMNS)
+    frame = pandas.read_csv(path, dtype={"commit": str, "driver": str, "dtype": str, "dsl": str})
+    return frame.fillna({"dtype": ""}).sort_values("date", kind="stable", ignore_index=True)
+
+
+def ceilings_of(path: str | Path, gpu: str, num_gpus: int) -> Ceilings:
+    """The latest stored ceilings of this GPU, of as many GPUs at once if there are such; ValueError
+    naming what is missing. Memory: the better of copy and read. NVLink: pull.
+    """
+    frame = load(path)
+    frame = frame[frame.gpu == gpu]
+    exact = frame[frame.num_ranks == num_gpus]
+
+    def value(name: str, dtype: str = "", pools=(exact, frame)) -> float | None:
+        for pool in pools:
+            found = pool[(pool.ceiling == name) & (pool.dtype == dtype)]
+            if len(found):
+                return float(found.iloc[-1].value)
+        return None
+
+    gemm = {dtype: value(probes.GEMM, dtype) for dtype in DEFAULTS.gemm_tflops}
+    memory = [value(name) for name in (probes.HBM_COPY, probes.HBM_READ)]
+    link = value(probes.NVLINK_PULL, pools=[exact]) if num_gpus > 1 else DEFAULTS.nvlink_gbps
+    known = {"gemm": any(gemm.values()), "hbm": any(memory), "nvlink_pull": link}
+    missing = [name for name, found in known.items() if not found]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)} of {num_gpus} x {gpu}")
+    return Ceilings(
+        {dtype: tflops for dtype, tflops in gemm.items() if tflops},
+        max(filter(None, memory)) / 1e3,
+        link,
+    )
+
+
+def table(rows) -> str:
+    """Stored or new rows, one per line."""
+    lines = [
+        f"{row.ceiling:<12} {row.dtype:<14} {row.value:>10,.2f} {row.unit:<8} "
+        f"{row.num_ranks} x {row.gpu}, {str(row.date)[:10]}, torch {row.torch}, "
+        f"driver {row.driver}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def measured(device: torch.device, reps: int, job: Job | None = None) -> Iterator[CeilingRow]:
+    """Every ceiling of this machine, as it is measured; collective with a job. A probe that this
+    torch does not have is named on stderr and left out.
+    """
+    where = environment(device)
+    size = job.size if job else 1
+
+    def times_of(probe: Probe) -> Times:
+        align = job.align if job else None
+        times, _ = measure(probe.call, device, probe.mode, reps, align=align)
+        return Times(tuple(job.max_over_ranks(times.us))) if job else times
+
+    for make in probes.ONE_GPU:
+        try:
+            probe = make(device)
+            times = times_of(probe)
+        except (RuntimeError, AttributeError) as error:
+            if job and not isinstance(error, AttributeError):
+                raise  # other ranks may be waiting: all end together
+            print(f"{make.__name__} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        yield row_of(probe, times, size, where)
+        del probe
+        torch.cuda.empty_cache()
+    if job:
+        for probe in probes.nvlink(job):
+            yield row_of(probe, times_of(probe), size, where)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        type=one_of(("cuda", "cpu")),
+        metavar="NAME",
+        help="cuda measures, cpu shows what is stored (default: cuda where there is a GPU)",
+    )
+    parser.add_argument(
+        "--csv",
+        default=str(STORED),
+        metavar="PATH",
+        help="where rows are stored (default: perf/results/ceilings.csv)",
+    )
+    parser.add_argument(
+        "--reps", type=integer(1, 10_000), default=20, metavar="N", help="timed calls (default: 20)"
+    )
+
+
+def show(path: Path) -> int:
+    """Print what is stored; 0."""
+    if not path.is_file():
+        print(f"nothing is stored in {path}")
+        return 0
+    frame = load(path)
+    print(f"{len(frame)} stored ceilings, {path}:")
+    print(table(frame.itertuples(index=False)))
+    return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and store every ceiling, or show the stored ones without a GPU; 0."""
+    if args.device == "cpu" or not torch.cuda.is_available():
+        why = "as asked" if args.device == "cpu" else "torch sees no GPU"
+        print(f"nothing is measured on a CPU ({why})")
+        return show(Path(args.csv))
+    place = place_of(os.environ)
+    file = ResultsFile(args.csv, CeilingRow)
+    if place is None:
+        return keep(file, measured(torch.device("cuda"), args.reps))
+    with joined(place) as job:
+        rows = measured(job.device, args.reps, job)
+        return keep(file if job.rank == 0 else None, rows)
+
+
+def keep(file: ResultsFile | None, rows: Iterator[CeilingRow]) -> int:
+    """Print and store rows as they come; without a file only take them. 0, or 130 after an
+    interrupt.
+    """
+    count = 0
+    try:
+        for row in rows:
+            if file:
+                file.append(row)
+                print(table([row]), flush=True)
+                count += 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {count} finished row(s) kept", file=sys.stderr)
+        return 130
+    return 0

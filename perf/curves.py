@@ -1,0 +1,192 @@
+"""What a report shows: result rows and peers' figures as curves over tokens, group by group.
+
+A group is one layer on one set of GPUs under one routing. Its curves are implementations (with
+their precision and mode), its bounds are rooflines per precision. Where a point was measured
+several times the row of the latest date counts. Nothing here draws; `plots` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.cases import MODELS, Model
+from perf.compare import KEY
+from perf.results import REPOSITORY
+from perf.timing import GRAPH
+
+#: Measured figures of other implementations: balanced routing, a rank per GPU, slowest rank.
+PEERS = REPOSITORY / "perf" / "results" / "peers.csv"
+PEER_COLUMNS = ("source", "gpu", "num_ranks", "model", "tokens", "us", "date", "precision")
+
+OURS = "megamoe"
+GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode", "impl"))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One implementation over tokens per rank: {tokens: microseconds}, {tokens: TFLOP/s per GPU}
+    (useful; empty where nothing ran on a GPU). One of several modes is drawn, all are in tables.
+    """
+
+    name: str
+    precision: str
+    us: dict[int, float]
+    tflops: dict[int, float]
+    ours: bool = False
+    peer: bool = False
+    drawn: bool = True
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.precision}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Curves that belong in one picture; `bounds` holds a roofline per precision."""
+
+    gpu: str
+    num_ranks: int
+    ranks_per_gpu: int
+    model: Model
+    routing: str
+    curves: tuple[Curve, ...]
+    bounds: tuple[Curve, ...]
+
+    @property
+    def title(self) -> str:
+        m, gpus = self.model, self.num_ranks // self.ranks_per_gpu
+        shape = f"{m.hidden}/{m.intermediate}/{m.num_experts}/{m.top_k}"
+        where = f"EP{self.num_ranks} on {gpus} x {self.gpu}"
+        return f"{m.name} {shape}, {where}, {self.routing} routing"
+
+    @property
+    def slug(self) -> str:
+        """A file name and anchor: letters, digits and dashes."""
+        gpus, experts = self.num_ranks // self.ranks_per_gpu, self.model.num_experts
+        text = (
+            f"{self.gpu}-{self.model.name}-e{experts}-ep{self.num_ranks}-{gpus}gpu-{self.routing}"
+        )
+        return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+    @property
+    def tokens(self) -> list[int]:
+        """Every token count of a measured row (peers may have others)."""
+        return sorted({t for curve in self.curves if not curve.peer for t in curve.us})
+
+    @property
+    def drawn(self) -> list[Curve]:
+        return [curve for curve in self.curves if curve.drawn]
+
+    def speedups(self) -> list[tuple[Curve, dict[int, float]]]:
+        """(another, {tokens: its time / time of ours in its precision}) of every drawn curve that
+        shares a token count with ours.
+        """
+        return [
+            (other, {t: us / mine.us[t] for t, us in other.us.items() if t in mine.us})
+            for mine in self.drawn
+            for other in self.drawn
+            if mine.ours and not other.ours and mine.precision == other.precision
+            if set(mine.us) & set(other.us)
+        ]
+
+
+def load_peers(path: str | Path):
+    """The peers' figures: a pandas DataFrame; ValueError if the file or its columns are not
+    there.
+    """
+    import pandas
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist")
+    frame = pandas.read_csv(path)
+    if tuple(frame.columns) != PEER_COLUMNS:
+        raise ValueError(f"{path} must have the columns {', '.join(PEER_COLUMNS)}")
+    if frame.us.dtype.kind not in "if" or not (frame.us > 0).all():
+        raise ValueError(f"{path} has a row without a positive time")
+    return frame
+
+
+def groups_of(frame, peers=None) -> list[Group]:
+    """The groups of result rows (`results.load`), in the order of first appearance."""
+    latest = frame.sort_values("date", kind="stable").drop_duplicates(list(KEY), keep="last")
+    return [
+        _group(dict(zip(GROUP, key, strict=True)), rows, peers)
+        for key, rows in latest.sort_index().groupby(list(GROUP), sort=False)
+    ]
+
+
+def _group(key: dict, rows, peers) -> Group:
+    shape = (key[name] for name in ("model", "hidden", "intermediate", "num_experts", "top_k"))
+    model = Model(*shape)
+    curves = _curves(rows)
+    if peers is not None and key["routing"] == "balanced" and key["ranks_per_gpu"] == 1:
+        curves += _peer_curves(peers, key["gpu"], key["num_ranks"], model)
+    return Group(
+        key["gpu"],
+        key["num_ranks"],
+        key["ranks_per_gpu"],
+        model,
+        key["routing"],
+        tuple(sorted(curves, key=lambda curve: (not curve.ours, curve.peer))),
+        tuple(_bounds(rows)),
+    )
+
+
+def _column(rows, name: str) -> dict[int, float]:
+    known = rows[rows[name].notna()].sort_values("tokens")
+    return dict(zip(known.tokens.tolist(), map(float, known[name]), strict=True))
+
+
+def _curves(rows) -> list[Curve]:
+    """Every implementation in every mode; drawn is the mode with the most points."""
+    curves = []
+    for (impl, precision), same in rows.groupby(["impl", "precision"], sort=False):
+        for place, mode in enumerate(same["mode"].value_counts().index):
+            part = same[same["mode"] == mode]
+            us, tflops = _column(part, "us_median"), _column(part, "tflops")
+            name = f"{impl} ({mode})" if mode != GRAPH else impl
+            curves.append(Curve(name, precision, us, tflops, impl == OURS, drawn=place == 0))
+    return curves
+
+
+def _bounds(rows) -> list[Curve]:
+    """A roofline per precision, from any implementation's rows: they share the work."""
+    known = rows[rows.roofline_us.notna() & rows.tflops.notna()]
+    bounds = []
+    for precision, same in known.groupby("precision", sort=False):
+        once = same.drop_duplicates("tokens", keep="last")
+        us = _column(once, "roofline_us")
+        ceiling = once.assign(tflops=once.tflops * once.us_median / once.roofline_us)
+        bounds.append(Curve("roofline", precision, us, _column(ceiling, "tflops")))
+    return bounds
+
+
+def _peer_curves(peers, gpu: str, num_ranks: int, model: Model) -> list[Curve]:
+    """Peers that ran this very layer on as many of these GPUs."""
+    if MODELS.get(model.name) != model:
+        return []
+    same = peers[(peers.gpu == gpu) & (peers.num_ranks == num_ranks) & (peers.model == model.name)]
+    curves = []
+    for (source, precision), rows in same.groupby(["source", "precision"], sort=False):
+        us = _column(rows, "us")
+        flops = 6 * model.top_k * model.hidden * model.intermediate  # of a token, all its slots
+        tflops = {tokens: flops * tokens / time / 1e6 for tokens, time in us.items()}
+        curves.append(Curve(source, precision, us, tflops, peer=True))
+    return curves
+
+
+def memory_of(model: Model, num_ranks: int, precision: str, tokens: int) -> dict[str, int]:
+    """{region: bytes} of one rank's workspace with room for `tokens`, by this source's region
+    table, the largest first; ValueError if the layer does not support the configuration.
+    """
+    from megamoe.config import supports
+    from perf.cases import Case
+    from workspace.layout import layout_of
+
+    config = Case(model, num_ranks, tokens, precision=precision).config(tokens)
+    supports(config)
+    regions: Sequence = list(layout_of(config).regions.values())
+    return {r.name: r.num_bytes for r in sorted(regions, key=lambda r: -r.num_bytes)}

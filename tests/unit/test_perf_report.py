@@ -1,0 +1,224 @@
+"""Result rows as curves, pictures and a page."""
+
+from __future__ import annotations
+
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pandas
+import pytest
+
+from perf.__main__ import main
+from perf.cases import MODELS
+from perf.curves import PEER_COLUMNS, PEERS, groups_of, load_peers, memory_of
+from perf.report import environment_rows, memory_sections
+from perf.results import EMULATION, REPOSITORY, ResultsFile, load
+from tests.unit.test_perf_results import row_of
+
+PRO = dict(model="pro", hidden=7168, intermediate=3072, num_experts=384, top_k=6, num_ranks=4)
+#: Elements without an end tag in HTML.
+VOID = {"meta", "br", "link", "img"}
+
+
+def pro(tokens: int, us: float, **changes):
+    """A row of Pro at EP4 whose tokens take 1000 TFLOP each and 6.25 us at the roofline."""
+    roofline = dict(roofline_us=6.25 * tokens, roofline_bound="hbm", roofline_share=0.5)
+    times = dict(us_min=us, us_median=us, us_p95=us, tflops=tokens * 1000 / us)
+    return row_of(**{**PRO, **roofline, **times, "tokens": tokens, **changes})
+
+
+ROWS = [
+    pro(8, 999.0, date="2026-01-01T00:00:00+00:00"),  # measured again later
+    pro(8, 100.0),
+    pro(64, 400.0),
+    pro(8, 300.0, impl="torch_bf16", mode="eager"),
+    pro(64, 600.0, impl="torch_bf16", mode="eager"),
+    pro(8, 900.0, routing="skewed", commit="fedcba9876"),
+    row_of(gpu=EMULATION, tokens=4, us_min=1e6, us_median=1e6, us_p95=1e6),
+]
+
+
+def write(path, rows=ROWS) -> str:
+    file = ResultsFile(path)
+    for row in rows:
+        file.append(row)
+    return str(path)
+
+
+@pytest.fixture
+def frame(tmp_path):
+    return load(write(tmp_path / "rows.csv"))
+
+
+@pytest.fixture
+def peers():
+    row = ("other", "NVIDIA H200", 4, "pro", 8, 50.0, "2026-01-01", "bf16")
+    return pandas.DataFrame([row], columns=PEER_COLUMNS)
+
+
+def test_groups_and_their_curves(frame, peers):
+    balanced, skewed, emulated = groups_of(frame, peers)
+    assert (balanced.routing, skewed.routing, emulated.gpu) == ("balanced", "skewed", EMULATION)
+    assert balanced.title == "pro 7168/3072/384/6, EP4 on 4 x NVIDIA H200, balanced routing"
+    assert balanced.slug == "nvidia-h200-pro-e384-ep4-4gpu-balanced"
+    ours, torch, other = balanced.curves
+    assert ours.ours and ours.us == {8: 100, 64: 400}  # the later of two rows
+    assert torch.name == "torch_bf16 (eager)" and torch.us == {8: 300, 64: 600}
+    assert other.peer and other.us == {8: 50}
+    assert other.tflops[8] == pytest.approx(6 * 8 * 6 * 7168 * 3072 / 50e6)
+    (bound,) = balanced.bounds
+    assert bound.us[8] == 50 and bound.tflops[8] == pytest.approx(160, rel=1e-4)
+    assert [curve.peer for curve in skewed.curves] == [False]  # peers ran balanced routing
+    assert emulated.bounds == () and emulated.curves[0].tflops == {}
+    assert emulated.tokens == [4]
+
+
+def test_peers_of_another_shape_or_gpu_do_not_join(tmp_path, peers):
+    half = [pro(8, 100.0, num_experts=192), pro(8, 100.0, gpu="H100"), pro(8, 100.0, num_ranks=8)]
+    for group in groups_of(load(write(tmp_path / "half.csv", half)), peers):
+        assert not any(curve.peer for curve in group.curves)
+
+
+def test_speedups_are_within_a_precision(tmp_path, peers):
+    rows = [*ROWS[1:5], pro(8, 60.0, precision="other"), pro(8, 90.0, mode="eager")]
+    (group,) = groups_of(load(write(tmp_path / "two.csv", rows)), peers)
+    found = {curve.label: ratios for curve, ratios in group.speedups()}
+    assert found == {
+        "torch_bf16 (eager), bf16": {8: 3.0, 64: 1.5},
+        "other, bf16": {8: 0.5},
+    }
+    assert [c.label for c in group.curves if not c.drawn] == ["megamoe (eager), bf16"]
+
+
+def test_memory_is_the_region_table():
+    regions = memory_of(MODELS["pro"], 4, "bf16", 8192)
+    assert regions["combine_output"] == 8192 * 6 * 7168 * 2
+    assert list(regions.values()) == sorted(regions.values(), reverse=True)
+    with pytest.raises(ValueError):
+        memory_of(MODELS["pro"], 4, "nothing", 8192)
+
+
+def test_memory_is_shown_once_per_layer_at_its_largest_capacity(frame):
+    sections = memory_sections(groups_of(frame))
+    titles = [title for title, _ in sections.values()]
+    assert titles == ["pro, EP4, bf16, room for 64 tokens", "tiny, EP1, bf16, room for 4 tokens"]
+
+
+def test_environments_are_counted(frame):
+    lines = environment_rows(frame)
+    assert [(line[4], line[6]) for line in lines] == [("0123456", 5), ("fedcba9876", 1),
+                                                      ("0123456", 1)]  # fmt: skip
+    assert lines[0][7:] == ("2026-01-01", "2027-01-01")
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps what a test asks for."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.count: dict[str, int] = {}
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            self.ids += [value] if name == "id" else []
+            self.links += [value] if name in ("href", "src", "xlink:href") else []
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone(tmp_path, capsys):
+    rows = [*ROWS, pro(16, 100.0, impl="<script>alert(1)</script>", routing="$x$")]
+    write(tmp_path / "rows.csv", rows)
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    out = tmp_path / "new" / "page.html"
+    pictures = tmp_path / "pictures"
+    assert main(["report", str(tmp_path), "-o", str(out), "--pictures", str(pictures)]) == 0
+    assert "notes.csv" in capsys.readouterr().err
+    text = out.read_text()
+    assert text.startswith("<!DOCTYPE html>")
+    page = Page(text)
+    assert page.count["svg"] == 6 == page.count["figure"]  # four groups, two memory sections
+    assert "script" not in page.count and "link" not in page.count and "img" not in page.count
+    assert page.links and all(link.startswith("#") for link in page.links)
+    assert "http" not in text and "@import" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    shown = ["roofline, bf16", "torch_bf16 (eager), bf16", "DeepGEMM #383, fp8_block"]
+    shown += ["combine_output", "fedcba9876", "Times of a CPU", "Speed-up of megamoe"]
+    for expected in shown:
+        assert expected in page.text, expected
+    assert len(list(pictures.glob("*.png"))) == len(list(pictures.glob("*.svg"))) == 6
+    for path in pictures.glob("*.svg"):
+        assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    for path in pictures.glob("*.png"):
+        assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_same_rows_give_the_same_page(tmp_path):
+    source = write(tmp_path / "rows.csv", ROWS[1:3])
+    texts = []
+    for name in "ab":
+        assert main(["report", source, "-o", str(tmp_path / name)]) == 0
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: CSV"),
+        (["{nowhere}"], "does not exist"),
+        (["{notes}"], "no result rows"),
+        (["{rows}", "--peers", "{notes}"], "must have the columns source, gpu"),
+        (["{rows}", "--peers", "{nowhere}"], "does not exist"),
+        (["{rows}", "--picture", "x"], "did you mean --pictures"),
+    ],
+)
+def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
+    names = {name: str(tmp_path / f"{name}.csv") for name in ("rows", "notes", "nowhere")}
+    write(names["rows"])
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    out = tmp_path / "page.html"
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *(word.format(**names) for word in argv), "-o", str(out)])
+    assert stop.value.code == 2 and not out.exists()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", write(tmp_path / "rows.csv"), "-o", str(tmp_path / "page.html")])
+    assert stop.value.code == 2
+    assert "pip install 'megamoe[report]'" in capsys.readouterr().err
+
+
+def test_the_published_files_can_be_drawn():
+    """Every file of result rows joins into groups; peers stand beside all three layers at EP4."""
+    peers = load_peers(PEERS)
+    assert set(peers.model) == {"pro", "flash", "v3"} and set(peers.precision) <= {
+        "bf16", "fp8_block"}  # fmt: skip
+    assert not peers.duplicated(["source", "gpu", "num_ranks", "model", "tokens"]).any()
+    files = sorted((REPOSITORY / "perf" / "results").glob("h200*.csv"))
+    groups = groups_of(load(*files), peers)
+    beside = {g.model.name for g in groups if any(curve.peer for curve in g.curves)}
+    assert beside == {"pro", "flash", "v3"}

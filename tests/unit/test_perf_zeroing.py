@@ -1,0 +1,129 @@
+"""Zeroing everything and adding slots separately: the same outputs, and what is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import megamoe
+from megamoe import reference
+from megamoe.precision import PRECISIONS
+from perf import zeroing
+from perf.__main__ import main
+from perf.cases import MODELS, Case, make_inputs, make_weights
+from perf.measure import MEGAMOE, Point, layer_arguments
+from perf.results import load
+from perf.roofline import Work
+from perf.timing import EAGER, Times
+from perf.zeroing import FULL_ZEROING, SEPARATE_SUM, contenders_of, sum_of_slots, zeroed_spans
+from workspace.layout import BARRIER
+
+CASE = Case(MODELS["emulated"], num_ranks=2, tokens=5)
+
+
+@pytest.fixture(scope="module")
+def layer(one_thread):
+    model = CASE.model
+    moe = megamoe.MegaMoE(
+        num_experts=model.num_experts,
+        top_k=model.top_k,
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        max_tokens_per_rank=8,
+        world=CASE.num_ranks,
+        device="cpu",
+    )
+    moe.load_weights(*make_weights(CASE))
+    return moe
+
+
+def test_all_but_the_barrier_header_is_zeroed(layer):
+    views = [layer.workspace.regions(rank) for rank in layer.local_ranks]
+    kept = [[view.clone() for view in regions.values()] for regions in views]
+    for regions in views:
+        for view in regions.values():
+            view.view(torch.uint8).fill_(1)
+    for span in zeroed_spans(layer.workspace):
+        span.zero_()
+    layout = layer.workspace.layout
+    for regions in views:
+        for name, view in regions.items():
+            assert bool(view.any()) == (layout[name].kind == BARRIER), name
+    for regions, old in zip(views, kept, strict=True):
+        for view, before in zip(regions.values(), old, strict=True):
+            view.copy_(before)
+
+
+def test_both_variants_give_the_layers_output(layer):
+    inputs = make_inputs(CASE)
+    expected = [y.clone() for y in layer(*layer_arguments(inputs))]
+    events = []
+
+    def meet():
+        spans = zeroed_spans(layer.workspace)
+        events.append(not any(span.any() for span in spans))
+
+    zero, add = contenders_of(layer, EAGER, meet)
+    for _ in range(2):  # again, after a launch with other inputs
+        outputs = zero.prepare(inputs)()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        sums = add.prepare(inputs)()
+        for mine, wanted in zip(sums, expected, strict=True):
+            assert mine.shape == wanted.shape and mine.dtype == wanted.dtype
+            assert reference.relative_error(mine, wanted) < 4e-3
+        layer(*layer_arguments(make_inputs(CASE.with_tokens(8))))
+    assert events == [True, True]  # met once a call, when everything was zero
+    assert (zero.impl, add.impl) == (FULL_ZEROING, SEPARATE_SUM)
+    spans = zeroed_spans(layer.workspace)
+    assert zero.config == f"zeroed_bytes={sum(span.numel() for span in spans) // 2}"
+
+
+def test_slots_are_added_in_float32():
+    slots_TKH = torch.tensor([[[256.0], [1.0], [1.0], [1.0]]], dtype=torch.bfloat16)
+    assert sum_of_slots(slots_TKH).tolist() == [[260.0]]  # 259 in float32; 256 if added in bf16
+    assert sum_of_slots(slots_TKH).dtype == torch.bfloat16
+
+
+def point(impl: str, tokens: int, us: float) -> Point:
+    work = Work((1,), (1,), (0,))
+    return Point(CASE.with_tokens(tokens), EAGER, impl, Times((us,)), work, None, None)
+
+
+def test_ratios_are_to_the_layer_at_the_same_tokens():
+    points = [
+        point(MEGAMOE, 4, 100.0), point(FULL_ZEROING, 4, 250.0), point(SEPARATE_SUM, 4, 130.0),
+        point(MEGAMOE, 8, 200.0), point(FULL_ZEROING, 8, 300.0),  # stopped here
+    ]  # fmt: skip
+    assert zeroing.ratios(points) == [("bf16", 4, 100.0, 2.5, 1.3)]
+    assert "2.50x" in zeroing.table(points) and "1.30x" in zeroing.table(points)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_command_on_the_emulator(precision, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    small = ["--tokens", "2", "--ranks", "2", "--num-experts", "8", "--reps", "2"]
+    small += ["--precision", precision]
+    assert main(["zeroing", *small, "--csv", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "CPU emulation" in out and "full zeroing" in out and out.count("x\n") == 1
+    rows = load(path)
+    assert rows.impl.tolist() == [MEGAMOE, FULL_ZEROING, SEPARATE_SUM]
+    assert (rows.error_rel < 8e-3).all() and rows.config[1].startswith("zeroed_bytes=")
+    # Titles stand over their columns, whatever the names of implementations.
+    title, *lines = out.splitlines()[2:6]
+    assert {len(line) for line in (title, *lines)} == {len(title)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--routing", "masked:0.2"], "masks slots"),
+        (["--baseline", "torch_bf16"], "unknown argument --baseline"),
+        (["--tokens", "x"], "'x' is not an integer"),
+    ],
+)
+def test_wrong_arguments_are_one_line(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["zeroing", *argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
