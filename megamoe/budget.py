@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megamoe.config import KernelConfig, MoEConfig
 from megamoe.precision import num_scales
-from workspace.wire import scale_words
+from workspace.wire import COUNT_RECORD_BYTES, scale_words
 
 SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
 REGISTERS_PER_TRIPLE = (
@@ -20,7 +20,7 @@ REGISTERS_PER_TRIPLE = (
 WARP_ROWS = 16  # rows of a tile that one math warp owns
 PASS_ROW_BYTES = 128  # of a row in one epilogue pass: 64 bf16
 PASS_BYTES = WARP_ROWS * PASS_ROW_BYTES  # shared memory of a math warp's pass
-QUEUE_SLOTS = 4  # tiles handed over ahead of the math warps
+QUEUE_SLOTS = 2  # tiles handed over: the one in work and the next
 QUEUE_WORDS = 8  # int32 per handed-over tile
 WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 FLAG_WORDS = 4
@@ -42,6 +42,8 @@ class Budget:
     piece_bytes: int
     pull_bytes: int
     pull_sf_bytes: int  # scales of the rows that are being pulled
+    pull_count_bytes: int  # count records of all sources for the expert that is being pulled
+    metadata_bytes: int  # padding metadata of the tiles in the queue: a word per row
     zero_bytes: int
     count_words: int
     num_barriers: int
@@ -78,6 +80,8 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     sf_stage = 4 * kernel.block_m if scaled else 0
     weight_sf = weight_sf_bytes(config)
     pull_sf = 4 * scale_words(row_scales) * kernel.num_dispatch_warps * NUM_PULL_BUFFERS
+    pull_counts = COUNT_RECORD_BYTES * config.num_ranks * kernel.num_dispatch_warps
+    metadata = QUEUE_SLOTS * 4 * kernel.block_m
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
     barriers = (
         2 * kernel.num_stages + 2 * QUEUE_SLOTS + kernel.num_dispatch_warps * NUM_PULL_BUFFERS
@@ -89,6 +93,8 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         + staging
         + pull
         + pull_sf
+        + pull_counts
+        + metadata
         + zeros
         + 8 * barriers
         + 4 * words
@@ -103,6 +109,8 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         piece_bytes=piece,
         pull_bytes=pull,
         pull_sf_bytes=pull_sf,
+        pull_count_bytes=pull_counts,
+        metadata_bytes=metadata,
         zero_bytes=zeros,
         count_words=config.experts_per_rank,
         num_barriers=barriers,

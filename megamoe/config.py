@@ -62,7 +62,7 @@ class KernelConfig:
     group_blocks: pool blocks of one expert whose tiles share a weight tile in L2 (a schedule unit).
     lag_waves: FC2 of a unit trails its FC1 by about this many tiles per CTA.
     pool_blocks: pool blocks held at once (the ring); None takes what the worst routing needs, up to
-    192.
+    192 in BF16 and 384 in FP8.
     trace: every CTA records when it reached the marks of `workspace.layout.TRACE_NAMES`.
     """
 
@@ -92,15 +92,15 @@ class KernelConfig:
         return 128 * (1 + self.num_math_warpgroups)
 
 
-#: Blocks of the pool ring unless asked otherwise: several times the blocks between a pull and its
-#: last FC2 tile, and 0.5 GB at H = 7168, I = 3072 in BF16.
-DEFAULT_POOL_BLOCKS = 192
+#: Blocks of the pool ring unless asked otherwise, times the bytes of an item: several times the
+#: blocks between a pull and its last FC2 tile, and 0.5 GB at H = 7168, I = 3072.
+DEFAULT_POOL_BLOCK_BYTES = 384
 #: What recipes with scales change: 128 bytes of K are 128 columns; promotion needs registers for a
 #: second accumulator; scales take shared memory from the pull buffers.
 SCALED_DEFAULTS = {
     "block_k": 128,
     "pull_chunk_bytes": 1792,
-    "frontend_registers": 48,
+    "frontend_registers": 56,
     "math_registers": 224,
 }
 #: Smallest legal value of the integer fields of `KernelConfig` that have no stricter rule.
@@ -134,7 +134,8 @@ def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
     if kernel.pool_blocks is not None:
         _check_integer("pool_blocks", kernel.pool_blocks, 1)
     worst = max_pool_blocks(config, kernel)
-    return min(worst, kernel.pool_blocks or DEFAULT_POOL_BLOCKS)
+    default = DEFAULT_POOL_BLOCK_BYTES // config.recipe.token_bytes
+    return min(worst, kernel.pool_blocks or default)
 
 
 def select(config: MoEConfig, **overrides) -> KernelConfig:

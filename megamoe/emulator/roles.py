@@ -223,7 +223,9 @@ def _take_tile(
 
 
 def load_tokens(cta: Cta) -> Role:
-    """Wait until the tokens of a tile are there, and load its real rows into a stage."""
+    """Wait until the tokens of a tile are there, and load its real rows into a stage, with the
+    padding metadata that its epilogue needs.
+    """
     runtime, state, shared = cta.runtime, cta.state, cta.shared
     agent, shape, dtype = cta.agents.load_tokens, cta.shape, cta.config.recipe.token
     block_m = shape.kernel.block_m
@@ -237,21 +239,24 @@ def load_tokens(cta: Cta) -> Role:
         yield from runtime.wait(agent, shared.stage_empty[stage], free, "load_tokens.stage_empty")
         if phase == PHASE_FC1:
             label, ready, target = "load_tokens.fc1", "l1_arrival_count", rows
+            words = "l1_topk_weights_buffer"
             region, scale_region, num_scales = "l1_token_buffer", "l1_sf_buffer", shape.token_scales
         else:
             label, ready, target = "load_tokens.fc2", "fc1_done_counter", shape.fc1_done
+            words = "token_src_metadata"
             region, scale_region, num_scales = "fc1_output", "fc1_output_sf", shape.hidden_scales
         yield from runtime.wait(agent, state.word(ready, block), target, f"{label}_wait")
-        runtime.proxy_fence(agent, f"{label}_proxy")
         first, scales = ring_row(block, shape.ring, block_m), None
+        runtime.proxy_fence(agent, f"{label}_proxy")
         bits = state.data[region].read(agent, slice(first, first + rows), asynchronous=True)
+        metadata = state.data[words].read(agent, slice(first, first + block_m))[:, 0].copy()
         if num_scales:
             first = ring_row(block, shape.ring, num_scales)
             which = slice(first, first + num_scales)
             found = state.data[scale_region].read(agent, which, (0, rows), asynchronous=True)
             scales = as_float(found, "float32").T
         shared.stage.write(agent, stage, number)
-        shared.tiles[stage] = Tile(as_float(bits, dtype), scales)
+        shared.tiles[stage] = Tile(as_float(bits, dtype), scales, metadata)
         yield from runtime.add(
             agent, shared.stage_full[stage], "load_tokens.stage_full", release=True
         )
@@ -296,27 +301,27 @@ def math(cta: Cta, warp: int) -> Role:
         own = slice(warp * shape.warp_rows, (warp + 1) * shape.warp_rows)
         real = max(0, min(rows - own.start, shape.warp_rows))
         product = shared.tiles[stage].times(weights, scales)[own] if real else None
+        metadata = shared.tiles[stage].metadata[own]
         yield from runtime.add(leader, shared.stage_empty[stage], "math.stage_empty", release=True)
         first = ring_row(block, shape.ring, shape.kernel.block_m) + own.start
         if phase == PHASE_FC1:
             yield from _fc1_epilogue(
-                cta, shape, (leader, lanes), product, first, real, block, column
+                cta, shape, (leader, lanes), product, metadata, first, real, block, column
             )
         else:
             yield from _fc2_epilogue(
-                cta, shape, (leader, lanes), product, first, real, block, columns
+                cta, shape, (leader, lanes), product, metadata, first, real, block, columns
             )
         number += 1
 
 
 def _fc1_epilogue(
-    cta: Cta, shape: Shape, warp, product, first: int, real: int, block: int, column: int
+    cta: Cta, shape: Shape, warp, product, metadata, first: int, real: int, block: int, column: int
 ) -> Role:
     """SwiGLU, router weight, one rounding, store; then report the tile."""
     leader, lanes = warp
     state, runtime, recipe = cta.state, cta.runtime, cta.config.recipe
-    bits = state.data["l1_topk_weights_buffer"].read(lanes, slice(first, first + shape.warp_rows))
-    weights = as_float(bits[:, 0].copy(), "float32")
+    weights = as_float(metadata, "float32")
     if weights[real:].any():
         row = first + real + int(weights[real:].nonzero()[0])
         raise PaddingNotInert(
@@ -345,14 +350,11 @@ def _fc1_epilogue(
 
 
 def _fc2_epilogue(
-    cta: Cta, shape: Shape, warp, product, first: int, real: int, block: int, columns
+    cta: Cta, shape: Shape, warp, product, codes, first: int, real: int, block: int, columns
 ) -> Role:
     """Store real rows to their sources; report; the last warp of the block cleans its ring slot."""
     leader, lanes = warp
     state, runtime, config = cta.state, cta.runtime, cta.config
-    codes = state.data["token_src_metadata"].read(lanes, slice(first, first + shape.warp_rows))[
-        :, 0
-    ]
     wrong = np.flatnonzero((codes != PADDING) != (np.arange(shape.warp_rows) < real))
     if len(wrong):
         row = int(wrong[0])

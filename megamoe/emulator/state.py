@@ -273,12 +273,13 @@ class Shared:
 
 @dataclass
 class Tile:
-    """Real token rows of one tile in a stage and their scales, float32; all math warps share one
-    product.
+    """Real token rows of one tile in a stage and their scales, float32, and the words of padding
+    metadata of all its rows; all math warps share one product.
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
+    metadata: np.ndarray
     product: torch.Tensor | None = None
 
     def times(self, weights: torch.Tensor, weight_scales: torch.Tensor | None) -> torch.Tensor:

@@ -36,10 +36,13 @@ ROLE = faults.ROLE_COUNT
 
 
 class PullBuffers(NamedTuple):
-    """Shared memory of a dispatch warp, NUM_PULL_BUFFERS of each, and sizes in bytes."""
+    """Shared memory of a dispatch warp: NUM_PULL_BUFFERS rows or pieces of them, as many rows of
+    scales and barriers, the count records of one expert; and sizes in bytes.
+    """
 
     rows: cute.Pointer
     scales: cute.Pointer
+    counts: cute.Pointer
     barriers: cute.Pointer
     piece_bytes: int
     zero_bytes: int
@@ -202,6 +205,19 @@ def finish_store(launch: Launch, unpublished, lane) -> Int32:
 
 
 @cute.jit
+def load_counts(launch: Launch, counts, expert, lane):
+    """The count records of all sources for one expert, into the warp's shared memory."""
+    arch.sync_warp()  # every lane is done with the last expert's
+    for rank in range(lane, launch.shape.config.num_ranks, 32):
+        record = address(launch, "expert_recv_count", rank)
+        record += Int64(expert) * wire.COUNT_RECORD_BYTES
+        count, offset = load_global_v2(record)
+        counts[rank * 2] = count
+        counts[rank * 2 + 1] = offset
+    arch.sync_warp()
+
+
+@cute.jit
 def store_piece(launch: Launch, buffers: PullBuffers, state: Pulling, lane):
     """Wait for the load of the last piece and start its store; with it, store the row's scales."""
     last = state.piece - 1
@@ -236,7 +252,6 @@ def pull(launch: Launch, received, buffers: PullBuffers, zeros, worker, num_work
     row_bytes, piece_bytes = shape.token_row_bytes, buffers.piece_bytes
     pieces = row_bytes // piece_bytes
     zero_bytes = buffers.zero_bytes
-    counts = global_ptr(address(launch, "expert_recv_count"))
     free = shape.slot_free
 
     state = Pulling(Int32(0), Int32(0), Int64(0), Int32(-1), Int64(0))
@@ -246,13 +261,17 @@ def pull(launch: Launch, received, buffers: PullBuffers, zeros, worker, num_work
     # so a fast peer may already be writing the next launch's records.
     arch.fence_proxy("async.global")  # peers staged their input by ordinary stores
     row = Int32(worker)
+    counted = Int32(-1)  # the expert whose count records lie in shared memory
     position = schedule.seek_pull(
         schedule.PullWalk(Int32(0), Int32(0), Int32(0)), row, received, local, block_m
     )
     while position.expert < local:
+        if position.expert != counted:
+            load_counts(launch, buffers.counts, position.expert, lane)
+            counted = position.expert
         index = row - position.first_row
-        source, turn = schedule.pick_source(counts, position.expert * 2, local * 2, ranks, index)
-        offset = counts[(source * local + position.expert) * 2 + 1]
+        source, turn = schedule.pick_source(buffers.counts, 0, 2, ranks, index)
+        offset = buffers.counts[source * 2 + 1]
         record = (
             address(launch, "routed_record", source)
             + Int64(offset + turn) * wire.ROUTED_RECORD_BYTES

@@ -136,6 +136,13 @@ def unpack_bf16x2(word):
     )
 
 
+def opaque(word):
+    """The same Int32, computed anew as far as the compiler knows: what follows from it is not
+    hoisted out of a loop, where it would hold registers.
+    """
+    return arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word])
+
+
 def as_float(word):
     return prims.mov_b32(word, target_type=Float32)
 

@@ -123,3 +123,4 @@ def quantize_input(launch: Launch, threads: Constexpr):
                     column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
                     if lane % lanes == 0 and column < hidden:
                         store_scale(launch, token, column // FP8_BLOCK, scales[part][0])
+        arch.fence_proxy("async.global")  # bulk copies of all ranks read these rows

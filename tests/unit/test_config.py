@@ -9,7 +9,7 @@ import pytest
 
 from megamoe import budget
 from megamoe.config import (
-    DEFAULT_POOL_BLOCKS,
+    DEFAULT_POOL_BLOCK_BYTES,
     MAX_RANKS,
     MAX_ROUTED_SLOTS,
     MAX_TOP_K,
@@ -183,7 +183,7 @@ def test_max_pool_blocks_covers_every_routing(seed):
         (64, None, 20),
         (64, 8, 8),
         (64, 1000, 20),
-        (32768, None, DEFAULT_POOL_BLOCKS),
+        (32768, None, DEFAULT_POOL_BLOCK_BYTES // 2),
         (32768, 500, 500),
     ],
 )

@@ -22,6 +22,7 @@ from megamoe.kernels.ptx import (
     as_word,
     global_ptr,
     load_global_v2,
+    load_shared,
     load_shared_v4,
     pack_bf16x2,
     silu,
@@ -91,17 +92,15 @@ UP_INDEX = 4 * 8
 
 
 @cute.jit
-def store_fc1(launch: Launch, accumulator, staging, warp, lane, pool, column):
+def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, column):
     """FC1 tile of pool block `pool`: 128 outputs per row to `fc1_output`, and their scale where the
     recipe has one.
     """
     shape = launch.shape
     block_m = shape.kernel.block_m
     first_row = schedule.ring_row(pool, shape.ring, block_m) + warp * WARP_ROWS
-    weights = [
-        as_float(read_metadata(launch, "l1_topk_weights_buffer", first_row + lane // 4 + 8 * half))
-        for half in range(2)
-    ]
+    row = warp * WARP_ROWS + lane // 4
+    weights = [as_float(load_shared(metadata + (row + 8 * half))) for half in range(2)]
     outputs = shape.kernel.block_n // 2
     tile_bytes = outputs * shape.config.recipe.token_bytes
     slabs = outputs // 8
@@ -165,6 +164,8 @@ def scale_columns(accumulator, scales, channels, lane):
     slabs = cute.size(accumulator) // 4
     for slab in range_constexpr(slabs):
         quarter, within = slab // (slabs // 4), slab % (slabs // 4)
+        if const_expr(within == 0):
+            arch.sync_warp()  # keeps ptxas from loading all scales at once, which would spill
         channel = channels[quarter] + 8 * within + 2 * (lane % 4)
         words = load_global_v2(scales + Int64(channel) * 4)
         for half in range_constexpr(2):
@@ -208,17 +209,16 @@ def scale_fc2(launch: Launch, accumulator, tile, lane):
 
 
 @cute.jit
-def store_fc2(launch: Launch, accumulator, staging, warp, lane, pool, column):
+def store_fc2(launch: Launch, accumulator, staging, metadata, warp, lane, pool, column):
     """FC2 tile of pool block `pool`: real rows to `combine_output` of their source rank."""
     shape = launch.shape
-    first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m) + warp * WARP_ROWS
     max_slots = shape.config.max_slots_per_rank
     row_bytes = shape.output_row_bytes
     region_offset = shape.layout["combine_output"].offset
     tile_bytes = 2 * shape.kernel.block_n
     targets = cute.make_rmem_tensor((STORES_PER_PASS,), Int64)
     for store in range_constexpr(STORES_PER_PASS):
-        code = read_metadata(launch, "token_src_metadata", first_row + 4 * store + lane // 8)
+        code = load_shared(metadata + (warp * WARP_ROWS + 4 * store + lane // 8))
         target = Int64(0)
         if code != wire.PADDING:
             slot = wire.source_slot(code, max_slots)

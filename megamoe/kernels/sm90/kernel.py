@@ -14,9 +14,9 @@ Pipelines (producer -> consumer, arrivals):
   queue_full    load_weights -> load_tokens, math      1 + bytes of the weights' block scales
   queue_empty   load_tokens, math -> load_weights      9
 
-Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and tiles ahead;
-load_tokens follows as soon as a block is complete; math computes tile i while both loaders fill
-stages of tile i + 1.
+Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and a tile
+ahead; load_tokens follows as soon as a block is complete; math computes tile i while both loaders
+fill stages of tile i + 1.
 
 Deadlock freedom: all CTAs are co-resident and take tickets of one order in which FC2 follows its
 FC1 and FC1 of a block follows FC2 of the block whose ring slot it takes (`schedule`); every CTA
@@ -178,6 +178,8 @@ class MegaMoEKernel:
         stage_scales = self.allocate_bytes(memory, config.num_stages * budget.sf_stage_bytes)
         weight_scales = self.allocate_bytes(memory, QUEUE_SLOTS * budget.weight_sf_bytes)
         pull_scales = self.allocate_bytes(memory, budget.pull_sf_bytes)
+        pull_counts = memory.allocate_array(Int32, budget.pull_count_bytes // 4)
+        metadata = memory.allocate_array(Int32, budget.metadata_bytes // 4)
         barriers = memory.allocate_array(Int64, budget.num_barriers)
         received = memory.allocate_array(Int32, budget.count_words)
         queue = memory.allocate_array(Int32, QUEUE_SLOTS * QUEUE_WORDS)
@@ -191,6 +193,7 @@ class MegaMoEKernel:
             queue_empty=queue_full + QUEUE_SLOTS,
             row_scales=stage_scales,
             weight_scales=weight_scales,
+            metadata=metadata,
         )
         pull_barriers = queue_full + 2 * QUEUE_SLOTS
 
@@ -229,6 +232,7 @@ class MegaMoEKernel:
                 pulling = PullBuffers(
                     rows=buffers + mine * budget.piece_bytes,
                     scales=pull_scales + mine * self.shape.token_scale_bytes,
+                    counts=pull_counts + warp * (2 * self.shape.config.num_ranks),
                     barriers=pull_barriers + mine,
                     piece_bytes=budget.piece_bytes,
                     zero_bytes=budget.zero_bytes,

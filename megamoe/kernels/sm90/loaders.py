@@ -12,15 +12,18 @@ from megamoe import faults, schedule
 from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SF_BYTES, Budget
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address
-from megamoe.kernels.ptx import bulk_load, global_ptr
+from megamoe.kernels.ptx import bulk_load, global_ptr, store_shared
 from megamoe.kernels.sm90.operands import down_box, gate_up_box, partition, tokens_box
 
 arch = cute.arch
 
+#: K blocks that `prefetch_first` asks for: 132 CTAs of 32 KB each are 4 MB, or 1 us of HBM.
+PREFETCH_BLOCKS = 8
+
 
 class Pipes(NamedTuple):
     """Shared-memory pointers of the pipelines (see `kernel`): mbarriers, the words of the tile
-    queue, and the scales that come with stages and with tiles.
+    queue, the scales that come with stages and with tiles, and the tiles' padding metadata.
     """
 
     full: cute.Pointer
@@ -30,6 +33,7 @@ class Pipes(NamedTuple):
     queue_empty: cute.Pointer
     row_scales: cute.Pointer
     weight_scales: cute.Pointer
+    metadata: cute.Pointer
 
 
 class Entry(NamedTuple):
@@ -85,6 +89,17 @@ def load_stages(
             to, source = sides[part]
             if part == 0 or rows > part * WARPGROUP_ROWS:
                 cute.copy(atom, source[None, k], to[None, stage], tma_bar_ptr=full)
+
+
+@cute.jit
+def prefetch_first(launch: Launch, atom, source):
+    """Bring the weights of a CTA's first tile into L2 beyond its stages, while the first rows are
+    still on their way.
+    """
+    first = launch.shape.kernel.num_stages
+    last = min(first + PREFETCH_BLOCKS, launch.shape.fc1_k_blocks)
+    for k in cutlass.range(first, last, unroll=1):
+        cute.prefetch(atom, source[None, k])
 
 
 @cute.jit
@@ -162,6 +177,8 @@ def load_weights(
             place = ((0, 0, tile.column), None, walk.expert)
             sides = [partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)]
             k_blocks = shape.fc1_k_blocks
+            if handed == 1:
+                prefetch_first(launch, gate_up_atom, sides[0][1])
             load_stages(
                 launch, gate_up_atom, sides, pipes, position, k_blocks, rows, num_bytes, None, lane
             )
@@ -176,6 +193,23 @@ def load_weights(
             position += k_blocks
         else:
             running = Int32(0)
+
+
+@cute.jit
+def load_metadata(launch: Launch, pipes, name, block, slot, lane):
+    """A word of padding metadata for every row of a pool block, into the tile's queue slot: the
+    epilogue finds there what another CTA's dispatch warp wrote to global memory. The warp's next
+    arrival at a stage hands it over.
+    """
+    rows = launch.shape.kernel.block_m
+    source = global_ptr(address(launch, name, block * rows))
+    words = [
+        arch.load(source + (lane + first), Int32, sem="relaxed", scope="gpu")
+        for first in range(0, rows, 32)
+    ]
+    for part in range_constexpr(len(words)):
+        store_shared(pipes.metadata + (slot * rows + lane + 32 * part), words[part])
+    arch.sync_warp()
 
 
 @cute.jit
@@ -215,14 +249,15 @@ def load_tokens(
     while running == 1:
         tile = take_tile(pipes, taken)
         release_tile(pipes, taken, lane)
-        taken += 1
         block = tile.pool % shape.ring
         began = sync.trace_clock(launch)
+        slot = taken % QUEUE_SLOTS
         if tile.phase == schedule.PHASE_FC1:
             sync.wait_for(launch, "l1_arrival_count", tile.pool, 0, tile.rows, role, "gpu")
             waited_tokens += sync.trace_clock(launch) - began
-            if taken == 1:
+            if taken == 0:
                 sync.mark(launch, "first_tile")
+            load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
             arch.fence_proxy("async.global")
             scales = None
             if const_expr(recipe.token_block > 0):
@@ -236,6 +271,7 @@ def load_tokens(
             done = Int32(shape.fc1_done)
             sync.wait_for(launch, "fc1_done_counter", tile.pool, 0, done, role, "gpu")
             waited_hidden += sync.trace_clock(launch) - began
+            load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
             arch.fence_proxy("async.global")
             scales = None
             if const_expr(recipe.hidden_block > 0):
@@ -247,6 +283,7 @@ def load_tokens(
             position += shape.fc2_k_blocks
         else:
             running = Int32(0)
+        taken += 1
     if lane == 0:
         sync.record(launch, "wait_tokens_ns", waited_tokens)
         sync.record(launch, "wait_hidden_ns", waited_hidden)

@@ -11,6 +11,7 @@ from megamoe import schedule
 from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, WARP_ROWS, WARPGROUP_ROWS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
+from megamoe.kernels.ptx import opaque
 from megamoe.kernels.sm90 import epilogue, mainloop
 from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
 
@@ -91,19 +92,22 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
             k_blocks = Int32(shape.fc1_k_blocks)
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
+            metadata = pipes.metadata + taken % QUEUE_SLOTS * shape.kernel.block_m
             if tile.rows > (warp // 4) * WARPGROUP_ROWS:
                 multiply(launch, mma, fragments, pipes, tile, taken, position, k_blocks, warp, lane)
+                # The epilogue's addresses would be hoisted and fill the mainloop's registers.
+                lane = opaque(lane)
                 if tile.phase == schedule.PHASE_FC1:
                     if const_expr(shape.config.recipe.weight_block[0] == 1):
                         epilogue.scale_fc1(launch, accumulator, tile, warp, lane)
                     epilogue.store_fc1(
-                        launch, accumulator, mine, warp, lane, tile.pool, tile.column
+                        launch, accumulator, mine, metadata, warp, lane, tile.pool, tile.column
                     )
                 else:
                     if const_expr(shape.config.recipe.weight_block[0] == 1):
                         epilogue.scale_fc2(launch, accumulator, tile, lane)
                     epilogue.store_fc2(
-                        launch, accumulator, mine, warp, lane, tile.pool, tile.column
+                        launch, accumulator, mine, metadata, warp, lane, tile.pool, tile.column
                     )
             else:
                 mainloop.skip(pipes, position, k_blocks, lane, shape.kernel.num_stages)
