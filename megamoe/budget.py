@@ -27,7 +27,7 @@ FLAG_WORDS = 4
 FLAG_OK, FLAG_LAST, FLAG_STOP = 0, 1, 2  # this CTA's: no wait failed; last to arrive; end reduce
 ZERO_BYTES = 1024  # zeros that dispatch copies to rows that pad a block, at most
 WEIGHT_SF_BYTES = 16  # scales of a weight tile for one K block: one float32 per 64 of its columns
-NUM_PULL_BUFFERS = 2  # pieces per dispatch warp: one loading, one being stored
+NUM_PULL_BUFFERS = 2  # pieces per pulling warp: one loading, one being stored
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,18 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     b_stage = kernel.block_n * kernel.block_k * item
     staging = kernel.num_math_warps * PASS_BYTES
     piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
-    pull = kernel.num_dispatch_warps * NUM_PULL_BUFFERS * piece
+    pull = kernel.num_pull_warps * NUM_PULL_BUFFERS * piece
     scaled, row_scales = (
         config.recipe.scaled,
         num_scales(config.hidden_size, config.recipe.token_block),
     )
     sf_stage = 4 * kernel.block_m if scaled else 0
     weight_sf = weight_sf_bytes(config)
-    pull_sf = 4 * scale_words(row_scales) * kernel.num_dispatch_warps * NUM_PULL_BUFFERS
-    pull_counts = COUNT_RECORD_BYTES * config.num_ranks * kernel.num_dispatch_warps
+    pull_sf = 4 * scale_words(row_scales) * kernel.num_pull_warps * NUM_PULL_BUFFERS
+    pull_counts = COUNT_RECORD_BYTES * config.num_ranks * kernel.num_pull_warps
     metadata = QUEUE_SLOTS * 4 * kernel.block_m
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
-    barriers = (
-        2 * kernel.num_stages + 2 * QUEUE_SLOTS + kernel.num_dispatch_warps * NUM_PULL_BUFFERS
-    )
+    barriers = 2 * kernel.num_stages + 3 * QUEUE_SLOTS + kernel.num_pull_warps * NUM_PULL_BUFFERS
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
     total = (
         kernel.num_stages * (a_stage + b_stage + sf_stage)

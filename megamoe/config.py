@@ -54,8 +54,10 @@ class KernelConfig:
     block_m, block_n, block_k: the CTA tile. `block_m` is also the unit of readiness, the pool
     block.
     num_stages: depth of the shared-memory ring of A and B tiles.
-    num_dispatch_warps: warps that pull tokens; with two loader warps they form the front-end
-    warpgroup.
+    num_dispatch_warps: warps that pull tokens and reduce early; with two loader warps they form the
+    front-end warpgroup.
+    num_pull_warps: those of them that pull. One with large pieces brings a row in sooner than two
+    with small ones, in the same shared memory.
     pull_chunk_bytes: largest piece of a token row in flight per pull buffer.
     frontend_registers, math_registers: setmaxnreg values of the front-end and of each math
     warpgroup.
@@ -71,7 +73,8 @@ class KernelConfig:
     block_k: int = 64
     num_stages: int = 4
     num_dispatch_warps: int = 2
-    pull_chunk_bytes: int = 3584
+    num_pull_warps: int = 1
+    pull_chunk_bytes: int = 7168
     frontend_registers: int = 88
     math_registers: int = 208
     group_blocks: int = 8
@@ -99,7 +102,7 @@ DEFAULT_POOL_BLOCK_BYTES = 384
 #: second accumulator; scales take shared memory from the pull buffers.
 SCALED_DEFAULTS = {
     "block_k": 128,
-    "pull_chunk_bytes": 1792,
+    "pull_chunk_bytes": 4096,
     "frontend_registers": 56,
     "math_registers": 224,
 }
@@ -186,6 +189,10 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
         raise ValueError(
             f"num_dispatch_warps={kernel.num_dispatch_warps} must be 2 "
             "(with two loader warps: one warpgroup)"
+        )
+    if not 1 <= kernel.num_pull_warps <= kernel.num_dispatch_warps:
+        raise ValueError(
+            f"num_pull_warps={kernel.num_pull_warps} must be in 1..{kernel.num_dispatch_warps}"
         )
     if not 1 <= kernel.group_blocks <= pool_blocks(config, kernel):
         raise ValueError(

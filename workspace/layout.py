@@ -45,6 +45,10 @@ TRACE_NAMES = (
     "wait_tokens_ns", "wait_hidden_ns", "start_cycles", "end_cycles",
 )  # fmt: skip
 TRACE_CTAS, TRACE_MARKS = 160, 16
+#: Tiles of a CTA that region `tile_trace` has room for; words of one: when it was taken, when its
+#: product was done, when it was stored and reported (ns), and what it was: phase + (pool block
+#: << 8) + (column << 40).
+TRACE_TILES, TILE_WORDS = 1024, 4
 #: Values of `combine_arrival_count` from the last slot on.
 SLOTS_IN, SLOTS_ADDED = 0, 1
 #: NVLink barriers of a launch; `nvlink_barrier_counter` grows by this.
@@ -177,6 +181,11 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         table.append(
             Region("trace", "int64", (TRACE_CTAS, TRACE_MARKS), LOCAL, DATA,
                    "every CTA at its marks", "the host", "every mark is written in every launch")
+        )  # fmt: skip
+        table.append(
+            Region("tile_trace", "int64", (TRACE_CTAS, TRACE_TILES, TILE_WORDS), LOCAL, DATA,
+                   "the first math warp of every CTA", "the host",
+                   "the host zeroes it before the launch that it wants to see")
         )  # fmt: skip
     return table
 

@@ -135,6 +135,14 @@ class Pull:
 
 
 def dispatch(cta: Cta, warp: int) -> Role:
+    """Pull rows, if it is one of the warps that do, then reduce tokens that are in."""
+    if warp < cta.kernel.num_pull_warps:
+        yield from pull_rows(cta, warp)
+    yield from reduce_early(cta, warp)
+    cta.runtime.bump(cta.shared.dispatch_ended)
+
+
+def pull_rows(cta: Cta, warp: int) -> Role:
     """Pull the rows of the local experts, round-robin over warps, in dense row order."""
     runtime, state, config = cta.runtime, cta.state, cta.config
     (agent, lanes), shape = cta.agents.dispatch[warp], cta.shape
@@ -143,7 +151,7 @@ def dispatch(cta: Cta, warp: int) -> Role:
     sources = np.arange(num_ranks) * experts
     position = PullWalk(0, 0, 0)
     pull = Pull(cta, cta.agents.dispatch[warp])
-    warps_per_cta = len(cta.agents.dispatch)
+    warps_per_cta = cta.kernel.num_pull_warps
     first_row, stride = cta.index * warps_per_cta + warp, cta.num_ctas * warps_per_cta
     runtime.proxy_fence(agent, "dispatch.input_proxy")
     for row in range(first_row, sum(counts), stride):
@@ -175,8 +183,6 @@ def dispatch(cta: Cta, warp: int) -> Role:
                 pull.zero(ring_index + 1 + padding)
         yield from pull.row(cta.ranks[rank], slot // config.top_k, ring_index, block)
     yield from pull.drain("dispatch.last_wait")
-    yield from reduce_early(cta, warp)
-    runtime.bump(cta.shared.dispatch_ended)
 
 
 def load_weights(cta: Cta) -> Role:

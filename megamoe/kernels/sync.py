@@ -17,13 +17,13 @@ Counters are compared by signed difference: epochs may wrap.
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Boolean, Constexpr, Int32, Int64, const_expr
+from cutlass import Boolean, Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults
 from megamoe.budget import FLAG_LAST, FLAG_OK
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
-from workspace.layout import TRACE_NAMES
+from workspace.layout import TILE_WORDS, TRACE_NAMES, TRACE_TILES
 
 arch = cute.arch
 
@@ -151,6 +151,22 @@ def record(launch: Launch, name: Constexpr, value):
         word = 2 * TRACE_NAMES.index(name)
         slot = global_ptr(address(launch, "trace", launch.cta, word), Int64, 8)
         arch.store(slot, Int64(value), sem="relaxed", scope="gpu")
+
+
+@cute.jit
+def record_tile(launch: Launch, number, phase, pool, column, times: Constexpr):
+    """Record tile `number` of this CTA with three `times` of `trace_clock`; nothing unless the
+    kernel is built to trace.
+    """
+    if const_expr(launch.shape.kernel.trace):
+        if number < TRACE_TILES:
+            code = Int64(phase) + (Int64(pool) << 8) + (Int64(column) << 40)
+            row = address(launch, "tile_trace", launch.cta) + Int64(number) * (8 * TILE_WORDS)
+            words = [*times, code]
+            for word in range_constexpr(TILE_WORDS):
+                arch.store(
+                    global_ptr(row + 8 * word, Int64, 8), words[word], sem="relaxed", scope="gpu"
+                )
 
 
 @cute.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -31,7 +32,28 @@ def variants() -> list:
         kernel = fields.pop("kernel")
         config = MoEConfig(**fields)
         params.append(pytest.param(config, select(config, **kernel), id=name))
+    for precision in ("fp8_block", "fp8_channel"):
+        for name, config in MODELS.items():
+            config = replace(config, precision=precision)
+            params.append(pytest.param(config, select(config), id=f"{name}-{precision}"))
+    for name in ("block_odd", "block_ring", "channel_odd"):
+        fields = dict(CONFIGS[name])
+        kernel = fields.pop("kernel")
+        config = MoEConfig(**fields)
+        params.append(pytest.param(config, select(config, **kernel), id=name))
+    traced = MODELS["flash_ep4"]
+    params.append(pytest.param(traced, select(traced, trace=True), id="flash_ep4-trace"))
     return params
+
+
+#: WGMMA instructions by recipe. BF16: one K block peeled and one in the loop, of the full tile
+#: width. FP8: a K block is two halves of the tile; by channel there are two mainloops, and FC1's is
+#: made like that of BF16.
+WGMMA = {
+    "bf16": (r"HGMMA\.64x256x16\.F32\.BF16", 2 * 4),
+    "fp8_block": (r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3", 2 * 4),
+    "fp8_channel": (r"QGMMA\.64x128x32\.F32\.E4M3\.E4M3", 2 * 2 * 4 + 2 * 4),
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +72,9 @@ def test_variant(config, kernel, tmp_path, capfd):
     assert re.search(r"REG:168 STACK:0 ", built.resources)
     assert built.count("STL") == built.count("LDL") == 0
     assert built.count("USETMAXREG") == 2
-    # One K block peeled, one in the loop: block_k / 16 instructions each, of the full tile width.
-    assert len(re.findall(r"HGMMA\.64x256x16\.F32\.BF16", built.sass)) == 2 * kernel.block_k // 16
+    instruction, count = WGMMA[config.precision]
+    assert len(re.findall(instruction, built.sass)) == count
+    assert built.count("HGMMA") + built.count("QGMMA") == count
     assert built.count("UTMALDG") == 6  # FC1 and FC2: two boxes of A, one of B
     assert built.count("UBLKCP") >= 2  # bulk pull and bulk store
 

@@ -13,6 +13,7 @@ Pipelines (producer -> consumer, arrivals):
   empty[stage]  math -> both loaders                   8 (one per warp)
   queue_full    load_weights -> load_tokens, math      1 + bytes of the weights' block scales
   queue_empty   load_tokens, math -> load_weights      9
+  metadata_full load_tokens -> math                    32 (every lane stored some)
 
 Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and a tile
 ahead; load_tokens follows as soon as a block is complete; math computes tile i while both loaders
@@ -194,8 +195,9 @@ class MegaMoEKernel:
             row_scales=stage_scales,
             weight_scales=weight_scales,
             metadata=metadata,
+            metadata_full=queue_full + 2 * QUEUE_SLOTS,
         )
-        pull_barriers = queue_full + 2 * QUEUE_SLOTS
+        pull_barriers = queue_full + 3 * QUEUE_SLOTS
 
         if thread == 0:
             flags[FLAG_OK] = Int32(1)
@@ -206,7 +208,8 @@ class MegaMoEKernel:
             for slot in range_constexpr(QUEUE_SLOTS):
                 arch.mbarrier_init(pipes.queue_full + slot, 1)
                 arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
-            for buffer in range_constexpr(config.num_dispatch_warps * NUM_PULL_BUFFERS):
+                arch.mbarrier_init(pipes.metadata_full + slot, 32)
+            for buffer in range_constexpr(config.num_pull_warps * NUM_PULL_BUFFERS):
                 arch.mbarrier_init(pull_barriers + buffer, 1)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
             store_shared(zeros + 4 * word, Int32(0))
@@ -227,21 +230,22 @@ class MegaMoEKernel:
         if warpgroup == 0:
             arch.setmaxregister_decrease(config.frontend_registers)
             if warp < config.num_dispatch_warps:
-                worker = cta * config.num_dispatch_warps + warp
-                mine = warp * NUM_PULL_BUFFERS
-                pulling = PullBuffers(
-                    rows=buffers + mine * budget.piece_bytes,
-                    scales=pull_scales + mine * self.shape.token_scale_bytes,
-                    counts=pull_counts + warp * (2 * self.shape.config.num_ranks),
-                    barriers=pull_barriers + mine,
-                    piece_bytes=budget.piece_bytes,
-                    zero_bytes=budget.zero_bytes,
-                )
-                workers = num_ctas * config.num_dispatch_warps
-                pull(launch, received, pulling, zeros, worker, workers, lane)
-                if warp == 0 and lane == 0:
-                    sync.mark(launch, "last_pull")
-                arch.sync_warp()
+                if warp < config.num_pull_warps:
+                    mine = warp * NUM_PULL_BUFFERS
+                    pulling = PullBuffers(
+                        rows=buffers + mine * budget.piece_bytes,
+                        scales=pull_scales + mine * self.shape.token_scale_bytes,
+                        counts=pull_counts + warp * (2 * self.shape.config.num_ranks),
+                        barriers=pull_barriers + mine,
+                        piece_bytes=budget.piece_bytes,
+                        zero_bytes=budget.zero_bytes,
+                    )
+                    worker = cta * config.num_pull_warps + warp
+                    workers = num_ctas * config.num_pull_warps
+                    pull(launch, received, pulling, zeros, worker, workers, lane)
+                    if warp == 0 and lane == 0:
+                        sync.mark(launch, "last_pull")
+                    arch.sync_warp()
                 reduce_early(launch, flags, warp, config.num_dispatch_warps, lane)
                 arch.barrier_arrive(
                     barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads

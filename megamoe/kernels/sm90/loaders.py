@@ -34,6 +34,7 @@ class Pipes(NamedTuple):
     row_scales: cute.Pointer
     weight_scales: cute.Pointer
     metadata: cute.Pointer
+    metadata_full: cute.Pointer
 
 
 class Entry(NamedTuple):
@@ -198,8 +199,7 @@ def load_weights(
 @cute.jit
 def load_metadata(launch: Launch, pipes, name, block, slot, lane):
     """A word of padding metadata for every row of a pool block, into the tile's queue slot: the
-    epilogue finds there what another CTA's dispatch warp wrote to global memory. The warp's next
-    arrival at a stage hands it over.
+    epilogue finds there what another CTA's dispatch warp wrote to global memory.
     """
     rows = launch.shape.kernel.block_m
     source = global_ptr(address(launch, name, block * rows))
@@ -209,7 +209,7 @@ def load_metadata(launch: Launch, pipes, name, block, slot, lane):
     ]
     for part in range_constexpr(len(words)):
         store_shared(pipes.metadata + (slot * rows + lane + 32 * part), words[part])
-    arch.sync_warp()
+    arch.mbarrier_arrive(pipes.metadata_full + slot)
 
 
 @cute.jit

@@ -86,15 +86,20 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
     running = Int32(1)
     while running == 1:
         tile = take_tile(pipes, taken)
+        begin = sync.trace_clock(launch)
         if tile.phase == schedule.PHASE_DONE:
             running = Int32(0)
         else:
             k_blocks = Int32(shape.fc1_k_blocks)
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
-            metadata = pipes.metadata + taken % QUEUE_SLOTS * shape.kernel.block_m
+            slot = taken % QUEUE_SLOTS
+            multiplied = begin
+            metadata = pipes.metadata + slot * shape.kernel.block_m
             if tile.rows > (warp // 4) * WARPGROUP_ROWS:
                 multiply(launch, mma, fragments, pipes, tile, taken, position, k_blocks, warp, lane)
+                multiplied = sync.trace_clock(launch)
+                arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
                 # The epilogue's addresses would be hoisted and fill the mainloop's registers.
                 lane = opaque(lane)
                 if tile.phase == schedule.PHASE_FC1:
@@ -116,6 +121,9 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
             else:
                 epilogue.report_fc2(launch, lane, tile.pool)
             position += k_blocks
+            if warp == 0 and lane == 0:
+                times = [begin, multiplied, sync.trace_clock(launch)]
+                sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
         release_tile(pipes, taken, lane)
         taken += 1
     if warp == 0 and lane == 0:
