@@ -24,8 +24,9 @@ QUEUE_SLOTS = 2  # tiles handed over: the one in work and the next
 QUEUE_WORDS = 8  # int32 per handed-over tile
 WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 FLAG_WORDS = 4
-FLAG_OK, FLAG_LAST, FLAG_STOP = 0, 1, 2  # this CTA's: no wait failed; last to arrive; end reduce
-ZERO_BYTES = 1024  # zeros that dispatch copies to rows that pad a block, at most
+# This CTA's: no wait failed; last to arrive; end reduce; number of local experts with rows.
+FLAG_OK, FLAG_LAST, FLAG_STOP, FLAG_LIVE = 0, 1, 2, 3
+ZERO_BYTES = 512  # zeros that dispatch copies to rows that pad a block, at most
 WEIGHT_SF_BYTES = 16  # scales of a weight tile for one K block: one float32 per 64 of its columns
 NUM_PULL_BUFFERS = 2  # pieces per pulling warp: one loading, one being stored
 
@@ -96,6 +97,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         + zeros
         + 8 * barriers
         + 4 * words
+        + 2 * config.experts_per_rank
         + 1024
     )
     return Budget(

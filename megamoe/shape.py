@@ -68,11 +68,13 @@ class Shape:
         """`fc2_done_counter` of a block whose ring slot is clean and free."""
         return slot_free_target(self.fc2_columns, self.kernel.num_math_warps)
 
-    def stream(self, num_ctas) -> tuple:
-        """Arguments of `schedule.seek_walk` after the counts."""
+    def stream(self, num_ctas, experts=None) -> tuple:
+        """Arguments of `schedule.seek_walk` after the counts, which are those of `experts` experts:
+        by default of all local ones. Experts without rows may be left out.
+        """
         kernel = self.kernel
         return (
-            self.experts, kernel.block_m, kernel.group_blocks,
+            self.experts if experts is None else experts, kernel.block_m, kernel.group_blocks,
             self.fc1_columns, self.fc2_columns, kernel.lag_waves * num_ctas, self.ring,
         )  # fmt: skip
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
+from cutlass import Constexpr, Int16, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
-from megamoe.budget import FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
+from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import (
@@ -98,12 +98,13 @@ def segment_offsets(launch: Launch, totals, offsets):
 
 
 @cute.jit
-def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexpr):
-    """Whole CTA: publish what this rank sends, pass the barrier, and leave rows per local expert in
-    `received`.
+def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threads: Constexpr):
+    """Whole CTA: publish what this rank sends, pass the barrier, and leave the local experts that
+    have rows: their number in `flag_smem[FLAG_LIVE]`, their rows in `received`, their ids in
+    `expert_ids`.
 
-    `scratch` is shared memory for 3 * E words. If the barrier fails, `received` is all zero, so
-    that every role of the CTA agrees that there is nothing to do.
+    `scratch` is shared memory for 3 * E words. If the barrier fails, there are none, so that every
+    role of the CTA agrees that there is nothing to do.
     """
     shape = launch.shape
     experts, local = shape.config.num_experts, shape.experts
@@ -180,6 +181,32 @@ def count(launch: Launch, scratch, received, flag_smem, epoch, threads: Constexp
             statistics = global_ptr(launch.expert_counts + Int64(expert) * 4)
             arch.red(statistics, total, op="add", dtype="s32", sem="relaxed", scope="gpu")
     arch.sync_threads()
+    if launch.thread < 32:
+        leave_out_empty(launch, received, expert_ids, flag_smem)
+    arch.sync_threads()
+
+
+@cute.jit
+def leave_out_empty(launch: Launch, received, expert_ids, flag_smem):
+    """One warp: move the counts of experts with rows to the front, in order, with their ids: with
+    few tokens most experts have none, and every role would walk over them one by one.
+    """
+    local, lane = launch.shape.experts, launch.thread
+    found = Int32(0)
+    for start in range(0, local, 32):
+        expert = start + lane
+        rows = Int32(0)
+        if expert < local:
+            rows = received[expert]
+        filled = arch.vote_ballot_sync(rows > 0)
+        if rows > 0:
+            index = found + arch.popc(filled & ((Int32(1) << lane) - 1))
+            received[index] = rows
+            expert_ids[index] = Int16(expert)
+        found += arch.popc(filled)
+        arch.sync_warp()
+    if lane == 0:
+        flag_smem[FLAG_LIVE] = found
 
 
 class Pulling(NamedTuple):
@@ -237,7 +264,17 @@ def store_piece(launch: Launch, buffers: PullBuffers, state: Pulling, lane):
 
 
 @cute.jit
-def pull(launch: Launch, received, buffers: PullBuffers, zeros, worker, num_workers, lane):
+def pull(
+    launch: Launch,
+    received,
+    expert_ids,
+    num_live,
+    buffers: PullBuffers,
+    zeros,
+    worker,
+    num_workers,
+    lane,
+):
     """Dispatch role, one warp: pull rows `worker`, `worker` + `num_workers`, ... of the dense
     order. Lane 0 issues the copies; the other lanes help with scales.
 
@@ -247,7 +284,7 @@ def pull(launch: Launch, received, buffers: PullBuffers, zeros, worker, num_work
     still unpublished. `zeros` is shared memory with zeros for `budget.zero_bytes`.
     """
     shape = launch.shape
-    block_m, local, ranks = shape.kernel.block_m, shape.experts, shape.config.num_ranks
+    block_m, ranks = shape.kernel.block_m, shape.config.num_ranks
     scaled = shape.config.recipe.scaled
     row_bytes, piece_bytes = shape.token_row_bytes, buffers.piece_bytes
     pieces = row_bytes // piece_bytes
@@ -263,11 +300,11 @@ def pull(launch: Launch, received, buffers: PullBuffers, zeros, worker, num_work
     row = Int32(worker)
     counted = Int32(-1)  # the expert whose count records lie in shared memory
     position = schedule.seek_pull(
-        schedule.PullWalk(Int32(0), Int32(0), Int32(0)), row, received, local, block_m
+        schedule.PullWalk(Int32(0), Int32(0), Int32(0)), row, received, num_live, block_m
     )
-    while position.expert < local:
+    while position.expert < num_live:
         if position.expert != counted:
-            load_counts(launch, buffers.counts, position.expert, lane)
+            load_counts(launch, buffers.counts, Int32(expert_ids[position.expert]), lane)
             counted = position.expert
         index = row - position.first_row
         source, turn = schedule.pick_source(buffers.counts, 0, 2, ranks, index)
@@ -359,7 +396,7 @@ def pull(launch: Launch, received, buffers: PullBuffers, zeros, worker, num_work
                 scales,
             )
         row += num_workers
-        position = schedule.seek_pull(position, row, received, local, block_m)
+        position = schedule.seek_pull(position, row, received, num_live, block_m)
 
     unpublished = finish_store(launch, unpublished, lane)
     if state.loading == 1:

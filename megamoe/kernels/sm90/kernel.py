@@ -29,10 +29,11 @@ from __future__ import annotations
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint8, range_constexpr
+from cutlass import Float32, Int16, Int32, Int64, Uint8, range_constexpr
 from cutlass.memory import SmemAllocator
 
 from megamoe.budget import (
+    FLAG_LIVE,
     FLAG_OK,
     FLAG_STOP,
     FLAG_WORDS,
@@ -183,6 +184,7 @@ class MegaMoEKernel:
         metadata = memory.allocate_array(Int32, budget.metadata_bytes // 4)
         barriers = memory.allocate_array(Int64, budget.num_barriers)
         received = memory.allocate_array(Int32, budget.count_words)
+        expert_ids = memory.allocate_array(Int16, budget.count_words)
         queue = memory.allocate_array(Int32, QUEUE_SLOTS * QUEUE_WORDS)
         flags = memory.allocate_array(Int32, FLAG_WORDS)
         queue_full = barriers + 2 * config.num_stages
@@ -223,7 +225,8 @@ class MegaMoEKernel:
             sync.mark_cycles(launch, "start_cycles")
         epoch = sync.read_epoch(launch)
         scratch = cute.recast_ptr(staging, dtype=Int32)
-        count(launch, scratch, received, flags, epoch, config.num_threads)
+        count(launch, scratch, received, expert_ids, flags, epoch, config.num_threads)
+        num_live = flags[FLAG_LIVE]
 
         if thread == 0:
             sync.mark(launch, "dispatched")
@@ -242,7 +245,17 @@ class MegaMoEKernel:
                     )
                     worker = cta * config.num_pull_warps + warp
                     workers = num_ctas * config.num_pull_warps
-                    pull(launch, received, pulling, zeros, worker, workers, lane)
+                    pull(
+                        launch,
+                        received,
+                        expert_ids,
+                        num_live,
+                        pulling,
+                        zeros,
+                        worker,
+                        workers,
+                        lane,
+                    )
                     if warp == 0 and lane == 0:
                         sync.mark(launch, "last_pull")
                     arch.sync_warp()
@@ -253,7 +266,7 @@ class MegaMoEKernel:
             elif warp == WARP_LOAD_WEIGHTS:
                 load_weights(
                     launch, budget, gate_up_atom, gate_up, down_atom, down, smem_b, received,
-                    pipes, lane,
+                    expert_ids, num_live, pipes, lane,
                 )  # fmt: skip
             elif warp == WARP_LOAD_TOKENS:
                 load_tokens(

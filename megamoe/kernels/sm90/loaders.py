@@ -144,6 +144,8 @@ def load_weights(
     down,
     smem_b,
     received,
+    expert_ids,
+    num_live,
     pipes,
     lane,
 ):
@@ -153,8 +155,8 @@ def load_weights(
     shape, kernel = launch.shape, launch.shape.kernel
     num_bytes = budget.b_stage_bytes
     tickets = global_ptr(address(launch, "load_balance_counter"))
-    stream = shape.stream(launch.num_ctas)
-    walk = schedule.start_walk(received, Int32(shape.experts))
+    stream = shape.stream(launch.num_ctas, num_live)
+    walk = schedule.start_walk(received, num_live)
     position = Int32(0)
     handed = Int32(0)
     running = Int32(1)
@@ -167,15 +169,16 @@ def load_weights(
         slot = handed % QUEUE_SLOTS
         arch.mbarrier_wait(pipes.queue_empty + slot, (handed // QUEUE_SLOTS + 1) % 2)
         tile = schedule.Tile(Int32(0), Int32(0), Int32(0))
-        rows = Int32(0)
+        rows, expert = Int32(0), Int32(0)
         if walk.phase != schedule.PHASE_DONE:
             tile = schedule.tile_of(walk, ticket)
             rows = schedule.rows_in_block(received[walk.expert], tile.block, kernel.block_m)
-        entry = Entry(walk.phase, tile.pool, tile.column, rows, walk.expert)
+            expert = Int32(expert_ids[walk.expert])
+        entry = Entry(walk.phase, tile.pool, tile.column, rows, expert)
         hand_over(launch, pipes, slot, entry, lane)
         handed += 1
         if walk.phase == schedule.PHASE_FC1:
-            place = ((0, 0, tile.column), None, walk.expert)
+            place = ((0, 0, tile.column), None, expert)
             sides = [partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)]
             k_blocks = shape.fc1_k_blocks
             if handed == 1:
@@ -185,7 +188,7 @@ def load_weights(
             )
             position += k_blocks
         elif walk.phase == schedule.PHASE_FC2:
-            place = (tile.column, None, walk.expert)
+            place = (tile.column, None, expert)
             sides = [partition(down_atom, smem_b, down, down_box(kernel), place)]
             k_blocks = shape.fc2_k_blocks
             load_stages(
