@@ -98,6 +98,9 @@ _EP2 = {
 }
 
 
+_SKEWED = "--tokens 128,1024,8192"
+
+
 def _both(name: str, options: str, gpus: int) -> tuple[Step, Step]:
     """The sweep in BF16 and in FP8 with the scales of DeepSeek-V3."""
     return (
@@ -119,9 +122,9 @@ EP_STEPS = (
         "fp8_channel",
         gpus=4,
     ),
-    Step("pro_ep4_skewed", f"{_EP4['pro']} --routing skewed --tokens 128,1024,8192", gpus=4),
-    Step("pro_ep4_hot_expert", f"{_EP4['pro']} --routing hot-expert --tokens 128,1024", gpus=4),
-    Step("pro_ep4_hot_rank", f"{_EP4['pro']} --routing hot-rank --tokens 128,1024", gpus=4),
+    *_both("pro_ep4_skewed", f"{_EP4['pro']} --routing skewed {_SKEWED}", 4),
+    *_both("pro_ep4_hot_expert", f"{_EP4['pro']} --routing hot-expert:0.3 {_SKEWED}", 4),
+    *_both("pro_ep4_hot_rank", f"{_EP4['pro']} --routing hot-rank:0.6 {_SKEWED}", 4),
     Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
     *_both("pro_ep2", f"{_EP2['pro']} --tokens {_SOME_TOKENS}", 2),
     *_both("flash_ep2", f"{_EP2['flash']} --tokens {_SOME_TOKENS}", 2),
