@@ -165,15 +165,17 @@ def _output_of(*command: str) -> str | None:
 
 
 def source_version() -> tuple[str, int | str]:
-    """(commit, dirty) from git, else from MEGAMOE_COMMIT=<commit>[-dirty], else unknown."""
-    commit = _output_of("git", "rev-parse", "HEAD")
-    if commit:
-        changes = _output_of("git", "status", "--porcelain", "--untracked-files=no")
-        return commit, "" if changes is None else int(bool(changes))
+    """(commit, dirty) from MEGAMOE_COMMIT=<commit>[-dirty], which a copy of a checkout on another
+    machine needs, else from git, else unknown.
+    """
     stated = os.environ.get("MEGAMOE_COMMIT", "")
-    if not stated:
+    if stated:
+        return stated.removesuffix("-dirty"), int(stated.endswith("-dirty"))
+    commit = _output_of("git", "rev-parse", "HEAD")
+    if not commit:
         return "unknown", ""
-    return stated.removesuffix("-dirty"), int(stated.endswith("-dirty"))
+    changes = _output_of("git", "status", "--porcelain", "--untracked-files=no")
+    return commit, "" if changes is None else int(bool(changes))
 
 
 def _dsl_version() -> str:

@@ -123,7 +123,7 @@ def git(directory, *arguments) -> str:
 
 def test_version_from_git(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "REPOSITORY", tmp_path)
-    monkeypatch.setenv("MEGAMOE_COMMIT", "not-this")
+    monkeypatch.delenv("MEGAMOE_COMMIT", raising=False)
     git(tmp_path, "init", "-q")
     (tmp_path / "file").write_text("1")
     git(tmp_path, "add", "file")
@@ -133,6 +133,8 @@ def test_version_from_git(tmp_path, monkeypatch):
     assert source_version() == (commit, 0)
     (tmp_path / "file").write_text("2")
     assert source_version() == (commit, 1)
+    monkeypatch.setenv("MEGAMOE_COMMIT", "stated")  # the copy may have a git of its own
+    assert source_version() == ("stated", 0)
 
 
 @pytest.mark.parametrize(
