@@ -94,7 +94,7 @@ def draw_group(group: Group) -> dict[str, bytes]:
     speedups = group.speedups()
     on_gpu = any(curve.tflops for curve in group.drawn)
     panels = 1 + on_gpu + bool(speedups)
-    with _subplots(1, panels, figsize=(5.2 * panels, 5.2), squeeze=False) as (figure, axes):
+    with _subplots(1, panels, figsize=(4.8 * panels + 3, 4.6), squeeze=False) as (figure, axes):
         remaining = iter(axes[0])
         styled = _styles(group)
         axis = next(remaining)
@@ -113,15 +113,12 @@ def draw_group(group: Group) -> dict[str, bytes]:
             axis = next(remaining)
             styles = {curve.label: style for curve, style in styled}
             for other, ratios in speedups:
-                _draw(axis, ratios, {**styles[other.label], "label": f"over {other.label}"})
+                _draw(axis, ratios, styles[other.label])
             axis.axhline(1, color="black", linewidth=1)
             axis.set(title="Speed-up of megamoe", ylabel="their time / ours", ylim=(0, None))
-            axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22))
         for axis in axes[0]:
             _token_axis(axis, tokens)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        axes[0][0].legend(handles, labels, fontsize=8, loc="upper center",
-                          bbox_to_anchor=(0.5, -0.22))  # fmt: skip
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
         figure.suptitle(group.title)
         return _files(figure, group.slug)
 

@@ -2,11 +2,13 @@
 
 Roles of a CTA (384 threads, 1 CTA per SM, persistent):
   warps  role          registers  does (module)
-  all    count         168        histogram, routed records, barrier of all ranks (dispatch)
-  0-1    dispatch      frontend   pull token rows, then reduce what is in (dispatch, combine)
-  2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (here)
-  3      load_tokens   frontend   waits for readiness, TMA of A (here)
-  4-11   math          math       WGMMA, epilogues, combine (mainloop, epilogue, combine)
+  all    count         168        quantises the input, histogram, routed records, barrier of all
+                                  ranks (quantize, dispatch)
+  0-1    dispatch      frontend   warp 0 pulls token rows; both then reduce what is in (dispatch,
+                                  combine)
+  2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (loaders)
+  3      load_tokens   frontend   waits for readiness, TMA of A (loaders)
+  4-11   math          math       products, epilogues, combine (math, mainloop, epilogue, combine)
 
 Pipelines (producer -> consumer, arrivals):
   full[stage]   load_tokens + load_weights -> math     2 arrivals + bytes of A, its scales, B
