@@ -99,6 +99,8 @@ BAD_KERNELS = [
     ("pool_blocks", -4),
     ("num_dispatch_warps", 1),
     ("num_dispatch_warps", 3),
+    ("num_pull_warps", 0),
+    ("num_pull_warps", 3),
     ("group_blocks", 0),
     ("group_blocks", -1),
     ("group_blocks", 100),
