@@ -74,11 +74,8 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     staging = kernel.num_math_warps * PASS_BYTES
     piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
     pull = kernel.num_pull_warps * NUM_PULL_BUFFERS * piece
-    scaled, row_scales = (
-        config.recipe.scaled,
-        num_scales(config.hidden_size, config.recipe.token_block),
-    )
-    sf_stage = 4 * kernel.block_m if scaled else 0
+    row_scales = num_scales(config.hidden_size, config.recipe.token_block)
+    sf_stage = 4 * kernel.block_m if config.recipe.scaled else 0
     weight_sf = weight_sf_bytes(config)
     pull_sf = 4 * scale_words(row_scales) * kernel.num_pull_warps * NUM_PULL_BUFFERS
     pull_counts = COUNT_RECORD_BYTES * config.num_ranks * kernel.num_pull_warps

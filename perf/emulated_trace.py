@@ -8,11 +8,11 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megamoe.emulator import Emulator
-from megamoe.emulator.memory import GPU, Agent, Word
+from megamoe.emulator.memory import Agent, Word
 from megamoe.emulator.runtime import Runtime
 from megamoe.schedule import PHASE_DONE, advance_walk, start_walk, tile_of
 from megamoe.shape import Shape
@@ -90,17 +90,9 @@ class Recorder(Runtime):
                 record.tiles[-1][2] = self._step
         return record
 
-    def wait(
-        self,
-        agent: Agent,
-        word: Word,
-        expected: int,
-        label: str,
-        scope: str = GPU,
-        also: Iterable[Agent] = (),
-    ):
+    def wait(self, agent: Agent, word: Word, expected: int, label: str, *arguments, **options):
         begin = self._step
-        yield from super().wait(agent, word, expected, label, scope, also)
+        yield from super().wait(agent, word, expected, label, *arguments, **options)
         record = self._note(agent, label)
         if label in WAITS:
             name = WAITS[label]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr, range_constexpr
+from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
 from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SF_BYTES, Budget
@@ -217,16 +217,20 @@ def load_metadata(launch: Launch, pipes, name, block, slot, lane):
 
 @cute.jit
 def load_rows(
-    launch: Launch, budget: Budget, atom, tensor, smem_a, pipes, position, k_blocks, tile, scales,
-    lane,
+    launch: Launch, budget: Budget, atom, tensor, smem_a, pipes, position, k_blocks, tile,
+    sf_region: Constexpr, lane,
 ):  # fmt: skip
-    """Load the rows of a tile's pool block over K: one box per math warpgroup that has real rows,
-    and the rows' scales.
+    """Load the rows of a tile's pool block over K, once they are ready: one box per math warpgroup
+    that has real rows, and from `sf_region`, unless that is None, the rows' scales.
     """
     kernel = launch.shape.kernel
     box, boxes = tokens_box(kernel), kernel.num_math_warpgroups
     box_bytes = budget.a_stage_bytes // boxes
     block = tile.pool % launch.shape.ring
+    arch.fence_proxy("async.global")
+    scales = None
+    if const_expr(sf_region is not None):
+        scales = address(launch, sf_region, block)
     sides = []
     num_bytes = Int32(box_bytes)
     for half in range_constexpr(boxes):
@@ -261,13 +265,9 @@ def load_tokens(
             if taken == 0:
                 sync.mark(launch, "first_tile")
             load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
-            arch.fence_proxy("async.global")
-            scales = None
-            if const_expr(recipe.token_block > 0):
-                scales = address(launch, "l1_sf_buffer", block)
             load_rows(
                 launch, budget, tokens_atom, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
-                tile, scales, lane,
+                tile, "l1_sf_buffer" if recipe.token_block > 0 else None, lane,
             )  # fmt: skip
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
@@ -275,13 +275,9 @@ def load_tokens(
             sync.wait_for(launch, "fc1_done_counter", tile.pool, 0, done, role, "gpu")
             waited_hidden += sync.trace_clock(launch) - began
             load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
-            arch.fence_proxy("async.global")
-            scales = None
-            if const_expr(recipe.hidden_block > 0):
-                scales = address(launch, "fc1_output_sf", block)
             load_rows(
                 launch, budget, hiddens_atom, hiddens, smem_a, pipes, position, shape.fc2_k_blocks,
-                tile, scales, lane,
+                tile, "fc1_output_sf" if recipe.hidden_block > 0 else None, lane,
             )  # fmt: skip
             position += shape.fc2_k_blocks
         else:

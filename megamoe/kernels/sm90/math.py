@@ -62,16 +62,15 @@ def multiply(launch: Launch, mma, fragments, pipes, tile, taken, position, k_blo
                 mma, fragments, pipes, rows, weights, True, position, k_blocks, lane,
                 launch.shape.kernel,
             )  # fmt: skip
+        elif tile.phase == schedule.PHASE_FC1:
+            mainloop.accumulate(
+                mma, fragments, pipes, position, k_blocks, lane, launch.shape.kernel
+            )
         else:
-            if tile.phase == schedule.PHASE_FC1:
-                mainloop.accumulate(
-                    mma, fragments, pipes, position, k_blocks, lane, launch.shape.kernel
-                )
-            else:
-                mainloop.accumulate_scaled(
-                    mma, fragments, pipes, rows, weights, False, position, k_blocks, lane,
-                    launch.shape.kernel,
-                )  # fmt: skip
+            mainloop.accumulate_scaled(
+                mma, fragments, pipes, rows, weights, False, position, k_blocks, lane,
+                launch.shape.kernel,
+            )  # fmt: skip
 
 
 @cute.jit
