@@ -81,7 +81,8 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     pull_counts = COUNT_RECORD_BYTES * config.num_ranks * kernel.num_pull_warps
     metadata = QUEUE_SLOTS * 4 * kernel.block_m
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
-    barriers = 2 * kernel.num_stages + 3 * QUEUE_SLOTS + kernel.num_pull_warps * NUM_PULL_BUFFERS
+    barriers = 2 * kernel.num_stages + 3 * QUEUE_SLOTS + 1
+    barriers += kernel.num_pull_warps * NUM_PULL_BUFFERS
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
     total = (
         kernel.num_stages * (a_stage + b_stage + sf_stage)

@@ -270,6 +270,33 @@ def pick_source(counts, base, stride, num_ranks, index):
     return source, taken
 
 
+class Share(NamedTuple):
+    """Part of a math warpgroup in a tile."""
+
+    active: int  # 1 if it computes
+    half: int  # number of the rows that it computes, in units of a warpgroup's
+    arrivals: int  # how many warps each of its warps arrives and reports for
+
+
+@dsl.jit
+def share_of(rows, warpgroup, turn, granule, num_warpgroups):
+    """Share of `warpgroup` in a tile with `rows` real rows.
+
+    Rows that one warpgroup holds are computed by one alone, in turn: while it stores its results,
+    the next one multiplies the next tile, so that loads of weights never pause for an epilogue
+    (the ping-pong schedule of CUTLASS). `turn`: number of such tiles before this one.
+    """
+    active = warpgroup * 0 + 1
+    half = warpgroup
+    arrivals = warpgroup * 0 + 1
+    if rows <= granule:
+        half = half * 0
+        arrivals = arrivals * num_warpgroups
+        if turn % num_warpgroups != warpgroup:
+            active = active * 0
+    return Share(active, half, arrivals)
+
+
 @dsl.jit
 def ring_row(pool_block, ring, block_m):
     """First row of a pool block in the ring buffers."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megamoe.budget import WARPGROUP_ROWS
 from megamoe.emulator import Emulator
 from megamoe.emulator.memory import Agent, Word
 from megamoe.emulator.runtime import Runtime
@@ -32,7 +33,8 @@ MARKS = {
 }
 WAITS = {"load_tokens.fc1_wait": "wait_tokens_ns", "load_tokens.fc2_wait": "wait_hidden_ns"}
 TICKET = "load_weights.ticket"
-#: What the first math warp passes on the way through a tile.
+#: What the first warp of a math warpgroup passes on the way through a tile that it has a share in.
+TILE_TAKEN = "math.queue_full"
 TILE_BEGIN, TILE_MULTIPLIED = "math.stage_full", "math.stage_empty"
 TILE_DONE = ("math.fc1_done", "math.fc2_done")
 #: The word that counts CTAs that have ended.
@@ -45,7 +47,21 @@ class _Record:
 
     marks: dict[str, int] = field(default_factory=dict)
     tickets: list[int] = field(default_factory=list)
-    tiles: list[list[int]] = field(default_factory=list)  # begin, multiplied, end
+    taken: dict[Agent, int] = field(default_factory=dict)  # tiles, by warpgroup
+    by: dict[int, Agent] = field(default_factory=dict)  # who began a tile first
+    tiles: dict[int, list[int]] = field(default_factory=dict)  # begin, multiplied, end
+
+    def note_tile(self, agent: Agent, label: str, step: int) -> None:
+        number = self.taken.get(agent, 0) - 1
+        if label == TILE_TAKEN:
+            self.taken[agent] = number + 2
+        elif label == TILE_BEGIN and number not in self.by:
+            self.by[number], self.tiles[number] = agent, [step, 0, 0]
+        elif self.by.get(number) is agent:
+            if label == TILE_MULTIPLIED:
+                self.tiles[number][1] = step
+            elif label in TILE_DONE:
+                self.tiles[number][2] = step
 
 
 class Recorder(Runtime):
@@ -53,8 +69,12 @@ class Recorder(Runtime):
 
     def __init__(self, emulator: Emulator):
         super().__init__(emulator.memory, emulator.dropped)
+        warps = WARPGROUP_ROWS * emulator.kernel.num_math_warps // emulator.kernel.block_m
         self.first_math = {
-            agents.math[0].leader for state in emulator.ranks for agents in state.cta_agents
+            warp.leader
+            for state in emulator.ranks
+            for agents in state.cta_agents
+            for warp in agents.math[::warps]
         }
         self.records: dict[tuple[int, int], _Record] = {}
         self._step, self._task = 0, None
@@ -82,12 +102,7 @@ class Recorder(Runtime):
             marks[MARKS[label]] = self._step
         if agent in self.first_math:
             marks["last_tile"] = self._step
-            if label == TILE_BEGIN:
-                record.tiles.append([self._step, 0, 0])
-            elif label == TILE_MULTIPLIED:
-                record.tiles[-1][1] = self._step
-            elif label in TILE_DONE:
-                record.tiles[-1][2] = self._step
+            record.note_tile(agent, label, self._step)
         return record
 
     def wait(self, agent: Agent, word: Word, expected: int, label: str, *arguments, **options):
@@ -141,7 +156,8 @@ def traces_of(
     traces = []
     for (rank, cta), record in sorted(recorder.records.items()):
         # The last ticket of a CTA is one past the stream.
-        worked = zip(record.tickets[:-1], record.tiles, strict=True)
+        assert sorted(record.tiles) == list(range(len(record.tickets) - 1))
+        worked = [(ticket, record.tiles[n]) for n, ticket in enumerate(record.tickets[:-1])]
         tiles = [TileTimes(*streams[rank][ticket], *times) for ticket, times in worked]
         traces.append(CtaTrace(rank, cta, record.marks, tiles))
     return traces

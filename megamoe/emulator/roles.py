@@ -37,6 +37,7 @@ from megamoe.schedule import (
     rows_in_block,
     seek_pull,
     seek_walk,
+    share_of,
     start_walk,
     tile_of,
 )  # fmt: skip
@@ -290,41 +291,52 @@ def _tile_weights(shape: Shape, state: RankState, tile: list[int]) -> tuple:
 
 
 def math(cta: Cta, warp: int) -> Role:
-    """One math warp: its rows of every tile of the CTA."""
+    """One math warp: its rows of every tile of the CTA that its warpgroup has a share in."""
     runtime, shared, state = cta.runtime, cta.shared, cta.state
     (leader, lanes), shape = cta.agents.math[warp], cta.shape
-    number = 0
+    warpgroup, rank = divmod(warp, WARPGROUP_ROWS // shape.warp_rows)
+    number = turn = 0
     while True:
         words = yield from _take_tile(cta, leader, number, "math", also=(lanes,))
         phase, _, _, block, column, rows = words
         if phase == PHASE_DONE:
             return
-        stage, turn = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
+        stage, pass_ = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
+        number += 1
+        share = share_of(rows, warpgroup, turn, WARPGROUP_ROWS, shape.kernel.num_math_warpgroups)
+        turn += share.arrivals > 1
+        if not share.active:
+            continue
         full = shared.stage_full[stage]
-        yield from runtime.wait(leader, full, turn + 1, "math.stage_full", also=(lanes,))
+        yield from runtime.wait(leader, full, pass_ + 1, "math.stage_full", also=(lanes,))
         shared.stage.read(leader, stage)
         weights, scales, columns = _tile_weights(shape, state, words)
-        own = slice(warp * shape.warp_rows, (warp + 1) * shape.warp_rows)
+        place = share.half * WARPGROUP_ROWS + rank * shape.warp_rows
+        own = slice(place, place + shape.warp_rows)
         real = max(0, min(rows - own.start, shape.warp_rows))
         product = shared.tiles[stage].times(weights, scales)[own] if real else None
         metadata = shared.tiles[stage].metadata[own]
-        yield from runtime.add(leader, shared.stage_empty[stage], "math.stage_empty", release=True)
+        yield from runtime.add(
+            leader, shared.stage_empty[stage], "math.stage_empty", share.arrivals, release=True
+        )
         first = ring_row(block, shape.ring, shape.kernel.block_m) + own.start
         if phase == PHASE_FC1:
             yield from _fc1_epilogue(
-                cta, shape, (leader, lanes), product, metadata, first, real, block, column
-            )
+                cta, shape, (leader, lanes), product, metadata, first, real, block, column,
+                share.arrivals,
+            )  # fmt: skip
         else:
             yield from _fc2_epilogue(
-                cta, shape, (leader, lanes), product, metadata, first, real, block, columns
-            )
-        number += 1
+                cta, shape, (leader, lanes), product, metadata, first, real, block, columns,
+                share.arrivals,
+            )  # fmt: skip
 
 
 def _fc1_epilogue(
-    cta: Cta, shape: Shape, warp, product, metadata, first: int, real: int, block: int, column: int
-) -> Role:
-    """SwiGLU, router weight, one rounding, store; then report the tile."""
+    cta: Cta, shape: Shape, warp, product, metadata, first: int, real: int, block: int, column: int,
+    warps: int,
+) -> Role:  # fmt: skip
+    """SwiGLU, router weight, one rounding, store; then report the tile for `warps` warps."""
     leader, lanes = warp
     state, runtime, recipe = cta.state, cta.runtime, cta.config.recipe
     weights = as_float(metadata, "float32")
@@ -351,14 +363,17 @@ def _fc1_epilogue(
     runtime.proxy_fence(lanes, "math.fc1_proxy")
     runtime.hand_over([leader, lanes], "math.fc1_warp_sync")
     yield from runtime.add(
-        leader, state.word("fc1_done_counter", block), "math.fc1_done", release=True
+        leader, state.word("fc1_done_counter", block), "math.fc1_done", warps, release=True
     )
 
 
 def _fc2_epilogue(
-    cta: Cta, shape: Shape, warp, product, codes, first: int, real: int, block: int, columns
-) -> Role:
-    """Store real rows to their sources; report; the last warp of the block cleans its ring slot."""
+    cta: Cta, shape: Shape, warp, product, codes, first: int, real: int, block: int, columns,
+    warps: int,
+) -> Role:  # fmt: skip
+    """Store real rows to their sources; report for `warps` warps; the last warp of the block cleans
+    its ring slot.
+    """
     leader, lanes = warp
     state, runtime, config = cta.state, cta.runtime, cta.config
     wrong = np.flatnonzero((codes != PADDING) != (np.arange(shape.warp_rows) < real))
@@ -380,8 +395,10 @@ def _fc2_epilogue(
             cta.traffic.count(cta.rank, rank, len(mine) * width * config.recipe.output_bytes)
     runtime.hand_over([leader, lanes], "math.fc2_warp_sync")
     done = state.word("fc2_done_counter", block)
-    reported = yield from runtime.add(leader, done, "math.fc2_done", release=True, acquire=True)
-    if reported == shape.fc2_done - 1:
+    reported = yield from runtime.add(
+        leader, done, "math.fc2_done", warps, release=True, acquire=True
+    )
+    if reported + warps == shape.fc2_done:
         runtime.hand_over([leader, lanes], "math.clean_begin")
         first = ring_row(block, shape.ring, shape.kernel.block_m)
         yield from _report_rows(cta, lanes, slice(first, first + shape.kernel.block_m))

@@ -186,15 +186,15 @@ def trace_clock(launch: Launch) -> Int64:
 
 
 @cute.jit
-def signal(launch: Launch, name: Constexpr, index):
-    """Add 1 to a counter of this rank with gpu-scope release.
+def signal(launch: Launch, name: Constexpr, index, amount=1):
+    """Add `amount` to a counter of this rank with gpu-scope release.
 
     Precondition: the caller's earlier writes, and those of threads it has synchronised with, are
     what is released; bulk copies must have been waited for in full.
     """
     arch.red(
         global_ptr(address(launch, name, index)),
-        Int32(1),
+        Int32(amount),
         op="add",
         dtype="s32",
         sem="release",

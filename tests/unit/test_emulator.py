@@ -306,10 +306,10 @@ def test_unwritten_read_names_region_row_role_and_rank():
 )
 def test_padding_must_be_inert(region, value):
     layer = Layer(2)
-    layer.workspace.regions(1)[region][100] = value
+    layer.workspace.regions(1)[region][50] = value
     with pytest.raises(NotAtRest, match=f"rank 1: {region} is not zero"):
         layer.emulator.assert_at_rest()
-    with pytest.raises(PaddingNotInert, match=rf"rank 1, CTA \d, role math: {region}\[100\] is"):
+    with pytest.raises(PaddingNotInert, match=rf"rank 1, CTA \d, role math: {region}\[50\] is"):
         layer.check("all_to_one_rank", 0)
 
 

@@ -421,3 +421,20 @@ def test_pick_source_cost_does_not_grow_with_the_count():
         picked = schedule.pick_source(counts, 0, 1, 4, index + turn)
         assert picked == (rank, whole_rounds)
     assert schedule.pick_source(counts, 0, 1, 4, sum(counts) - 1) == (3, 2**27 - 1)
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 128])
+def test_shares_cover_every_row_once(rows):
+    """Warpgroups that compute hold all rows between them and arrive for everybody."""
+    for turn in range(4):
+        shares = [schedule.share_of(rows, wg, turn, 64, 2) for wg in range(2)]
+        working = [share for share in shares if share.active]
+        assert sorted(share.half for share in working) == list(range(-(-rows // 64)))
+        assert sum(share.arrivals for share in working) == 2
+
+
+def test_warpgroups_alone_take_turns():
+    alone = [
+        [wg for wg in range(2) if schedule.share_of(9, wg, turn, 64, 2).active] for turn in range(4)
+    ]
+    assert alone == [[0], [1], [0], [1]]

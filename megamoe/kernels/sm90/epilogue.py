@@ -148,12 +148,14 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
 
 
 @cute.jit
-def report_fc1(launch: Launch, lane, pool):
-    """One report per warp; the proxy fence lets TMA of other CTAs read what these stores wrote."""
+def report_fc1(launch: Launch, lane, pool, warps):
+    """A report of this warp, for `warps` of them; the proxy fence lets TMA of other CTAs read what
+    these stores wrote.
+    """
     arch.fence_proxy("async.global")
     arch.sync_warp()
     if lane == 0:
-        sync.signal(launch, "fc1_done_counter", pool)
+        sync.signal(launch, "fc1_done_counter", pool, warps)
 
 
 @cute.jit
@@ -242,9 +244,9 @@ def store_fc2(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
 
 
 @cute.jit
-def report_fc2(launch: Launch, lane, pool):
-    """One report per warp. The last one of the block tells the source of every row that it is in,
-    cleans the padding metadata and frees the ring slot.
+def report_fc2(launch: Launch, lane, pool, warps):
+    """A report of this warp, for `warps` of them. The last one of the block tells the source of
+    every row that it is in, cleans the padding metadata and frees the ring slot.
     """
     shape = launch.shape
     max_slots = shape.config.max_slots_per_rank
@@ -252,9 +254,9 @@ def report_fc2(launch: Launch, lane, pool):
     before = Int32(0)
     if lane == 0:
         counter = global_ptr(address(launch, "fc2_done_counter", pool))
-        before = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+        before = arch.atomic_add(counter, warps, sem="acq_rel", scope="gpu")
     before = arch.shuffle_sync(before, 0)
-    if before == shape.fc2_done - 1:
+    if before + warps == shape.fc2_done:
         first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m)
         # Orders all rows of the block, which other warps stored and reported, before the counts.
         arch.fence_acq_rel_sys()

@@ -12,10 +12,11 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
 
 Pipelines (producer -> consumer, arrivals):
   full[stage]   load_tokens + load_weights -> math     2 arrivals + bytes of A, its scales, B
-  empty[stage]  math -> both loaders                   8 (one per warp)
+  empty[stage]  math -> both loaders                   8 (one per warp, or two of one warpgroup's)
   queue_full    load_weights -> load_tokens, math      1 + bytes of the weights' block scales
   queue_empty   load_tokens, math -> load_weights      9
   metadata_full load_tokens -> math                    32 (every lane stored some)
+  multiplied    math -> the other math warpgroup       4 (warps of the one that computes alone)
 
 Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and a tile
 ahead; load_tokens follows as soon as a block is complete; math computes tile i while both loaders
@@ -109,13 +110,13 @@ class MegaMoEKernel:
         layout_a, layout_b = operands.stage_layouts(dtype, kernel)
         mma = operands.tiled_mma(dtype, self.mma_columns)
         pool = local_base + shape.layout["l1_token_buffer"].offset
-        tokens = operands.tokens_map(dtype, kernel, pool, rows, hidden)
+        tokens = operands.token_maps(dtype, kernel, pool, rows, hidden)
         outputs = local_base + shape.layout["fc1_output"].offset
-        hiddens = operands.tokens_map(dtype, kernel, outputs, rows, intermediate)
+        hiddens = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
         gate_up = operands.gate_up_map(dtype, kernel, w13, experts, intermediate, hidden)
         down = operands.down_map(dtype, kernel, w2, experts, hidden, intermediate)
         self.kernel(
-            tokens[0], tokens[1], hiddens[0], hiddens[1], gate_up[0], gate_up[1], down[0], down[1],
+            tokens, hiddens, gate_up[0], gate_up[1], down[0], down[1],
             mma, layout_a, layout_b,
             symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx, topk_weights, y,
             expert_counts, record, timeout_ns, rank, num_tokens, wide_idx, clamp,
@@ -130,10 +131,8 @@ class MegaMoEKernel:
     @cute.kernel
     def kernel(
         self,
-        tokens_atom: cute.CopyAtom,
-        tokens: cute.Tensor,
-        hiddens_atom: cute.CopyAtom,
-        hiddens: cute.Tensor,
+        tokens: operands.TokenMaps,
+        hiddens: operands.TokenMaps,
         gate_up_atom: cute.CopyAtom,
         gate_up: cute.Tensor,
         down_atom: cute.CopyAtom,
@@ -200,8 +199,9 @@ class MegaMoEKernel:
             weight_scales=weight_scales,
             metadata=metadata,
             metadata_full=queue_full + 2 * QUEUE_SLOTS,
+            multiplied=queue_full + 3 * QUEUE_SLOTS,
         )
-        pull_barriers = queue_full + 3 * QUEUE_SLOTS
+        pull_barriers = pipes.multiplied + 1
 
         if thread == 0:
             flags[FLAG_OK] = Int32(1)
@@ -213,11 +213,18 @@ class MegaMoEKernel:
                 arch.mbarrier_init(pipes.queue_full + slot, 1)
                 arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
                 arch.mbarrier_init(pipes.metadata_full + slot, 32)
+            arch.mbarrier_init(pipes.multiplied, 4)
             for buffer in range_constexpr(config.num_pull_warps * NUM_PULL_BUFFERS):
                 arch.mbarrier_init(pull_barriers + buffer, 1)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
             store_shared(zeros + 4 * word, Int32(0))
-        arch.fence_proxy("async.shared", space="cta")  # bulk copies read the zeros
+        # Rows of A that no fine box brings stay zero: they cost less power than stale ones.
+        stages = cute.recast_ptr(smem_a.iterator, dtype=Uint8)
+        for word in range(
+            thread, config.num_stages * budget.a_stage_bytes // 4, config.num_threads
+        ):
+            store_shared(stages + 4 * word, Int32(0))
+        arch.fence_proxy("async.shared", space="cta")  # TMA writes them, bulk copies read zeros
         arch.mbarrier_init_fence()
         arch.sync_threads()
 
@@ -271,9 +278,7 @@ class MegaMoEKernel:
                     expert_ids, num_live, pipes, lane,
                 )  # fmt: skip
             elif warp == WARP_LOAD_TOKENS:
-                load_tokens(
-                    launch, budget, tokens_atom, tokens, hiddens_atom, hiddens, smem_a, pipes, lane
-                )
+                load_tokens(launch, budget, tokens, hiddens, smem_a, pipes, lane)
         else:
             arch.setmaxregister_increase(config.math_registers)
             math(launch, mma, smem_a, smem_b, staging, pipes, warp - 4, lane)

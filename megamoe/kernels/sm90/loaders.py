@@ -13,12 +13,16 @@ from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SF_B
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address
 from megamoe.kernels.ptx import bulk_load, global_ptr, store_shared
-from megamoe.kernels.sm90.operands import down_box, gate_up_box, partition, tokens_box
+from megamoe.kernels.sm90.operands import (
+    FINE_BOXES,
+    FINE_ROWS,
+    down_box,
+    gate_up_box,
+    partition,
+    tokens_box,
+)
 
 arch = cute.arch
-
-#: K blocks that `prefetch_first` asks for: 132 CTAs of 32 KB each are 4 MB, or 1 us of HBM.
-PREFETCH_BLOCKS = 8
 
 
 class Pipes(NamedTuple):
@@ -35,6 +39,7 @@ class Pipes(NamedTuple):
     weight_scales: cute.Pointer
     metadata: cute.Pointer
     metadata_full: cute.Pointer
+    multiplied: cute.Pointer
 
 
 class Entry(NamedTuple):
@@ -45,6 +50,7 @@ class Entry(NamedTuple):
     column: Int32
     rows: Int32  # real rows
     expert: Int32
+    block: Int32  # pool block within the expert
 
 
 @cute.jit
@@ -53,7 +59,7 @@ def take_tile(pipes: Pipes, taken) -> Entry:
     slot = taken % QUEUE_SLOTS
     arch.mbarrier_wait(pipes.queue_full + slot, (taken // QUEUE_SLOTS) % 2)
     words = pipes.queue + slot * QUEUE_WORDS
-    return Entry(words[0], words[1], words[2], words[3], words[4])
+    return Entry(words[0], words[1], words[2], words[3], words[4], words[5])
 
 
 @cute.jit
@@ -65,19 +71,31 @@ def release_tile(pipes: Pipes, taken, lane):
 
 
 @cute.jit
+def wait_for_stage(launch: Launch, pipes, position):
+    """Wait until the stage at ring position `position` is free."""
+    stages = launch.shape.kernel.num_stages
+    arch.mbarrier_wait(pipes.empty + position % stages, (position // stages + 1) % 2)
+
+
+@cute.jit
 def load_stages(
-    launch: Launch, atom, sides, pipes, position, k_blocks, rows, num_bytes, scales, lane
-):
+    launch: Launch, atom, sides, grain: Constexpr, run: Constexpr, pipes, position, k_blocks, rows,
+    num_bytes, scales, lane,
+):  # fmt: skip
     """Load `k_blocks` K blocks of one operand into consecutive stages, from ring position
     `position`. A stage takes one box from each of `sides`; all but the first only if `rows` reach
-    into it. `num_bytes`: of the boxes together. `scales`: address of the row scales of the first K
-    block (a stage's after the other), or None.
+    into it, `grain` rows being a box. `run`: K blocks that are asked for together where one
+    warpgroup holds the rows. `num_bytes`: of the boxes together. `scales`: address of the row
+    scales of the first K block (a stage's after the other), or None.
     """
     stages, sf_bytes = launch.shape.kernel.num_stages, 4 * launch.shape.kernel.block_m
     for k in cutlass.range(k_blocks, unroll=1):
         stage = (position + k) % stages
         full = pipes.full + stage
-        arch.mbarrier_wait(pipes.empty + stage, ((position + k) // stages + 1) % 2)
+        if const_expr(run > 1):
+            if k % run == 0 and rows <= WARPGROUP_ROWS:
+                wait_for_stage(launch, pipes, position + min(k + run, k_blocks) - 1)
+        wait_for_stage(launch, pipes, position + k)
         if lane == 0:
             if const_expr(scales is None):
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
@@ -88,19 +106,8 @@ def load_stages(
         arch.sync_warp()
         for part in range_constexpr(len(sides)):
             to, source = sides[part]
-            if part == 0 or rows > part * WARPGROUP_ROWS:
+            if part == 0 or rows > part * grain:
                 cute.copy(atom, source[None, k], to[None, stage], tma_bar_ptr=full)
-
-
-@cute.jit
-def prefetch_first(launch: Launch, atom, source):
-    """Bring the weights of a CTA's first tile into L2 beyond its stages, while the first rows are
-    still on their way.
-    """
-    first = launch.shape.kernel.num_stages
-    last = min(first + PREFETCH_BLOCKS, launch.shape.fc1_k_blocks)
-    for k in cutlass.range(first, last, unroll=1):
-        cute.prefetch(atom, source[None, k])
 
 
 @cute.jit
@@ -114,6 +121,7 @@ def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
         words[2] = tile.column
         words[3] = tile.rows
         words[4] = tile.expert
+        words[5] = tile.block
         full = pipes.queue_full + slot
         if const_expr(shape.weight_sf_bytes == 0):
             arch.mbarrier_arrive(full)
@@ -174,26 +182,26 @@ def load_weights(
             tile = schedule.tile_of(walk, ticket)
             rows = schedule.rows_in_block(received[walk.expert], tile.block, kernel.block_m)
             expert = Int32(expert_ids[walk.expert])
-        entry = Entry(walk.phase, tile.pool, tile.column, rows, expert)
+        entry = Entry(walk.phase, tile.pool, tile.column, rows, expert, tile.block)
         hand_over(launch, pipes, slot, entry, lane)
         handed += 1
         if walk.phase == schedule.PHASE_FC1:
             place = ((0, 0, tile.column), None, expert)
             sides = [partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)]
             k_blocks = shape.fc1_k_blocks
-            if handed == 1:
-                prefetch_first(launch, gate_up_atom, sides[0][1])
             load_stages(
-                launch, gate_up_atom, sides, pipes, position, k_blocks, rows, num_bytes, None, lane
-            )
+                launch, gate_up_atom, sides, 0, kernel.weight_run, pipes, position, k_blocks, rows,
+                num_bytes, None, lane,
+            )  # fmt: skip
             position += k_blocks
         elif walk.phase == schedule.PHASE_FC2:
             place = (tile.column, None, expert)
             sides = [partition(down_atom, smem_b, down, down_box(kernel), place)]
             k_blocks = shape.fc2_k_blocks
             load_stages(
-                launch, down_atom, sides, pipes, position, k_blocks, rows, num_bytes, None, lane
-            )
+                launch, down_atom, sides, 0, kernel.weight_run, pipes, position, k_blocks, rows,
+                num_bytes, None, lane,
+            )  # fmt: skip
             position += k_blocks
         else:
             running = Int32(0)
@@ -217,35 +225,56 @@ def load_metadata(launch: Launch, pipes, name, block, slot, lane):
 
 @cute.jit
 def load_rows(
-    launch: Launch, budget: Budget, atom, tensor, smem_a, pipes, position, k_blocks, tile,
+    launch: Launch, budget: Budget, maps, smem_a, pipes, position, k_blocks, tile,
     sf_region: Constexpr, lane,
 ):  # fmt: skip
-    """Load the rows of a tile's pool block over K, once they are ready: one box per math warpgroup
-    that has real rows, and from `sf_region`, unless that is None, the rows' scales.
+    """Load the rows of a tile's pool block over K, once they are ready, and from `sf_region`,
+    unless that is None, the rows' scales.
+
+    One box per math warpgroup that has real rows; but of an expert with few rows only fine boxes,
+    because the rest of 64 rows would come from HBM. The last block of many loads 64 rows: those
+    that pad it are zeros, which cost less power than what the stages hold.
     """
-    kernel = launch.shape.kernel
-    box, boxes = tokens_box(kernel), kernel.num_math_warpgroups
-    box_bytes = budget.a_stage_bytes // boxes
     block = tile.pool % launch.shape.ring
     arch.fence_proxy("async.global")
     scales = None
     if const_expr(sf_region is not None):
         scales = address(launch, sf_region, block)
-    sides = []
-    num_bytes = Int32(box_bytes)
-    for half in range_constexpr(boxes):
-        smem_box = cute.local_tile(smem_a, box, (half, 0, None))
-        sides.append(partition(atom, smem_box, tensor, box, (block * boxes + half, None)))
-        if const_expr(half > 0):
-            if tile.rows > half * WARPGROUP_ROWS:
-                num_bytes += box_bytes
-    load_stages(launch, atom, sides, pipes, position, k_blocks, tile.rows, num_bytes, scales, lane)
+    if tile.rows <= FINE_ROWS * FINE_BOXES and tile.block == 0:
+        load_boxes(
+            launch, budget, maps.fine_atom, maps.fine_rows, FINE_ROWS, FINE_BOXES, smem_a, pipes,
+            position, k_blocks, block, tile.rows, scales, lane,
+        )  # fmt: skip
+    else:
+        load_boxes(
+            launch, budget, maps.atom, maps.rows, WARPGROUP_ROWS,
+            launch.shape.kernel.num_math_warpgroups, smem_a, pipes, position, k_blocks, block,
+            tile.rows, scales, lane,
+        )  # fmt: skip
 
 
 @cute.jit
-def load_tokens(
-    launch: Launch, budget: Budget, tokens_atom, tokens, hiddens_atom, hiddens, smem_a, pipes, lane
-):
+def load_boxes(
+    launch: Launch, budget: Budget, atom, tensor, box_rows: Constexpr, most: Constexpr, smem_a,
+    pipes, position, k_blocks, block, rows, scales, lane,
+):  # fmt: skip
+    """Load the first `rows` rows of a pool block in boxes of `box_rows`, `most` at most."""
+    kernel = launch.shape.kernel
+    box = tokens_box(kernel, box_rows)
+    sides = []
+    for part in range_constexpr(most):
+        smem_box = cute.local_tile(smem_a, box, (part, 0, None))
+        place = (block * (kernel.block_m // box_rows) + part, None)
+        sides.append(partition(atom, smem_box, tensor, box, place))
+    num_boxes = schedule.ceil_div(rows, box_rows)
+    num_bytes = num_boxes * (budget.a_stage_bytes // (kernel.block_m // box_rows))
+    load_stages(
+        launch, atom, sides, box_rows, 1, pipes, position, k_blocks, rows, num_bytes, scales, lane
+    )
+
+
+@cute.jit
+def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, lane):
     """Wait until a tile's rows are ready, then load them."""
     shape, role = launch.shape, faults.ROLE_LOAD_TOKENS
     recipe = shape.config.recipe
@@ -266,7 +295,7 @@ def load_tokens(
                 sync.mark(launch, "first_tile")
             load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
             load_rows(
-                launch, budget, tokens_atom, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
+                launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
                 tile, "l1_sf_buffer" if recipe.token_block > 0 else None, lane,
             )  # fmt: skip
             position += shape.fc1_k_blocks
@@ -276,7 +305,7 @@ def load_tokens(
             waited_hidden += sync.trace_clock(launch) - began
             load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
             load_rows(
-                launch, budget, hiddens_atom, hiddens, smem_a, pipes, position, shape.fc2_k_blocks,
+                launch, budget, hiddens, smem_a, pipes, position, shape.fc2_k_blocks,
                 tile, "fc1_output_sf" if recipe.hidden_block > 0 else None, lane,
             )  # fmt: skip
             position += shape.fc2_k_blocks

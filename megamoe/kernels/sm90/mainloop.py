@@ -35,14 +35,14 @@ def issue(mma, sums, a, b, stage, fresh: Constexpr):
 
 
 @cute.jit
-def release(empty, stage, lane):
-    """One arrival per warp: this warp no longer reads the stage."""
+def release(empty, stage, lane, warps):
+    """This warp no longer reads the stage; it arrives for `warps` of them."""
     if lane == 0:
-        arch.mbarrier_arrive(empty + stage)
+        arch.mbarrier_arrive(empty + stage, arrive_count=warps)
 
 
 @cute.jit
-def accumulate(mma, fragments, pipes, position, k_blocks, lane, kernel: Constexpr):
+def accumulate(mma, fragments, pipes, position, k_blocks, lane, warps, kernel: Constexpr):
     """accumulator = A @ B^T over `k_blocks` K blocks, the first of which is number `position` of
     the ring.
     """
@@ -55,9 +55,9 @@ def accumulate(mma, fragments, pipes, position, k_blocks, lane, kernel: Constexp
         arch.mbarrier_wait(pipes.full + current, ((position + block) // stages) % 2)
         issue(mma, fragments.parts, fragments.a, fragments.b, current, False)
         warpgroup.wait_group(1)
-        release(pipes.empty, (position + block - 1) % stages, lane)
+        release(pipes.empty, (position + block - 1) % stages, lane, warps)
     warpgroup.wait_group(0)
-    release(pipes.empty, (position + k_blocks - 1) % stages, lane)
+    release(pipes.empty, (position + k_blocks - 1) % stages, lane, warps)
 
 
 @cute.jit
@@ -71,6 +71,7 @@ def accumulate_scaled(
     position,
     k_blocks,
     lane,
+    warps,
     kernel: Constexpr,
 ):
     """accumulator = sum over K blocks of scale * (A @ B^T), element by element.
@@ -101,17 +102,8 @@ def accumulate_scaled(
                 scales = [[row * weight for row in rows] for weight in weights]
             warpgroup.wait_group(0)
             if const_expr(part == parts - 1):
-                release(pipes.empty, stage, lane)
+                release(pipes.empty, stage, lane, warps)
             for i in range_constexpr(size):
                 scale = scales[2 * part + i // (size // 2)][(i // 2) % 2]
                 index = size * part + i
                 accumulator[index] = accumulator[index] + partial[i] * scale
-
-
-@cute.jit
-def skip(pipes, position, k_blocks, lane, num_stages: Constexpr):
-    """Consume the stages of a tile without computing: all rows of this warpgroup pad the block."""
-    for block in cutlass.range(k_blocks, unroll=1):
-        stage = (position + block) % num_stages
-        arch.mbarrier_wait(pipes.full + stage, ((position + block) // num_stages) % 2)
-        release(pipes.empty, stage, lane)

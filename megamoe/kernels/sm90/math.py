@@ -19,8 +19,8 @@ arch = cute.arch
 
 
 class Fragments(NamedTuple):
-    """Operands of one warpgroup: descriptors of its rows of A and of the column parts of B in all
-    stages, and the accumulator, whole and in the same parts.
+    """Operands of one warpgroup: descriptors of the rows of A that it computes and of the column
+    parts of B in all stages, and the accumulator, whole and in the same parts.
     """
 
     a: cute.Tensor
@@ -29,8 +29,8 @@ class Fragments(NamedTuple):
     parts: list
 
 
-def fragments_of(kernel, mma, smem_a, smem_b, warpgroup) -> Fragments:
-    """The fragments of a math warpgroup."""
+def fragments_of(kernel, mma, smem_a, smem_b) -> Fragments:
+    """The fragments of a math warpgroup; those of A for any warpgroup's rows."""
     part = mma.get_slice(0)
     rows_a = cute.logical_divide(mma.make_fragment_A(part.partition_A(smem_a)), (None, 1))
     columns_b = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_b)), (None, 1))
@@ -40,7 +40,7 @@ def fragments_of(kernel, mma, smem_a, smem_b, warpgroup) -> Fragments:
     divided = cute.logical_divide(accumulator, (None, None, 1))
     parts = range(cute.size(accumulator, mode=[2]))
     return Fragments(
-        rows_a[None, (None, warpgroup), None, None],
+        rows_a,
         [columns_b[None, (None, n), None, None] for n in parts],
         accumulator,
         [divided[None, None, (None, n)] for n in parts],
@@ -48,11 +48,20 @@ def fragments_of(kernel, mma, smem_a, smem_b, warpgroup) -> Fragments:
 
 
 @cute.jit
-def multiply(launch: Launch, mma, fragments, pipes, tile, taken, position, k_blocks, warp, lane):
-    """The product of this warpgroup's rows of a tile, with the scales of its K blocks."""
+def multiply(
+    launch: Launch, mma, fragments, pipes, tile, share, taken, position, k_blocks, warp, lane
+):
+    """The product of this warpgroup's share of a tile, with the scales of its K blocks. `warp`: its
+    place among the warps that hold the tile's rows.
+    """
     recipe = launch.shape.config.recipe
+    warps = share.arrivals
+    rows_a = fragments.a[None, (None, share.half), None, None]
+    fragments = Fragments(rows_a, fragments.b, fragments.accumulator, fragments.parts)
     if const_expr(not recipe.scaled):
-        mainloop.accumulate(mma, fragments, pipes, position, k_blocks, lane, launch.shape.kernel)
+        mainloop.accumulate(
+            mma, fragments, pipes, position, k_blocks, lane, warps, launch.shape.kernel
+        )
     else:
         slot = taken % QUEUE_SLOTS
         weights = pipes.weight_scales + slot * launch.shape.weight_sf_bytes
@@ -60,28 +69,30 @@ def multiply(launch: Launch, mma, fragments, pipes, tile, taken, position, k_blo
         if const_expr(recipe.token_block > 0):
             mainloop.accumulate_scaled(
                 mma, fragments, pipes, rows, weights, True, position, k_blocks, lane,
-                launch.shape.kernel,
+                warps, launch.shape.kernel,
             )  # fmt: skip
         elif tile.phase == schedule.PHASE_FC1:
             mainloop.accumulate(
-                mma, fragments, pipes, position, k_blocks, lane, launch.shape.kernel
+                mma, fragments, pipes, position, k_blocks, lane, warps, launch.shape.kernel
             )
         else:
             mainloop.accumulate_scaled(
                 mma, fragments, pipes, rows, weights, False, position, k_blocks, lane,
-                launch.shape.kernel,
+                warps, launch.shape.kernel,
             )  # fmt: skip
 
 
 @cute.jit
 def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
-    """One math warp, 0..7 of the CTA: rows 16 * warp .. of every tile."""
+    """One math warp, 0..7 of the CTA: 16 rows of every tile that its warpgroup has a share in."""
     shape = launch.shape
-    fragments = fragments_of(shape.kernel, mma, smem_a, smem_b, warp // 4)
+    weight_block, warpgroups = shape.config.recipe.weight_block, shape.kernel.num_math_warpgroups
+    fragments = fragments_of(shape.kernel, mma, smem_a, smem_b)
     accumulator = fragments.accumulator
     mine = staging + warp * PASS_BYTES
     position = Int32(0)
     taken = Int32(0)
+    turn = Int32(0)
     running = Int32(1)
     while running == 1:
         tile = take_tile(pipes, taken)
@@ -93,36 +104,43 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
             slot = taken % QUEUE_SLOTS
-            multiplied = begin
+            share = schedule.share_of(tile.rows, warp // 4, turn, WARPGROUP_ROWS, warpgroups)
             metadata = pipes.metadata + slot * shape.kernel.block_m
-            if tile.rows > (warp // 4) * WARPGROUP_ROWS:
-                multiply(launch, mma, fragments, pipes, tile, taken, position, k_blocks, warp, lane)
+            if share.active == 1:
+                place = share.half * 4 + warp % 4
+                multiply(
+                    launch, mma, fragments, pipes, tile, share, taken, position, k_blocks, place,
+                    lane,
+                )  # fmt: skip
+                if share.arrivals > 1 and lane == 0:
+                    arch.mbarrier_arrive(pipes.multiplied)
                 multiplied = sync.trace_clock(launch)
                 arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
                 # The epilogue's addresses would be hoisted and fill the mainloop's registers.
                 lane = opaque(lane)
                 if tile.phase == schedule.PHASE_FC1:
-                    if const_expr(shape.config.recipe.weight_block[0] == 1):
-                        epilogue.scale_fc1(launch, accumulator, tile, warp, lane)
+                    if const_expr(weight_block[0] == 1):
+                        epilogue.scale_fc1(launch, accumulator, tile, place, lane)
                     epilogue.store_fc1(
-                        launch, accumulator, mine, metadata, warp, lane, tile.pool, tile.column
+                        launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
+                    epilogue.report_fc1(launch, lane, tile.pool, share.arrivals)
                 else:
-                    if const_expr(shape.config.recipe.weight_block[0] == 1):
+                    if const_expr(weight_block[0] == 1):
                         epilogue.scale_fc2(launch, accumulator, tile, lane)
                     epilogue.store_fc2(
-                        launch, accumulator, mine, metadata, warp, lane, tile.pool, tile.column
+                        launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
+                    epilogue.report_fc2(launch, lane, tile.pool, share.arrivals)
+                if place == 0 and lane == 0:
+                    times = [begin, multiplied, sync.trace_clock(launch)]
+                    sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
             else:
-                mainloop.skip(pipes, position, k_blocks, lane, shape.kernel.num_stages)
-            if tile.phase == schedule.PHASE_FC1:
-                epilogue.report_fc1(launch, lane, tile.pool)
-            else:
-                epilogue.report_fc2(launch, lane, tile.pool)
+                # Only now may this warpgroup wait for stages: it has not followed their phases.
+                arch.mbarrier_wait(pipes.multiplied, turn % 2)
+            if share.arrivals > 1:
+                turn += 1
             position += k_blocks
-            if warp == 0 and lane == 0:
-                times = [begin, multiplied, sync.trace_clock(launch)]
-                sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
         release_tile(pipes, taken, lane)
         taken += 1
     if warp == 0 and lane == 0:

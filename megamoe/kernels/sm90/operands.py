@@ -8,6 +8,8 @@ the order is made by a five-dimensional map.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import BFloat16, Float8E4M3FN, Float32
@@ -20,6 +22,7 @@ from megamoe.config import KernelConfig
 DTYPES = {"bfloat16": BFloat16, "float8_e4m3fn": Float8E4M3FN}
 
 INTERLEAVE = 64  # columns of an FC1 tile that are gate or up in turn
+FINE_ROWS, FINE_BOXES = 16, 3  # a tile with few rows loads up to so many boxes of so many rows
 
 
 def stage_layouts(dtype, kernel: KernelConfig):
@@ -47,8 +50,8 @@ def down_box(kernel: KernelConfig):
     return kernel.block_n, kernel.block_k
 
 
-def tokens_box(kernel: KernelConfig):
-    return WARPGROUP_ROWS, kernel.block_k
+def tokens_box(kernel: KernelConfig, rows: int = WARPGROUP_ROWS):
+    return rows, kernel.block_k
 
 
 def _tensor(dtype, address, alignment: int, shape, stride):
@@ -60,14 +63,26 @@ def _map(tensor, stage, box):
     return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, stage, box)
 
 
-def tokens_map(dtype, kernel: KernelConfig, address, rows: int, columns: int):
-    """Map over a [rows, columns] buffer in boxes of 64 rows: what one math warpgroup reads, so
-    that rows of a block that only pad it need not be loaded.
+class TokenMaps(NamedTuple):
+    """Maps over one buffer of rows: in boxes of the rows that one math warpgroup computes, so that
+    rows which only pad a block need not be loaded; and in fine boxes for tiles with few rows.
     """
+
+    atom: cute.CopyAtom
+    rows: cute.Tensor
+    fine_atom: cute.CopyAtom
+    fine_rows: cute.Tensor
+
+
+def token_maps(dtype, kernel: KernelConfig, address, rows: int, columns: int) -> TokenMaps:
+    """Maps over a [rows, columns] buffer."""
     tensor = _tensor(dtype, address, 128, (rows, columns), (columns, 1))
-    tile = (WARPGROUP_ROWS, kernel.block_n, kernel.block_k)
-    half = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, dtype, 1)
-    return _map(tensor, cute.slice_(half, (None, None, 0)), tokens_box(kernel))
+    maps = []
+    for box_rows in (WARPGROUP_ROWS, FINE_ROWS):
+        tile = (box_rows, kernel.block_n, kernel.block_k)
+        box = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, dtype, 1)
+        maps += _map(tensor, cute.slice_(box, (None, None, 0)), tokens_box(kernel, box_rows))
+    return TokenMaps(*maps)
 
 
 def gate_up_map(dtype, kernel: KernelConfig, address, experts: int, intermediate: int, hidden: int):
