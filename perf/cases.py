@@ -89,6 +89,22 @@ class Case:
             precision=self.precision,
         )
 
+    @property
+    def columns(self) -> dict[str, object]:
+        """The columns of a row that say what ran (`results.Launched`)."""
+        return {
+            "num_ranks": self.num_ranks,
+            "ranks_per_gpu": self.ranks_per_gpu,
+            "model": self.model.name,
+            "hidden": self.model.hidden,
+            "intermediate": self.model.intermediate,
+            "num_experts": self.model.num_experts,
+            "top_k": self.model.top_k,
+            "tokens": self.tokens,
+            "precision": self.precision,
+            "routing": routings.label_of(self.routing),
+        }
+
     def check_routing(self, max_tokens: int) -> None:
         """ValueError unless the routing can be drawn for up to `max_tokens` tokens per rank."""
         model = self.model

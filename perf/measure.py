@@ -25,7 +25,7 @@ from perf.experts import MAX_ERROR, MAX_FP8_ERROR
 from perf.plan import Plan
 from perf.results import Row
 from perf.roofline import Roofline, Work, work_of
-from perf.routings import label_of, may_mask
+from perf.routings import may_mask
 from perf.timing import EAGER, Times, measure
 
 MEGAMOE = "megamoe"
@@ -102,16 +102,7 @@ class Point:
             }
         return Row(
             **where,
-            num_ranks=case.num_ranks,
-            ranks_per_gpu=case.ranks_per_gpu,
-            model=case.model.name,
-            hidden=case.model.hidden,
-            intermediate=case.model.intermediate,
-            num_experts=case.model.num_experts,
-            top_k=case.model.top_k,
-            tokens=case.tokens,
-            precision=case.precision,
-            routing=label_of(case.routing),
+            **case.columns,
             mode=self.mode,
             impl=self.impl,
             us_min=self.times.us_min,

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 from perf.curves import Curve, Group
 
-#: Blue and vermillion are ours; the order of the rest keeps neighbours far apart.
-OUR_COLOURS = ("#0072B2", "#D55E00", "#000000")
-COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666", "#332288", "#882255")
+#: Blue, vermillion and wine are ours, black is a bound; the order of the rest keeps neighbours far
+#: apart.
+OUR_COLOURS = ("#0072B2", "#D55E00", "#882255")
+COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666", "#332288", "#999933")
 OUR_MARKERS, MARKERS = "oD*", "s^vPX<>hd"
 BOUND_STYLES = ("--", ":", "-.")
+#: In the order of `phases.PHASES`: waits are grey.
+PHASE_COLOURS = ("#F0E442", "#0072B2", "#56B4E9", "#009E73", "#CCCCCC", "#888888", "#D55E00")
+#: Inches; a picture of the page is no wider than a phone, so that its text keeps its size.
+PAGE_WIDTH = 3.6
+
+#: {"svg": ..., "png": ...}
+Picture = dict[str, bytes]
+Styled = list[tuple[Curve, dict]]
 
 STYLE = {
     "font.size": 10,
@@ -55,17 +65,20 @@ def _count(value: float, position: object = None) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
-def _token_axis(axis, tokens: Sequence[int]) -> None:
+def _token_axis(axis, group: Group) -> None:
     """Powers of two at the token counts themselves, at most nine of them."""
+    tokens = sorted({t for curve in group.drawn for t in curve.us})
     axis.set_xscale("log", base=2)
     step = -(-len(tokens) // 9)
-    axis.set_xticks(tokens[::-1][::step], [f"{t:,}" for t in tokens[::-1][::step]])
-    axis.tick_params(axis="x", rotation=45)
+    axis.set_xticks(
+        tokens[::-1][::step], [f"{t:,}" for t in tokens[::-1][::step]],
+        rotation=45, ha="right", rotation_mode="anchor",
+    )  # fmt: skip
     axis.minorticks_off()
     axis.set_xlabel("tokens per rank")
 
 
-def _styles(group: Group) -> list[tuple[Curve, dict]]:
+def _styles(group: Group) -> Styled:
     """Every drawn curve with its colour, marker and line."""
     mine = iter(zip(OUR_COLOURS * 3, OUR_MARKERS * 3, strict=True))
     rest = iter([(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(64)])
@@ -82,70 +95,144 @@ def _styles(group: Group) -> list[tuple[Curve, dict]]:
     return styled
 
 
+def _handles(styled: Styled) -> list:
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], **style) for _, style in styled]
+
+
 def _draw(axis, values: dict[int, float], style: dict) -> None:
     points = sorted(values.items())
     if points:
         axis.plot(*zip(*points, strict=True), **style)
 
 
-def draw_group(group: Group) -> dict[str, bytes]:
-    """Time, TFLOP/s and speed-up over tokens: {"svg": ..., "png": ...}."""
-    tokens = sorted({t for curve in group.drawn for t in curve.us})
-    speedups = group.speedups()
-    on_gpu = any(curve.tflops for curve in group.drawn)
-    panels = 1 + on_gpu + bool(speedups)
-    with _subplots(1, panels, figsize=(4.8 * panels + 3, 4.6), squeeze=False) as (figure, axes):
-        remaining = iter(axes[0])
-        styled = _styles(group)
-        axis = next(remaining)
-        for curve, style in styled:
-            _draw(axis, curve.us, style)
-        axis.set_yscale("log")
-        axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-        axis.yaxis.set_major_formatter(_count)
-        axis.set(title="Time of a layer", ylabel="microseconds, slowest rank")
-        if on_gpu:
-            axis = next(remaining)
-            for curve, style in styled:
-                _draw(axis, curve.tflops, style)
-            axis.set(title="Useful work", ylabel="TFLOP/s per GPU", ylim=(0, None))
-        if speedups:
-            axis = next(remaining)
-            styles = {curve.label: style for curve, style in styled}
-            for other, ratios in speedups:
-                _draw(axis, ratios, styles[other.label])
-            axis.axhline(1, color="black", linewidth=1)
-            axis.set(title="Speed-up of megamoe", ylabel="their time / ours", ylim=(0, None))
-        for axis in axes[0]:
-            _token_axis(axis, tokens)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
+def _draw_time(axis, group: Group, styled: Styled) -> None:
+    for curve, style in styled:
+        _draw(axis, curve.us, style)
+    axis.set_yscale("log")
+    axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axis.yaxis.set_major_formatter(_count)
+    axis.set(title="Time of a layer", ylabel="microseconds, slowest rank")
+
+
+def _draw_work(axis, group: Group, styled: Styled) -> None:
+    for curve, style in styled:
+        _draw(axis, curve.tflops, style)
+    axis.set(title="Useful work", ylabel="TFLOP/s per GPU", ylim=(0, None))
+
+
+def _draw_speedup(axis, group: Group, styled: Styled) -> None:
+    styles = {curve.label: style for curve, style in styled}
+    for other, ratios in group.speedups():
+        _draw(axis, ratios, styles[other.label])
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set(title="Speed-up of megamoe", ylabel="their time / ours", ylim=(0, None))
+
+
+def _panels(group: Group) -> list[Callable]:
+    """What there is to draw of a group: functions of an axis, the group and its styles."""
+    panels = [_draw_time]
+    panels += [_draw_work] if any(curve.tflops for curve in group.drawn) else []
+    return panels + ([_draw_speedup] if group.speedups() else [])
+
+
+def _draw_panel(panel: Callable, group: Group, styled: Styled, axis) -> None:
+    panel(axis, group, styled)
+    _token_axis(axis, group)
+
+
+def _draw_legend(title: str, styled: Styled, axis) -> None:
+    axis.set_axis_off()
+    axis.legend(
+        handles=_handles(styled), title=title, alignment="left", loc="upper left",
+        fontsize=8, borderpad=0, borderaxespad=0,
+    )  # fmt: skip
+
+
+def draw_group(group: Group) -> Picture:
+    """Time, TFLOP/s and speed-up over tokens side by side."""
+    panels, styled = _panels(group), _styles(group)
+    size = (4.8 * len(panels) + 3, 4.6)
+    with _subplots(1, len(panels), figsize=size, squeeze=False) as (figure, axes):
+        for axis, panel in zip(axes[0], panels, strict=True):
+            _draw_panel(panel, group, styled, axis)
+        figure.legend(handles=_handles(styled), loc="outside right center")
         figure.suptitle(group.title)
         return _files(figure, group.slug)
 
 
-def draw_memory(title: str, slug: str, num_bytes: dict[str, int]) -> dict[str, bytes]:
-    """Bars of the largest regions, in MiB: {"svg": ..., "png": ...}."""
+def draw_panels(group: Group) -> list[bytes]:
+    """The same as SVG that fit a phone: the panels, then the legend in up to three parts."""
+    styled, pictures = _styles(group), []
+
+    def add(height: float, draw: Callable) -> None:
+        with _subplots(figsize=(PAGE_WIDTH, height)) as (figure, axis):
+            draw(axis)
+            pictures.append(_svg(figure, f"{group.slug}-{len(pictures)}"))
+
+    for panel in _panels(group):
+        add(PAGE_WIDTH, partial(_draw_panel, panel, group, styled))
+    kinds: dict[str, Styled] = {}
+    for curve, style in styled:
+        beside = "peers" if curve.peer else "measured beside it"
+        kind = "ours, rooflines" if curve.ours or curve in group.bounds else beside
+        kinds.setdefault(kind, []).append((curve, style))
+    for kind, part in kinds.items():
+        add(0.3 + 0.19 * len(part), partial(_draw_legend, kind, part))
+    return pictures
+
+
+def draw_memory(title: str, slug: str, num_bytes: dict[str, int]) -> Picture:
+    """Bars of the largest regions, in MiB."""
     names = list(num_bytes)[:REGION_BARS]
     sizes = [num_bytes[name] / 2**20 for name in names]
     rest = sum(num_bytes.values()) / 2**20 - sum(sizes)
     if len(num_bytes) > len(names):
         names, sizes = [*names, f"{len(num_bytes) - len(names)} others"], [*sizes, rest]
-    with _subplots(figsize=(8, 0.9 + 0.35 * len(names))) as (figure, axis):
+    with _subplots(figsize=(PAGE_WIDTH, 0.9 + 0.25 * len(names))) as (figure, axis):
         bars = axis.barh(names, sizes, color=OUR_COLOURS[0])
         axis.bar_label(bars, labels=[f"{size:,.1f}" for size in sizes], padding=3, fontsize=8)
         axis.invert_yaxis()
-        axis.margins(x=0.12)
-        axis.set(title=title, xlabel="MiB of one rank")
+        axis.margins(x=0.25)
+        axis.locator_params(axis="x", nbins=4)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("MiB of one rank")
+        figure.suptitle(title, fontsize=9)
         axis.grid(visible=False, axis="y")
         return _files(figure, slug)
 
 
-def _files(figure, slug: str) -> dict[str, bytes]:
-    """The figure in both formats. The SVG begins at its own element and names nothing outside: it
-    can stand in a page; its ids begin with `slug`.
-    """
-    png, svg = io.BytesIO(), io.StringIO()
+def draw_phases(title: str, slug: str, parts: dict[int, dict[str, float]]) -> Picture:
+    """A bar per launch, {tokens: {phase: microseconds}}, as shares of its time."""
+    names = list(next(iter(parts.values())))
+    labels = [f"{tokens:,}" for tokens in parts]
+    height = 1.9 + 0.4 * len(parts)
+    with _subplots(figsize=(PAGE_WIDTH, height)) as (figure, axis):
+        left = [0.0] * len(parts)
+        for name, colour in zip(names, PHASE_COLOURS, strict=True):
+            shares = [100 * of[name] / sum(of.values()) for of in parts.values()]
+            axis.barh(labels, shares, left=left, color=colour, label=name)
+            left = [begin + share for begin, share in zip(left, shares, strict=True)]
+        axis.invert_yaxis()
+        axis.set(xlabel="% of the launch", ylabel="tokens per rank", xlim=(0, 100))
+        axis.grid(visible=False)
+        figure.suptitle(title, fontsize=9)
+        figure.legend(loc="outside lower left", ncols=2, fontsize=8)
+        return _files(figure, slug)
+
+
+def _files(figure, slug: str) -> Picture:
+    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130)
+    return {"png": png.getvalue(), "svg": _svg(figure, slug)}
+
+
+def _svg(figure, slug: str) -> bytes:
+    """The figure beginning at its own element, naming nothing outside: it can stand in a page. Its
+    ids begin with `slug`.
+    """
+    svg = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(svg, format="svg", metadata=nothing)
     text = svg.getvalue()
@@ -153,4 +240,4 @@ def _files(figure, slug: str) -> dict[str, bytes]:
     text = re.sub(r"\bid=\"", f'id="{slug}-', text)
     text = re.sub(r"xlink:href=\"#", f'href="#{slug}-', text)
     text = re.sub(r"url\(#", f"url(#{slug}-", text)
-    return {"png": png.getvalue(), "svg": text.encode()}
+    return text.encode()

@@ -1,8 +1,9 @@
 """The command `report`: result files as one HTML page that needs nothing but itself.
 
 For every layer on every set of GPUs: time, TFLOP/s and speed-up over tokens, beside the roofline
-and beside peers; the rows behind them; the workspace by region; where and from what source the rows
-were measured. Pictures are SVG inside the page; `--pictures` writes them as files too.
+and beside peers; the rows behind them; where the time of recorded launches goes; the workspace by
+region; where and from what source the rows were measured. Pictures are SVG inside the page, each no
+wider than a phone; `--pictures` writes them as files too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from html import escape
 from pathlib import Path
 
 from perf.curves import PEERS, Curve, Group, groups_of, load_peers, memory_of
-from perf.plots import draw_group, draw_memory
+from perf.phases import COLUMNS as PHASE_COLUMNS
+from perf.phases import sections_of
+from perf.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
 from perf.results import load, result_files
 
 SUMMARY = "draw result files as one self-contained HTML page"
@@ -23,43 +26,56 @@ SUMMARY = "draw result files as one self-contained HTML page"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
        color: #1a1a1a; background: #fff }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .85rem; display: block;
+h1, h2 { line-height: 1.2 }
+table { border-collapse: collapse; margin: .5rem 0; font-size: .85rem; display: block;
         overflow-x: auto }
-caption { text-align: left; font-weight: 600; padding: .3rem 0 }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ccc; text-align: right;
          font-variant-numeric: tabular-nums }
 th:first-child, td:first-child { text-align: left }
-figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto }
-figcaption { font-size: .85rem; color: #444 }
+th[scope=rowgroup] { padding-top: .8rem }
+summary { cursor: pointer }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; margin: 1rem 0 }
+figure { margin: 0; max-width: 100% } svg { display: block; max-width: 100%; height: auto }
+@media (max-width: 40rem) { table { font-size: .8rem } th, td { padding: .2rem .35rem } }
 """
 
 
-def html_table(caption: str, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; every cell is escaped, "" stands for what was not measured."""
+def html_table(titles: Sequence[str], parts: dict[str, Iterable[Sequence[object]]]) -> str:
+    """A table of {heading or "": rows}; every cell is escaped, "" stands for what was not
+    measured.
+    """
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return (
-        f"<table><caption>{escape(caption)}</caption>"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-    )
+    bodies = []
+    for heading, rows in parts.items():
+        lines = [
+            "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>"
+            for row in rows
+        ]
+        if heading:
+            span = f'<th scope="rowgroup" colspan="{len(titles)}">'
+            lines.insert(0, f"<tr>{span}{escape(heading)}</th></tr>")
+        bodies.append("<tbody>" + "\n".join(lines) + "</tbody>")
+    return f"<table><thead><tr>{head}</tr></thead>\n{''.join(bodies)}</table>"
 
 
-def html_figure(pictures: dict[str, bytes], caption: str) -> str:
+def html_details(summary: str, content: str) -> str:
+    """Content that is shown on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def html_picture(svg: bytes, label: str) -> str:
     """The picture inside the page, where an <svg> needs no namespaces."""
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", pictures["svg"].decode())
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg.decode())
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
 
 def _number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def group_rows(group: Group) -> list[tuple[str, ...]]:
-    """Lines of the table of a group: implementation, tokens, time, TFLOP/s, share of the roofline,
-    speed-up of ours in the same precision over this one.
+def group_rows(group: Group) -> dict[str, list[tuple[str, ...]]]:
+    """Lines of the table of a group, by implementation: tokens, time, TFLOP/s, share of the
+    roofline, speed-up of ours in the same precision over this one.
     """
 
     def speedup(curve: Curve, tokens: int) -> float | None:
@@ -68,14 +84,13 @@ def group_rows(group: Group) -> list[tuple[str, ...]]:
         return None if curve.ours or not ours else curve.us[tokens] / min(ours)
 
     bounds = {bound.precision: bound.us for bound in group.bounds}
-    lines = []
+    lines: dict[str, list[tuple[str, ...]]] = {}
     for curve in group.curves:
         for tokens, us in curve.us.items():
             bound = bounds.get(curve.precision, {}).get(tokens)
             share = None if bound is None else bound / us
-            lines.append(
+            lines.setdefault(curve.label, []).append(
                 (
-                    curve.label,
                     f"{tokens:,}",
                     _number(us),
                     _number(curve.tflops.get(tokens)),
@@ -86,30 +101,35 @@ def group_rows(group: Group) -> list[tuple[str, ...]]:
     return lines
 
 
-ROW_TITLES = ("implementation", "tokens per rank", "us", "TFLOP/s per GPU", "share of the roofline",
+ROW_TITLES = ("tokens per rank", "us", "TFLOP/s per GPU", "share of the roofline",
               "our speed-up over it")  # fmt: skip
 
 
-def environment_rows(frame) -> list[tuple[object, ...]]:
+def environment_rows(*frames) -> list[tuple[object, ...]]:
     """Lines of the table of environments: where and from what source rows were measured."""
+    import pandas
+
     columns = ["gpu", "driver", "torch", "dsl", "commit", "dirty"]
-    text = frame.fillna({"dirty": -1, "driver": "", "dsl": ""})
-    return [
-        (
-            *key[:4],
-            str(key[4])[:10],
-            {0: "no", 1: "yes"}.get(key[5], ""),
-            len(rows),
-            str(rows.date.min())[:10],
-            str(rows.date.max())[:10],
+    text = pandas.concat([frame for frame in frames if len(frame)]).fillna(
+        {"dirty": -1, "driver": "", "dsl": ""}
+    )
+    lines = []
+    for (gpu, driver, torch, dsl, commit, dirty), rows in text.groupby(columns, sort=False):
+        known = {"": gpu, "driver ": driver, "torch ": torch, "DSL ": dsl}
+        lines.append(
+            (
+                ", ".join(f"{name}{value}" for name, value in known.items() if value),
+                str(commit)[:7] + (" and changes" if dirty == 1 else ""),
+                len(rows),
+                " to ".join(
+                    dict.fromkeys(date[:10] for date in (rows.date.min(), rows.date.max()))
+                ),
+            )
         )
-        for key, rows in text.groupby(columns, sort=False)
-    ]
+    return lines
 
 
-ENVIRONMENT_TITLES = (
-    "GPU", "driver", "torch", "DSL", "commit", "changed files", "rows", "first", "last",
-)  # fmt: skip
+ENVIRONMENT_TITLES = ("machine", "commit", "rows", "measured")
 
 
 def memory_sections(groups: Sequence[Group]) -> dict[str, tuple[str, dict[str, int]]]:
@@ -130,51 +150,88 @@ def memory_sections(groups: Sequence[Group]) -> dict[str, tuple[str, dict[str, i
     return {slug: (title, regions) for slug, (title, regions, _) in sections.items()}
 
 
-def page_of(frame, groups: Sequence[Group], pictures: dict[str, dict[str, bytes]]) -> str:
-    """The whole page; `pictures` by slug."""
-    parts = ["<h1>MegaMoE measurements</h1>"]
-    parts.append(
+def phase_table(launches: dict[int, dict[str, float]]) -> str:
+    """A line per phase, a column per number of tokens."""
+    titles = ("us, by tokens per rank", *(f"{tokens:,}" for tokens in launches))
+    names = next(iter(launches.values()))
+    rows = [(name, *(_number(times[name]) for times in launches.values())) for name in names]
+    launch = ("launch", *(_number(sum(times.values())) for times in launches.values()))
+    return html_table(titles, {"": [*rows, launch]})
+
+
+def html_group(group: Group) -> str:
+    """The section of a group: panels, their legend, the points."""
+    parts = [f'<section id="{group.slug}"><h2>{escape(group.title)}</h2>']
+    if not any(curve.tflops for curve in group.curves):
+        parts.append("<p>Times of a CPU that emulates the protocol: no GPU figures.</p>")
+    panels = "".join(html_picture(svg, group.title) for svg in draw_panels(group))
+    parts.append(f'<div class="row">{panels}</div>')
+    parts.append(html_details("The figures", html_table(ROW_TITLES, group_rows(group))))
+    return "".join([*parts, "</section>"])
+
+
+def html_phases(sections: dict, pictures: dict[str, Picture]) -> str:
+    """The section of recorded launches."""
+    parts = []
+    for slug, (title, launches) in sections.items():
+        parts += [html_picture(pictures[slug]["svg"], title), phase_table(launches)]
+    text = (
+        "One cold launch each, mean over CTAs. Rows are pulled under the products, and FC2 sends "
+        "its results from the epilogues."
+        if parts
+        else "No launch was recorded: `python -m perf trace --phases FILE.csv` writes one."
+    )
+    return (
+        f'<section id="phases"><h2>Where the time goes</h2><p>{text}</p>'
+        f'<div class="row">{"".join(parts)}</div></section>'
+    )
+
+
+def html_memory(sections: dict, pictures: dict[str, Picture]) -> str:
+    """The section of the workspace."""
+    parts = []
+    for slug, (title, regions) in sections.items():
+        total = sum(regions.values())
+        rows = [(name, f"{size:,}", f"{size / total:.1%}") for name, size in regions.items()]
+        table = html_table(("region", "bytes", "share"), {"": rows})
+        parts.append(
+            f"<figure>{html_picture(pictures[slug]['svg'], title)}"
+            f"{html_details(f'{total / 2**20:,.1f} MiB per rank', table)}</figure>"
+        )
+    return (
+        '<section id="memory"><h2>Memory by region</h2>'
+        f'<div class="row">{"".join(parts)}</div></section>'
+    )
+
+
+def page_of(
+    frame, launches, groups: Sequence[Group], memory: dict, pictures: dict[str, Picture]
+) -> str:
+    """The whole page, of result rows and recorded launches; `pictures` of phases and memory."""
+    links = {group.slug: group.title for group in groups}
+    links |= {"phases": "Where the time goes", "memory": "Memory", "environment": "Environment"}
+    items = "".join(
+        f'<li><a href="#{slug}">{escape(title)}</a></li>' for slug, title in links.items()
+    )
+    parts = [
+        "<h1>MegaMoE measurements</h1>",
         f"<p>{len(frame)} rows. Times are medians of the slowest rank; TFLOP/s count useful work. "
         "Of a point measured several times the latest counts. Peers (dotted) are other "
-        "implementations' published or re-measured figures.</p>"
-    )
-    links = "".join(f'<li><a href="#{g.slug}">{escape(g.title)}</a></li>' for g in groups)
-    parts.append(
-        f'<nav><ul>{links}<li><a href="#memory">Memory</a></li>'
-        '<li><a href="#environment">Environment</a></li></ul></nav>'
-    )
-    for group in groups:
-        parts.append(f'<section id="{group.slug}"><h2>{escape(group.title)}</h2>')
-        if not any(curve.tflops for curve in group.curves):
-            parts.append("<p>Times of a CPU that emulates the protocol: no GPU figures.</p>")
-        parts.append(html_figure(pictures[group.slug], f"{group.title}: time, work, speed-up"))
-        parts.append(html_table("The points", ROW_TITLES, group_rows(group)))
-        parts.append("</section>")
-    parts.append('<section id="memory"><h2>Memory by region</h2>')
-    for slug, (title, regions) in memory_sections(groups).items():
-        total = sum(regions.values())
-        parts.append(html_figure(pictures[slug], f"{title}: {total / 2**20:,.1f} MiB per rank"))
-        lines = [(name, f"{size:,}", f"{size / total:.1%}") for name, size in regions.items()]
-        parts.append(html_table(title, ("region", "bytes", "share"), lines))
-    parts.append('</section><section id="environment"><h2>Environment</h2>')
-    parts.append(
-        html_table("Where rows were measured", ENVIRONMENT_TITLES, environment_rows(frame))
-    )
-    parts.append("</section>")
+        "implementations' published or re-measured figures.</p>",
+        f"<nav><ul>{items}</ul></nav>",
+        *map(html_group, groups),
+        html_phases(sections_of(launches), pictures),
+        html_memory(memory, pictures),
+        '<section id="environment"><h2>Environment</h2>',
+        html_table(ENVIRONMENT_TITLES, {"": environment_rows(frame, launches)}),
+        "</section>",
+    ]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>MegaMoE measurements</title><style>{STYLE}</style></head>\n"
         "<body>" + "\n".join(parts) + "</body></html>\n"
     )
-
-
-def draw_all(groups: Sequence[Group]) -> dict[str, dict[str, bytes]]:
-    """{slug: picture} of every group and every memory section."""
-    drawn = {group.slug: draw_group(group) for group in groups}
-    for slug, (title, regions) in memory_sections(groups).items():
-        drawn[slug] = draw_memory(title, slug, regions)
-    return drawn
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +249,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page and the pictures; 0. ValueError for files that cannot be drawn."""
     rows, others = result_files(args.files)
+    recorded, others = result_files(others, PHASE_COLUMNS)
     if others:
         names = ", ".join(path.name for path in others)
         print(f"left out, no result rows: {names}", file=sys.stderr)
@@ -199,15 +257,23 @@ def run(args: argparse.Namespace) -> int:
     if not len(frame):
         raise ValueError(f"no result rows in {' '.join(args.files)}")
     groups = groups_of(frame, load_peers(args.peers))
-    pictures = draw_all(groups)
+    launches = load(*recorded, columns=PHASE_COLUMNS)
+    memory = memory_sections(groups)
+    pictures = {
+        slug: draw(title, slug, parts)
+        for sections, draw in ((sections_of(launches), draw_phases), (memory, draw_memory))
+        for slug, (title, parts) in sections.items()
+    }
+    page = page_of(frame, launches, groups, memory, pictures)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page_of(frame, groups, pictures), encoding="utf-8")
+    output.write_text(page, encoding="utf-8")
     if args.pictures:
         directory = Path(args.pictures)
         directory.mkdir(parents=True, exist_ok=True)
+        pictures |= {group.slug: draw_group(group) for group in groups}
         for slug, formats in pictures.items():
             for suffix, data in formats.items():
                 (directory / f"{slug}.{suffix}").write_bytes(data)
-    print(f"{output}: {len(frame)} rows, {len(groups)} layers, {len(pictures)} pictures")
+    print(f"{output}: {len(frame)} rows, {len(groups)} layers")
     return 0

@@ -40,13 +40,8 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Row(Environment):
-    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
-    measured.
-
-    tokens: per rank. tflops: useful, per GPU. error_rel: relative L2 error against the oracle,
-    largest over ranks. *_bytes: of one rank's workspace.
-    """
+class Launched(Environment):
+    """What ran, as `Case.columns` fills it in. tokens: per rank."""
 
     num_ranks: int
     ranks_per_gpu: int
@@ -58,6 +53,17 @@ class Row(Environment):
     tokens: int
     precision: str
     routing: str
+
+
+@dataclass(frozen=True)
+class Row(Launched):
+    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
+    measured.
+
+    tflops: useful, per GPU. error_rel: relative L2 error against the oracle, largest over ranks.
+    *_bytes: of one rank's workspace.
+    """
+
     mode: str
     impl: str
     us_min: float
@@ -118,16 +124,18 @@ def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     raise ValueError(f"{path} has another header: {detail}")
 
 
-def result_files(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
-    """(files of result rows, other CSV files) among `paths` and in the directories among them;
-    ValueError for a path that does not exist.
+def result_files(
+    paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS
+) -> tuple[list[Path], list[Path]]:
+    """(files of rows with these columns, other CSV files) among `paths` and in the directories
+    among them; ValueError for a path that does not exist.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
     rows, others = [], []
     for path in files:
-        (rows if tuple(_header_of(path)) == COLUMNS else others).append(path)
+        (rows if tuple(_header_of(path)) == tuple(columns) else others).append(path)
     return rows, others
 
 
@@ -138,18 +146,18 @@ def _header_of(path: Path) -> list[str]:
         return next(csv.reader(file), [])
 
 
-def load(*paths: str | Path):
+def load(*paths: str | Path, columns: Sequence[str] = COLUMNS):
     """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added.
-    ValueError for a file that does not exist or has another header.
+    ValueError for a file that does not exist or has other `columns`.
     """
     import pandas
 
     files: list[Path] = []
     for path in map(Path, paths):
         files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    frames = [pandas.DataFrame(columns=[*COLUMNS, "file"])] if not files else []
+    frames = [pandas.DataFrame(columns=[*columns, "file"])] if not files else []
     for file in files:
-        check_header(file)
+        check_header(file, columns)
         frame = pandas.read_csv(file, dtype={"commit": str, "driver": str, "config": str})
         frames.append(frame.assign(file=file.name))
     return pandas.concat(frames, ignore_index=True)

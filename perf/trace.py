@@ -26,10 +26,11 @@ from megamoe.faults import MegaMoEError
 from perf.cases import Inputs, make_inputs, make_rank_inputs
 from perf.emulated_trace import STEP_CLOCK, Recorder, traces_of
 from perf.measure import Runner, largest_error, layer_arguments, layer_bound, oracle
+from perf.phases import PhaseRow, phases_of
 from perf.plan import Plan, add_launch_options, case_of, check_here, plan_of
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, joined, place_of
-from perf.results import environment
+from perf.results import ResultsFile, environment
 from perf.roofline import routed_counts
 from perf.routings import label_of
 from perf.sample import sample_of
@@ -40,6 +41,7 @@ from perf.timeline import (
     events_of,
     shifted,
     shifts_of,
+    slices_of,
     sm_clock_mhz,
     summary,
 )
@@ -75,6 +77,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="write what `python -m megamoe.compile --list` needs for this launch, and stop",
     )
+    parser.add_argument(
+        "--phases", metavar="CSV", help="append a row: where the time of the launch went, on a GPU"
+    )
     parser.set_defaults(mode=EAGER, reps=1, ceilings=None)
 
 
@@ -93,15 +98,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{option} {path} cannot be written: it is a directory, or in none")
     if args.list_configs:
         return list_configs(args)
+    if args.phases and args.device == "cpu":
+        raise ValueError(f"--phases {args.phases}: the emulator has an order of steps, no times")
+    phases = ResultsFile(args.phases, PhaseRow) if args.phases else None
     # The emulator is watched from outside; its workspace needs no room for marks.
     args.kernel_options = TRACED if args.device == "cuda" else {}
     place = place_of(os.environ)
     plan = plan_of(args, place)
     check_here([plan])
     if place is None:
-        return record(plan, args.out)
+        return record(plan, args.out, phases)
     with joined(place) as job:
-        return record(plan, args.out, job)
+        return record(plan, args.out, phases, job)
 
 
 def list_configs(args: argparse.Namespace) -> int:
@@ -112,7 +120,7 @@ def list_configs(args: argparse.Namespace) -> int:
     return 0
 
 
-def record(plan: Plan, out: Path, job: Job | None = None) -> int:
+def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job | None = None) -> int:
     """Launch, gather and write; the exit status. Collective with a job."""
     try:
         runner = ProcessRunner(plan, job) if job else Runner(plan)
@@ -130,7 +138,7 @@ def record(plan: Plan, out: Path, job: Job | None = None) -> int:
         print(message, file=sys.stderr)
         return FAILED
     if job is None or job.rank == 0:
-        write(plan, traces, error, out)
+        write(plan, traces, error, out, phases)
     bound = layer_bound(plan.case.recipe)
     return FAILED if error is not None and not error <= bound else 0
 
@@ -207,18 +215,23 @@ def error_of(
     return job.max_over_ranks([sample.error(outputs[0])])[0]
 
 
-def write(plan: Plan, traces: Sequence[CtaTrace], error: float | None, out: Path) -> None:
-    """The file, and a few lines about it."""
+def write(
+    plan: Plan,
+    traces: Sequence[CtaTrace],
+    error: float | None,
+    out: Path,
+    phases: ResultsFile | None = None,
+) -> None:
+    """The file, a row of phases if somebody asked, and a few lines about the launch."""
     case, clock = plan.case, STEP_CLOCK if plan.emulated else GPU_CLOCK
+    where = environment(plan.device)
+    if phases:
+        times = phases_of(map(slices_of, traces), clock.per_us)
+        phases.append(PhaseRow(**where, **case.columns, **times))
     facts = {
-        **environment(plan.device),
+        **where,
         "time": clock.note,
-        "model": case.model.name,
-        "num_ranks": case.num_ranks,
-        "ranks_per_gpu": case.ranks_per_gpu,
-        "tokens": case.tokens,
-        "routing": label_of(case.routing),
-        "precision": case.precision,
+        **case.columns,
         "kernel": dataclasses.asdict(select(case.config(plan.max_tokens), **plan.kernel_options)),
         "error_rel": error if error is None else f"{error:.2e}",
         "sm_clock_mhz": sm_clock_mhz(traces),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import fields
 from html.parser import HTMLParser
 
 import pandas
 import pytest
 
 from perf.__main__ import main
-from perf.cases import MODELS
+from perf.cases import MODELS, Case
 from perf.curves import PEER_COLUMNS, PEERS, groups_of, load_peers, memory_of
+from perf.phases import COLUMNS as PHASE_COLUMNS
+from perf.phases import PHASES, PhaseRow, sections_of
 from perf.report import environment_rows, memory_sections
-from perf.results import EMULATION, REPOSITORY, ResultsFile, load
+from perf.results import EMULATION, REPOSITORY, ResultsFile, Row, load
 from tests.unit.test_perf_results import row_of
 
 PRO = dict(model="pro", hidden=7168, intermediate=3072, num_experts=384, top_k=6, num_ranks=4)
@@ -39,8 +42,8 @@ ROWS = [
 ]
 
 
-def write(path, rows=ROWS) -> str:
-    file = ResultsFile(path)
+def write(path, rows=ROWS, kind=Row) -> str:
+    file = ResultsFile(path, kind)
     for row in rows:
         file.append(row)
     return str(path)
@@ -107,9 +110,44 @@ def test_memory_is_shown_once_per_layer_at_its_largest_capacity(frame):
 
 def test_environments_are_counted(frame):
     lines = environment_rows(frame)
-    assert [(line[4], line[6]) for line in lines] == [("0123456", 5), ("fedcba9876", 1),
+    assert [(line[1], line[2]) for line in lines] == [("0123456", 5), ("fedcba9", 1),
                                                       ("0123456", 1)]  # fmt: skip
-    assert lines[0][7:] == ("2026-01-01", "2027-01-01")
+    assert [line[3] for line in lines[:2]] == ["2026-01-01 to 2027-01-01", "2027-01-01"]
+    assert lines[0][0].startswith("NVIDIA H200, driver ")
+
+
+def launch(tokens: int, launch_us: float, **changes) -> PhaseRow:
+    """A recorded launch whose phases but one take 1 us."""
+    row = {field.name: "" for field in fields(PhaseRow)} | Case(MODELS["pro"], 4, tokens).columns
+    row |= dict.fromkeys(PHASES, 1.0) | {"fc1_us": launch_us - len(PHASES) + 1}
+    return PhaseRow(**row | {"launch_us": launch_us, "gpu": "H200", "date": "2027"} | changes)
+
+
+def test_phases_are_those_of_the_latest_launch(tmp_path):
+    rows = [
+        launch(64, 90.0), launch(8, 50.0), launch(8, 70.0, date="2026"),
+        launch(8, 30.0, precision="fp8_block"),
+    ]  # fmt: skip
+    path = write(tmp_path / "phases.csv", rows, PhaseRow)
+    first, second = sections_of(load(path, columns=PHASE_COLUMNS)).values()
+    assert first[0] == "pro, EP4, bf16, balanced routing"
+    assert second[0] == "pro, EP4, fp8_block, balanced routing"
+    assert {tokens: sum(times.values()) for tokens, times in first[1].items()} == {8: 50, 64: 90}
+    assert list(first[1]) == [8, 64] and first[1][8]["FC1 products"] == 44
+    with pytest.raises(ValueError, match="another header"):
+        load(path)
+
+
+def test_phases_join_the_page(tmp_path):
+    write(tmp_path / "phases.csv", [launch(8, 1234.0)], PhaseRow)
+    write(tmp_path / "rows.csv")
+    out = tmp_path / "page.html"
+    pictures = tmp_path / "pictures"
+    assert main(["report", str(tmp_path), "-o", str(out), "--pictures", str(pictures)]) == 0
+    page = Page(out.read_text())
+    for expected in ("wait for slowest rank", "1,228.0", "1,234.0"):
+        assert expected in page.text
+    assert (pictures / "phases-0.png").is_file()
 
 
 class Page(HTMLParser):
@@ -156,16 +194,18 @@ def test_the_page_stands_alone(tmp_path, capsys):
     text = out.read_text()
     assert text.startswith("<!DOCTYPE html>")
     page = Page(text)
-    assert page.count["svg"] == 6 == page.count["figure"]  # four groups, two memory sections
+    # Panels and legends: 3 + 3 where peers are, 2 + 1, 2 + 2, 1 + 1; then the memory of two.
+    assert page.count["svg"] == 6 + 3 + 4 + 2 + 2 and page.count["figure"] == 2
     assert "script" not in page.count and "link" not in page.count and "img" not in page.count
     assert page.links and all(link.startswith("#") for link in page.links)
     assert "http" not in text and "@import" not in text
     assert len(page.ids) == len(set(page.ids))
     assert {link[1:] for link in page.links} <= set(page.ids)
     shown = ["roofline, bf16", "torch_bf16 (eager), bf16", "DeepGEMM #383, fp8_block"]
-    shown += ["combine_output", "fedcba9876", "Times of a CPU", "Speed-up of megamoe"]
+    shown += ["combine_output", "fedcba9", "Times of a CPU", "Speed-up of megamoe"]
     for expected in shown:
         assert expected in page.text, expected
+    assert "No launch was recorded" in page.text
     assert len(list(pictures.glob("*.png"))) == len(list(pictures.glob("*.svg"))) == 6
     for path in pictures.glob("*.svg"):
         assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
@@ -222,3 +262,10 @@ def test_the_published_files_can_be_drawn():
     groups = groups_of(load(*files), peers)
     beside = {g.model.name for g in groups if any(curve.peer for curve in g.curves)}
     assert beside == {"pro", "flash", "v3"}
+
+
+def test_the_published_phases_are_whole():
+    """Phases follow each other: none is negative, and together they are the launch."""
+    frame = load(REPOSITORY / "perf" / "results" / "phases.csv", columns=PHASE_COLUMNS)
+    assert len(frame) and (frame[list(PHASES)] >= 0).all(axis=None)
+    assert frame[list(PHASES)].sum(axis=1).tolist() == pytest.approx(frame.launch_us, rel=1e-4)

@@ -21,7 +21,10 @@ from perf.__main__ import main, parser
 from perf.cases import MODELS, Case, make_inputs, make_weights
 from perf.emulated_trace import Recorder, stream_of
 from perf.measure import layer_arguments
+from perf.phases import COLUMNS as PHASE_COLUMNS
+from perf.phases import PhaseRow, phases_of
 from perf.plan import plan_of
+from perf.results import ResultsFile, environment, load
 from perf.roofline import routed_counts
 from perf.timeline import CtaTrace, TileTimes, decode, events_of, shifted, shifts_of, slices_of
 from workspace import Workspace, layout_of
@@ -203,6 +206,18 @@ def test_events_of_a_gpu():
     assert timeline.sm_clock_mhz([CtaTrace(0, 0, {"start": 1})]) is None
 
 
+def test_phases_of_a_launch():
+    tiles = [
+        TileTimes(PHASE_FC1, 7, 3, 13_600, 15_000, 15_500),
+        TileTimes(PHASE_FC2, 7, 4, 16_000, 18_000, 19_000),
+    ]
+    traces = [CtaTrace(0, 0, marks_of(10_000), tiles), CtaTrace(1, 0, marks_of(12_000))]
+    assert phases_of(map(slices_of, traces), 1000) == pytest.approx(
+        {"launch_us": 24, "count_us": 3, "fc1_us": 0.7, "fc2_us": 1, "epilogue_us": 0.75,
+         "wait_us": 24 - 3 - 2.45 - 2, "barrier_us": 1, "combine_us": 1}
+    )  # fmt: skip
+
+
 def test_slices_nest_whatever_the_clocks_said():
     """Warps mark borders of their own accord: a few ns before or after another warp's."""
     tiles = [
@@ -315,6 +330,20 @@ def test_a_wrong_output_is_told_and_fails(tmp_path, monkeypatch, capsys):
     assert json.loads(path.read_text())["otherData"]["error_rel"] == "inf"
 
 
+def test_a_row_of_phases_is_appended(tmp_path, monkeypatch):
+    plan = plan_on_gpu(monkeypatch)
+    monkeypatch.setattr(trace, "environment", lambda device: environment("cpu"))
+    traces, _ = trace.gpu_launch(FakeMoE(plan), plan, make_inputs(plan.case))
+    file = ResultsFile(tmp_path / "phases.csv", PhaseRow)
+    for _ in range(2):
+        trace.write(plan, traces, None, tmp_path / "trace.json", file)
+    frame = load(file.path, columns=PHASE_COLUMNS)
+    assert frame.tokens.tolist() == [3, 3] and frame.num_ranks.tolist() == [RANKS] * 2
+    assert frame.count_us.tolist() == [3, 3]
+    facts = json.loads((tmp_path / "trace.json").read_text())["otherData"]
+    assert facts["hidden"] == frame.hidden[0] and facts["routing"] == "balanced"
+
+
 def test_what_to_build_is_listed_without_a_gpu(tmp_path):
     path = tmp_path / "configs.json"
     options = ["--device", "cuda", "--model", "pro", "--ranks", "4", "--tokens", "8192"]
@@ -332,6 +361,7 @@ def test_what_to_build_is_listed_without_a_gpu(tmp_path):
         (["--out", "/"], "--out / cannot be written"),
         (["--out", "/nowhere/trace.json"], "cannot be written"),
         (["--list-configs", "/nowhere/a.json"], "--list-configs /nowhere/a.json cannot be"),
+        (["--phases", "a.csv"], "--phases a.csv: the emulator has an order of steps, no times"),
         (["--baseline", "torch_bf16"], "unknown argument --baseline"),
         (["--device", "cuda"], "no CUDA device is available"),
     ],
