@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from perf.baselines import BASELINE_OF
 from perf.options import Parser, integer, nearest
 from perf.plan import add_options, case_of
 
@@ -28,9 +29,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 #: Seconds that torchrun gets to end its ranks when a step has used up its time.
 GRACE_S = 45
 
-
-#: The baseline of a precision: torch with operands of the same width.
-BASELINE_OF = {"bf16": "torch_bf16", "fp8_block": "torch_fp8", "fp8_channel": "torch_fp8"}
 #: Table of the steps that only show that everything works.
 SMOKE = "smoke"
 
