@@ -40,13 +40,8 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Row(Environment):
-    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
-    measured.
-
-    tokens: per rank. tflops: useful, per GPU. error_rel: relative L2 error against the oracle,
-    largest over ranks. *_bytes: of one rank's workspace.
-    """
+class Launch(Environment):
+    """What was launched there: the columns of a `Case`. tokens: per rank."""
 
     num_ranks: int
     ranks_per_gpu: int
@@ -58,6 +53,17 @@ class Row(Environment):
     tokens: int
     precision: str
     routing: str
+
+
+@dataclass(frozen=True)
+class Row(Launch):
+    """One measurement. Times are the maximum over ranks; an empty string is a value that was not
+    measured.
+
+    tflops: useful, per GPU. error_rel: relative L2 error against the oracle, largest over ranks.
+    *_bytes: of one rank's workspace.
+    """
+
     mode: str
     impl: str
     us_min: float
