@@ -106,8 +106,11 @@ def heading(plan: Plan, gpu: str, columns) -> str:
             lines.append(f"{names}: eager, NCCL all-to-all with counts read by the host")
     else:
         lines.append(f"{gpu}, which holds {case.ranks_per_gpu} rank(s)")
-    lines.append("  ".join(title.rjust(width) for title, width, _ in columns))
-    return "\n".join(lines)
+    return "\n".join([*lines, titles(columns)])
+
+
+def titles(columns) -> str:
+    return "  ".join(title.rjust(width) for title, width, _ in columns)
 
 
 @dataclass(frozen=True)
