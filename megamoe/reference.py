@@ -13,6 +13,7 @@ channels, S scales of a row. Works on CPU and GPU tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -194,6 +195,38 @@ def expert_rows(
     return out.to(getattr(torch, recipe.output)) if rounding else out
 
 
+def slot_rows(
+    rows: tuple[torch.Tensor, torch.Tensor | None],
+    topk_idx_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    weights_of: Callable[[int], Weights | None],
+    recipe: Precision,
+    clamp: float | None = None,
+    rounding: bool = True,
+    compute: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Every slot through its expert: [T, K, H] in the recipe's output dtype (float64 without
+    rounding), zero where a slot is masked or its expert is not here.
+
+    rows: of all tokens, as `input_rows` returns them. weights_of: of an expert, one at a time; None
+    if it is not here. Others as in `expert_rows`.
+    """
+    output, values = getattr(torch, recipe.output) if rounding else torch.float64, rows[0]
+    slots = torch.zeros(
+        *topk_idx_TK.shape, values.shape[1], dtype=output, device=topk_idx_TK.device
+    )
+    for expert in topk_idx_TK.unique().tolist():
+        weights = None if expert < 0 else weights_of(expert)
+        if weights is None:
+            continue
+        token, k = torch.where(topk_idx_TK == expert)
+        router = topk_weights_TK[token, k]
+        slots[token, k] = expert_rows(
+            take_rows(rows, token), router, weights, recipe, clamp, rounding, compute
+        )
+    return slots
+
+
 def moe_forward(
     x_TH: torch.Tensor,
     topk_idx_TK: torch.Tensor,
@@ -217,19 +250,12 @@ def moe_forward(
     compute: dtype of the sums of FC1 and FC2, float32 unless said otherwise.
     """
     recipe, weights = precision_of(precision), Weights(w13, w2, w13_scale, w2_scale)
-    num_tokens, top_k = topk_idx_TK.shape
-    output = getattr(torch, recipe.output) if rounding else torch.float64
-    slots = torch.zeros(num_tokens, top_k, x_TH.shape[1], dtype=output, device=x_TH.device)
     rows = input_rows(x_TH, x_scale, recipe)
-    for expert in topk_idx_TK.unique().tolist():
-        if expert < 0:
-            continue
-        token, k = torch.where(topk_idx_TK == expert)
-        router = topk_weights_TK[token, k]
-        slots[token, k] = expert_rows(
-            take_rows(rows, token), router, weights.of(expert), recipe, clamp, rounding, compute
-        )
-    return combine(slots, topk_idx_TK, torch.float32 if rounding else torch.float64).to(output)
+    slots = slot_rows(
+        rows, topk_idx_TK, topk_weights_TK, weights.of, recipe, clamp, rounding, compute
+    )
+    out = combine(slots, topk_idx_TK, torch.float32 if rounding else torch.float64)
+    return out.to(slots.dtype)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import ceilings, compare, report, sweep, trace, zeroing
+from perf import accuracy, ceilings, compare, report, sweep, trace, zeroing
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": compare,
     "report": report,
     "ceilings": ceilings,
+    "accuracy": accuracy,
     "zeroing": zeroing,
     "trace": trace,
 }

@@ -20,6 +20,7 @@ from perf.experts import Bf16Experts, Fp8Experts, Packed
 class LocalTorch:
     """The layer over weights in checkpoint layout, w13 [E, 2I, H] gate then up and w2 [E, H, I].
 
+    `scales`: of w13 and w2, if they are quantised already (`megamoe.reference.Weights`); FP8 only.
     `masked` says whether topk_idx may hold -1; without masks a few small launches are saved.
     Attributes that a measurement reads: `capturable`, a CUDA graph can hold it; `max_error`, the
     largest relative error against the oracle; `config`, what a result row says of its form.
@@ -27,8 +28,14 @@ class LocalTorch:
 
     arithmetic: type = Bf16Experts
 
-    def __init__(self, w13_E2IH: torch.Tensor, w2_EHI: torch.Tensor, masked: bool = True):
-        self.multiply = self.arithmetic(w13_E2IH, w2_EHI)
+    def __init__(
+        self,
+        w13_E2IH: torch.Tensor,
+        w2_EHI: torch.Tensor,
+        masked: bool = True,
+        scales: tuple[torch.Tensor, ...] = (),
+    ):
+        self.multiply = self.arithmetic(w13_E2IH, w2_EHI, *scales)
         self.capturable, self.config = self.multiply.capturable, self.multiply.config
         self.max_error = self.multiply.max_error
         self.masked = masked
@@ -68,7 +75,7 @@ class LocalTorch:
 class ExchangedTorch:
     """The layer of one rank over the weights of its own experts, e of E; collective over the
     default process group. Row counts, rows (their scales apart) and results travel in all-to-alls.
-    Attributes as `LocalTorch`.
+    Scales and attributes as `LocalTorch`.
     """
 
     arithmetic: type = Bf16Experts
@@ -80,8 +87,9 @@ class ExchangedTorch:
         w2_EHI: torch.Tensor,
         num_ranks: int,
         masked: bool = True,
+        scales: tuple[torch.Tensor, ...] = (),
     ):
-        self.multiply = self.arithmetic(w13_E2IH, w2_EHI)
+        self.multiply = self.arithmetic(w13_E2IH, w2_EHI, *scales)
         self.config, self.max_error = self.multiply.config, self.multiply.max_error
         self.num_ranks, self.local = num_ranks, w13_E2IH.shape[0]
         self.num_experts = num_ranks * self.local
@@ -159,3 +167,5 @@ class ExchangedTorchFp8(ExchangedTorch):
 
 BASELINES = {"torch_bf16": TorchBf16, "torch_fp8": TorchFp8}
 PROCESS_BASELINES = {"torch_bf16": ExchangedTorchBf16, "torch_fp8": ExchangedTorchFp8}
+#: The baseline of a precision: torch with operands of the same width.
+BASELINE_OF = {"bf16": "torch_bf16", "fp8_block": "torch_fp8", "fp8_channel": "torch_fp8"}

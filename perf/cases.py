@@ -2,7 +2,9 @@
 
 Inputs depend on the seed, the token count and the rank only; `routings` draws the expert ids.
 Inputs have unit variance and the weights of each projection 1 / fan-in, so that every activation of
-the layer stays of order one and bf16 errors compare across shapes.
+the layer stays of order one and bf16 errors compare across shapes. A case with `spread` scales
+tokens, hidden rows and weights by powers of two that cancel: the answer is the same, but a scale
+that covers more than 128 columns no longer fits all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.precision import Precision, precision_of
+from megamoe.precision import FP8_BLOCK, Precision, precision_of
 from megamoe.reference import Weights
 from megamoe.weights import empty_weights, quantize_weights
 from perf import routings
@@ -45,7 +47,10 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One point: a model on W ranks, `ranks_per_gpu` of them on each GPU, `tokens` on each rank."""
+    """One point: a model on W ranks, `ranks_per_gpu` of them on each GPU, `tokens` on each rank.
+
+    spread: blocks of 128 columns of tokens and hidden rows differ by up to 2^spread in magnitude.
+    """
 
     model: Model
     num_ranks: int
@@ -54,6 +59,7 @@ class Case:
     routing: str = "balanced"
     precision: str = "bf16"
     seed: int = 0
+    spread: int = 0
 
     def __post_init__(self):
         if self.model.top_k > self.model.num_experts:
@@ -123,12 +129,21 @@ class Inputs:
     topk_weights: torch.Tensor
 
 
+def block_magnitudes(columns: int, spread: int, device: torch.device) -> torch.Tensor:
+    """[columns] bf16: powers of two, 1 for the first 128 columns and 2^-spread for the last."""
+    blocks = torch.arange(columns, device=device) // FP8_BLOCK
+    exponents = blocks * spread // max(columns // FP8_BLOCK - 1, 1)
+    return torch.exp2(-exponents.float()).bfloat16()
+
+
 def make_rank_inputs(case: Case, rank: int, device: torch.device | str = "cpu") -> Inputs:
     """The inputs of one rank, on `device`."""
     device, dtype = torch.device(device), torch.bfloat16
     seed = (case.seed * 1_000_003 + case.tokens) * 1009 + rank
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(case.tokens, case.model.hidden, generator=generator, device=device).to(dtype)
+    if case.spread:
+        x *= block_magnitudes(case.model.hidden, case.spread, device)
     logits = torch.randn(case.tokens, case.model.top_k, generator=generator, device=device)
     model = case.model
     draw = routings.Draw(case.tokens, model.top_k, model.num_experts, case.num_ranks, rank,
@@ -152,10 +167,16 @@ def make_weights(
     hidden, inter = model.hidden, model.intermediate
     w13 = torch.empty(len(experts), 2 * inter, hidden, dtype=dtype, device=device)
     w2 = torch.empty(len(experts), hidden, inter, dtype=dtype, device=device)
+    of_tokens = block_magnitudes(hidden, case.spread, device)
+    of_hidden = block_magnitudes(inter, case.spread, device)
     for expert, gate_up, down in zip(experts, w13, w2, strict=True):
         generator = torch.Generator(device).manual_seed(case.seed * 1_000_003 + expert)
         gate_up.normal_(0.0, hidden**-0.5, generator=generator)
         down.normal_(0.0, inter**-0.5, generator=generator)
+        if case.spread:
+            gate_up /= of_tokens
+            gate_up[inter:] *= of_hidden.unsqueeze(1)
+            down /= of_hidden
     return w13, w2
 
 

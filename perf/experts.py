@@ -96,23 +96,38 @@ def fp8_form(device: torch.device) -> str:
 
 
 class Fp8Experts:
-    """Weights as `Bf16Experts` takes them, quantised once; rows are quantised in every call. Packed
-    rows are FP8 bytes, which index and collective operations take, and their scales.
+    """Weights as `Bf16Experts` takes them, quantised once, or with scales as `megamoe` has them and
+    quantised already: blocked with a scale per 128 x 128, else grouped. Rows are quantised in every
+    call. Packed rows are FP8 bytes, which index and collective operations take, and their scales.
     """
 
     max_error = MAX_FP8_ERROR
 
-    def __init__(self, w13_e2IH: torch.Tensor, w2_eHI: torch.Tensor, form: str | None = None):
-        self.form = form or fp8_form(w13_e2IH.device)
+    def __init__(
+        self,
+        w13_e2IH: torch.Tensor,
+        w2_eHI: torch.Tensor,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+    ):
+        if w13_scale is None:
+            self.form = fp8_form(w13_e2IH.device)
+        else:
+            self.form = BLOCKED if w13_scale.dim() == 3 else GROUPED
         self.capturable = self.form == GROUPED  # else the host reads where experts begin
         self.columns = None if self.form == GROUPED else BLOCK
         self.config = f"form={self.form} scales={'row' if self.form == GROUPED else '1x128'}"
-        self.w13, self.w2 = self._weights(w13_e2IH), self._weights(w2_eHI)
+        self.w13 = self._weights(w13_e2IH, w13_scale)
+        self.w2 = self._weights(w2_eHI, w2_scale)
 
-    def _weights(self, w_eNK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _weights(
+        self, w_eNK: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(FP8 [e, N, K], scales [e, N, 1] or [e, N / 128, K / 128]), an expert at a time: no
-        float32 copy of all.
+        float32 copy of all, and no copy of what is quantised already.
         """
+        if scale is not None:
+            return w_eNK, scale if self.form == BLOCKED else scale.unsqueeze(2)
         data = torch.empty(w_eNK.shape, dtype=FP8, device=w_eNK.device)
         scales = []
         for expert, w_NK in enumerate(w_eNK):

@@ -85,9 +85,16 @@ class Point:
         bound = layer_bound(self.case.recipe) if self.max_error is None else self.max_error
         return self.error is not None and not self.error <= bound
 
+    @property
+    def problem(self) -> str:
+        """Why the measurement failed, in a line; empty if it did not."""
+        if not self.wrong:
+            return ""
+        return f"{self.impl} is wrong at {self.case.tokens} tokens: error {self.error:.2e}"
+
     def row(self, where: dict[str, object]) -> Row:
         """The result row of this point, measured at `where` (`results.environment`)."""
-        case, us = self.case, self.times.us_median
+        us = self.times.us_median
         optional = {
             "reset_bytes": self.reset_bytes,
             "workspace_bytes": self.workspace_bytes,
@@ -102,7 +109,7 @@ class Point:
             }
         return Row(
             **where,
-            **case.columns,
+            **self.case.columns,
             mode=self.mode,
             impl=self.impl,
             us_min=self.times.us_min,
@@ -184,24 +191,37 @@ def baseline_contenders(
 
     def contender(name: str) -> Contender:
         layer = table[name](*matrices, **ranks, masked=masked)
-
-        def prepare(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
-            tokens = [i.x.shape[0] for i in inputs]
-            columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
-            batch = [torch.cat(c) if len(c) > 1 else c[0] for c in columns]
-            return lambda: layer(*batch).split(tokens)
-
         mode = plan.mode if layer.capturable else EAGER
         bound = hypot(layer.max_error, oracle_error)
-        return Contender(name, prepare, mode, bound, layer.config)
+        return Contender(name, one_batch(layer), mode, bound, layer.config)
 
     return [contender(name) for name in plan.baselines]
+
+
+def one_batch(
+    layer: Callable[..., torch.Tensor],
+) -> Callable[[Sequence[Inputs]], Callable[[], Sequence[torch.Tensor]]]:
+    """`Contender.prepare` of a layer of one rank, which gets the tokens of all as one batch."""
+
+    def prepare(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
+        tokens = [i.x.shape[0] for i in inputs]
+        columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
+        batch = [torch.cat(c) if len(c) > 1 else c[0] for c in columns]
+        return lambda: layer(*batch).split(tokens)
+
+    return prepare
 
 
 def layer_arguments(inputs: Sequence[Inputs]) -> list:
     """x, topk_idx and topk_weights as the layer takes them: tensors of one rank, else lists."""
     columns = [[getattr(i, f.name) for i in inputs] for f in dataclasses.fields(Inputs)]
     return [column[0] for column in columns] if len(inputs) == 1 else columns
+
+
+def outputs_of(moe: megamoe.MegaMoE, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
+    """The layer's outputs of the ranks of this process."""
+    output = moe(*layer_arguments(inputs))
+    return [output] if len(inputs) == 1 else output
 
 
 class Runner:

@@ -78,9 +78,15 @@ def _adder(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_launch_options(parser: argparse.ArgumentParser, tokens: str | None = None) -> None:
+def add_launch_options(
+    parser: argparse.ArgumentParser,
+    tokens: str | None = None,
+    precision: str = "bf16",
+    verify: bool = True,
+) -> None:
     """The options that say what is launched; one without a value here follows the device
-    (DEFAULTS). `tokens` describes the default of a command that has its own.
+    (DEFAULTS). `tokens` describes the default of a command that has its own, `precision` is the
+    default; without `verify` there is no such option.
     """
 
     def names_in(table) -> dict[str, object]:
@@ -124,7 +130,7 @@ def add_launch_options(parser: argparse.ArgumentParser, tokens: str | None = Non
     add("--routing", default="balanced", type=routing, metavar="NAME|FILE", text=routings.HELP)
     add(
         "--precision",
-        default=("bf16",),
+        default=(precision,),
         type=names(PRECISIONS),
         metavar="LIST",
         text=f"one or several of {', '.join(PRECISIONS)}",
@@ -132,12 +138,13 @@ def add_launch_options(parser: argparse.ArgumentParser, tokens: str | None = Non
     add("--seed", type=integer(0, 2**31), default=0, metavar="N", text="of inputs and weights")
     add("--num-sms", type=count, metavar="N", text="SMs that the kernel may use")
     add("--kernel-dir", metavar="DIR", text="kernels compiled ahead of time")
-    add(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        text="compare outputs with the oracle",
-    )
+    if verify:
+        add(
+            "--verify",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            text="compare outputs with the oracle",
+        )
 
 
 def add_options(
@@ -237,6 +244,7 @@ def case_of(
         routing=args.routing,
         precision=precision or args.precision[0],
         seed=args.seed,
+        spread=getattr(args, "spread", 0),
     )
     supports(case.config(max_tokens))
     case.check_routing(max(tokens))

@@ -1,11 +1,11 @@
 """The measurements that are published, in one go on a GPU machine.
 
-`python -m perf.publish DIR`. Each step is one sweep in its own process with a time limit, so that a
-hang, a crash or a lost CUDA context costs that step only. A step appends its rows, one at a time
-and with token counts ascending, to the file of its table, DIR/<table>.csv: steps of one precision
-and one number of GPUs share a file. The most wanted figures come first. On a machine of several
-GPUs the steps are those with a process per GPU, on all or some of them; else those of one GPU. Exit
-status: 1 if any step failed.
+`python -m perf.publish DIR`. Each step is one sweep, or one `accuracy`, in its own process with a
+time limit, so that a hang, a crash or a lost CUDA context costs that step only. A step appends its
+rows, one at a time and with token counts ascending, to the file of its table, DIR/<table>.csv:
+sweeps of one precision and one number of GPUs share a file. The most wanted figures come first. On
+a machine of several GPUs the steps are those with a process per GPU, on all or some of them; else
+those of one GPU. Exit status: 1 if any step failed.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from pathlib import Path
 
 import torch
 
+from perf.__main__ import parser as command_line
+from perf.baselines import BASELINE_OF
 from perf.options import Parser, integer, nearest
-from perf.plan import add_options, case_of
+from perf.plan import case_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: Seconds that torchrun gets to end its ranks when a step has used up its time.
 GRACE_S = 45
 
-
-#: The baseline of a precision: torch with operands of the same width.
-BASELINE_OF = {"bf16": "torch_bf16", "fp8_block": "torch_fp8", "fp8_channel": "torch_fp8"}
 #: Table of the steps that only show that everything works.
 SMOKE = "smoke"
+#: Commands that steps run.
+SWEEP, ACCURACY = "sweep", "accuracy"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One sweep: options beyond `--device cuda`, precision, baseline and `--csv`; the table that
-    its rows belong to; seconds it may take; and processes with a GPU each (one: all ranks on one
-    GPU).
+    """One sweep, or another command: options beyond `--device cuda`, precision, baseline and
+    `--csv`; the table that its rows belong to; seconds it may take; and processes with a GPU each
+    (one: all ranks on one GPU).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Step:
     precision: str = "bf16"
     limit_s: int = 240
     gpus: int = 1
+    command: str = SWEEP
 
     @property
     def file(self) -> str:
@@ -58,15 +60,22 @@ class Step:
 
     @property
     def arguments(self) -> list[str]:
-        """The options of the sweep, but for the file."""
-        baseline = BASELINE_OF[self.precision]
+        """The options of the command, but for the file."""
         given = self.options.split()
-        return ["--device", "cuda", *given, "--precision", self.precision, "--baseline", baseline]
+        baseline = ["--baseline", BASELINE_OF[self.precision]] if self.command == SWEEP else []
+        return ["--device", "cuda", *given, "--precision", self.precision, *baseline]
 
 
 #: A rank's share of V3's experts at EP8: what one GPU of a deployment holds.
 _V3 = "--model v3 --num-experts 32"
 _V3_GRAPH = f"{_V3} --graph"
+#: All experts of Pro fit on one GPU.
+_PRO_ERRORS = "--model pro --tokens 1,64,512"
+
+
+def _errors(name: str, options: str, precision: str, gpus: int = 1) -> Step:
+    return Step(name, options, ACCURACY, precision, gpus=gpus, command=ACCURACY)
+
 
 STEPS = (
     Step("smoke", "--model tiny --ranks 1 --tokens 1,64,512 --eager --reps 5", SMOKE, limit_s=120),
@@ -82,6 +91,10 @@ STEPS = (
     Step("v3_skewed", f"{_V3_GRAPH} --ranks 4 --routing skewed --tokens 64,1024"),
     Step("v3_hot_expert", f"{_V3_GRAPH} --ranks 4 --routing hot-expert --tokens 64,1024"),
     Step("v3_hot_rank", f"{_V3_GRAPH} --ranks 4 --routing hot-rank --tokens 64,1024"),
+    _errors("pro_errors_fp8", _PRO_ERRORS, "fp8_block"),
+    _errors("pro_errors_fp8_spread", f"{_PRO_ERRORS} --spread 16", "fp8_block"),
+    _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),
+    _errors("pro_errors", _PRO_ERRORS, "bf16"),
 )
 
 
@@ -113,6 +126,7 @@ EP_STEPS = (
     Step("smoke_ep4", _SMOKE, SMOKE, limit_s=120, gpus=4),
     Step("smoke_ep4_fp8", _SMOKE, SMOKE, "fp8_block", limit_s=120, gpus=4),
     *_both("pro_ep4", f"{_EP4['pro']} --tokens {_ALL_TOKENS}", 4),
+    _errors("pro_errors_ep4_fp8", f"{_PRO_ERRORS} --max-tokens 8192", "fp8_block", gpus=4),
     *_both("flash_ep4", f"{_EP4['flash']} --tokens {_ALL_TOKENS}", 4),
     *_both("v3_ep4", f"{_EP4['v3']} --tokens {_ALL_TOKENS}", 4),
     Step(
@@ -140,11 +154,9 @@ def steps_for(gpus: int) -> list[Step]:
 
 def configs_of(steps: Sequence[Step]) -> list[dict]:
     """Fields of every configuration that `steps` run, for `python -m megamoe.compile --list`."""
-    parser = Parser()
-    add_options(parser)
-    configs = []
+    options, configs = command_line(), []
     for step in steps:
-        args = parser.parse_args(step.arguments)
+        args = options.parse_args([step.command, *step.arguments])
         for precision in args.precision:
             case, _, max_tokens = case_of(args, step.gpus, precision)
             fields = dataclasses.asdict(case.config(max_tokens))
@@ -161,7 +173,7 @@ def command_of(step: Step, directory: Path, extra: Sequence[str] = ()) -> list[s
         "-m",
         *(torchrun if step.gpus > 1 else []),
         "perf",
-        "sweep",
+        step.command,
         *step.arguments,
         *extra,
         "--csv",
@@ -213,8 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--limit", type=integer(1), metavar="SECONDS", help="start no step after this long"
     )
     parser.add_argument("--reps", metavar="N", help="passed on to every sweep")
-    parser.add_argument("--num-sms", metavar="N", help="passed on to every sweep")
-    parser.add_argument("--kernel-dir", metavar="DIR", help="passed on to every sweep")
+    parser.add_argument("--num-sms", metavar="N", help="passed on to every step")
+    parser.add_argument("--kernel-dir", metavar="DIR", help="passed on to every step")
     parser.add_argument(
         "--list-configs",
         action="store_true",
@@ -228,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = [step for step in known.values() if step.name in wanted]
     steps = steps or steps_for(args.gpus or torch.cuda.device_count())
 
-    passed_on = {"--reps": args.reps, "--num-sms": args.num_sms, "--kernel-dir": args.kernel_dir}
-    extra = [word for option, value in passed_on.items() if value for word in (option, value)]
+    passed_on = {"--num-sms": args.num_sms, "--kernel-dir": args.kernel_dir}
+    extra = {ACCURACY: passed_on, SWEEP: passed_on | {"--reps": args.reps}}
     directory = args.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     if args.list_configs:
@@ -243,7 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes[step.name] = "not started: out of time"
             continue
         print(f"== {step.name}: {' '.join(step.arguments)}", flush=True)
-        outcomes[step.name] = run_step(command_of(step, directory, extra), limit_s, step.gpus)
+        given = [word for option in extra[step.command].items() if option[1] for word in option]
+        outcomes[step.name] = run_step(command_of(step, directory, given), limit_s, step.gpus)
     print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     return 0 if all(outcome == "ok" for outcome in outcomes.values()) else 1
 

@@ -34,6 +34,12 @@ class Sample:
         return reference.relative_error(output[self.tokens], self.expected)
 
 
+def spread_evenly(most: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Positions of at most `most` of the tokens of a rank."""
+    count = min(most, tokens)
+    return torch.arange(count, device=device) * tokens // max(count, 1)
+
+
 def sample_of(
     job: Job,
     inputs: Inputs,
@@ -46,26 +52,18 @@ def sample_of(
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     recipe, local = precision_of(precision), weights.w13.shape[0]
-    count = min(most, inputs.x.shape[0])
-    tokens = torch.arange(count, device=inputs.x.device) * inputs.x.shape[0] // count
+    tokens = spread_evenly(most, inputs.x.shape[0], inputs.x.device)
+    count = tokens.numel()
     x, topk_idx, topk_weights = (
         job.gather(tensor[tokens]) for tensor in (inputs.x, inputs.topk_idx, inputs.topk_weights)
     )
-    # Outputs are exact in float32, and every backend can add that.
-    travelling = reference.input_rows(x, None, recipe)
-    slots = torch.zeros(*topk_idx.shape, x.shape[1], dtype=torch.float32, device=x.device)
-    for expert in topk_idx.unique().tolist():
-        if expert // local != job.rank:  # -1 // local is -1
-            continue
-        token, k = torch.where(topk_idx == expert)
-        rows = reference.expert_rows(
-            reference.take_rows(travelling, token),
-            topk_weights[token, k],
-            weights.of(expert % local),
-            recipe,
-        )
-        slots[token, k] = rows.float()
-    slots = job.sum_over_ranks(slots)
+
+    def own(expert: int) -> reference.Weights | None:
+        return weights.of(expert % local) if expert // local == job.rank else None
+
+    rows = reference.input_rows(x, None, recipe)
+    slots = reference.slot_rows(rows, topk_idx, topk_weights, own, recipe)
+    slots = job.sum_over_ranks(slots.float())  # exact, and every backend can add float32
     mine = slice(job.rank * count, (job.rank + 1) * count)
     expected = reference.combine(slots[mine], topk_idx[mine])
     return Sample(tokens, expected.to(getattr(torch, recipe.output)))

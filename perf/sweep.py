@@ -15,17 +15,19 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 import torch
 
 from megamoe.faults import MegaMoEError
+from perf.cases import Case
 from perf.measure import Point, Runner, WrongResult
 from perf.plan import Plan, add_options, check_here, plans_of
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, joined, place_of
 from perf.progress import Progress
-from perf.results import ResultsFile, environment
+from perf.results import ResultsFile, Row, environment
 from perf.routings import label_of
 
 __all__ = ["SUMMARY", "add_options", "run"]
@@ -81,14 +83,20 @@ def columns_of(plan: Plan, impls: Sequence[str]):
     ]
 
 
+def title_of(case: Case) -> str:
+    """Shape, precision and routing in a line."""
+    model = case.model
+    shape = f"H={model.hidden} I={model.intermediate} E={model.num_experts} K={model.top_k}"
+    return (
+        f"{model.name} ({shape}), EP={case.num_ranks}, {case.precision}, "
+        f"{label_of(case.routing)} routing"
+    )
+
+
 def heading(plan: Plan, gpu: str, columns) -> str:
     """What is measured where, and the titles of the columns."""
-    model, case = plan.case.model, plan.case
-    shape = f"H={model.hidden} I={model.intermediate} E={model.num_experts} K={model.top_k}"
-    lines = [
-        f"{model.name} ({shape}), EP={case.num_ranks}, {case.precision}, "
-        f"{label_of(case.routing)} routing, {plan.mode}, {plan.reps} timed call(s)"
-    ]
+    case = plan.case
+    lines = [f"{title_of(case)}, {plan.mode}, {plan.reps} timed call(s)"]
     if plan.emulated:
         lines.append("CPU emulation of every rank: the times are those of a CPU, not GPU figures.")
     elif case.num_gpus > 1:
@@ -98,8 +106,26 @@ def heading(plan: Plan, gpu: str, columns) -> str:
             lines.append(f"{names}: eager, NCCL all-to-all with counts read by the host")
     else:
         lines.append(f"{gpu}, which holds {case.ranks_per_gpu} rank(s)")
-    lines.append("  ".join(title.rjust(width) for title, width, _ in columns))
-    return "\n".join(lines)
+    return "\n".join([*lines, titles(columns)])
+
+
+def titles(columns) -> str:
+    return "  ".join(title.rjust(width) for title, width, _ in columns)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """How the points of a command are printed and kept: the class of their CSV rows; the columns of
+    a plan with these implementations beside the layer, (title, width, text of a point); and the
+    lines above them, for a plan, the name of its GPU and these columns.
+    """
+
+    kind: type = Row
+    columns: Callable[[Plan, Sequence[str]], list] = columns_of
+    heading: Callable[[Plan, str, list], str] = heading
+
+
+SWEEP = Listing()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,18 +140,19 @@ def run_plans(
     one: type[Runner],
     many: type[ProcessRunner],
     seen: Callable[[Point], object] = lambda point: None,
+    listing: Listing = SWEEP,
 ) -> int:
     """Measure every plan of `args` by a runner for this process alone, or for one of a job; `seen`
-    gets each point in the process that prints.
+    gets each point in the process that prints. Points have `problem` and `row`, as `Point` has.
     """
     place = place_of(os.environ)
     plans = plans_of(args, place)
     check_here(plans)
-    file = ResultsFile(args.csv) if args.csv else None
+    file = ResultsFile(args.csv, listing.kind) if args.csv else None
     if place is None:
-        return measure_all(plans, file, one, seen=seen)
+        return measure_all(plans, file, one, seen=seen, listing=listing)
     with joined(place) as job:
-        return measure_all(plans, file, lambda plan: many(plan, job), job, seen)
+        return measure_all(plans, file, lambda plan: many(plan, job), job, seen, listing)
 
 
 def measure_all(
@@ -134,6 +161,7 @@ def measure_all(
     make_runner: Callable[[Plan], Runner | ProcessRunner],
     job: Job | None = None,
     seen: Callable[[Point], object] = lambda point: None,
+    listing: Listing = SWEEP,
 ) -> int:
     """Measure, print and keep every point; the exit status. `seen` gets each printed point."""
     speaks = job is None or job.rank == 0
@@ -156,14 +184,15 @@ def measure_all(
             where = environment(plan.device) if speaks else {}
             runner = None  # gives back the memory of the last plan
             runner = make_runner(plan)
-            columns = columns_of(plan, [contender.impl for contender in runner.contenders])
+            impls = [contender.impl for contender in runner.contenders]
+            columns = listing.columns(plan, impls)
             if speaks:
-                say(heading(plan, where["gpu"], columns), sys.stdout)
+                say(listing.heading(plan, where["gpu"], columns), sys.stdout)
             for tokens in plan.tokens:
                 progress.start(f"{plan.case.precision}, {tokens} tokens per rank")
                 for point in runner.points(tokens):
                     finished += 1
-                    status = FAILED if point.wrong else status
+                    status = FAILED if point.problem else status
                     if not speaks:
                         continue
                     if file:
@@ -171,9 +200,8 @@ def measure_all(
                     seen(point)
                     line = "  ".join(text(point).rjust(width) for _, width, text in columns)
                     say(line, sys.stdout)
-                    if point.wrong:
-                        message = f"{point.impl} is wrong at {tokens} tokens"
-                        say(f"{message}: error {point.error:.2e}", sys.stderr)
+                    if point.problem:
+                        say(point.problem, sys.stderr)
         progress.clear()
     except KeyboardInterrupt:
         kept = f" in {file.path}" if file else ""

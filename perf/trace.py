@@ -25,7 +25,13 @@ from megamoe.config import select
 from megamoe.faults import MegaMoEError
 from perf.cases import Inputs, make_inputs, make_rank_inputs
 from perf.emulated_trace import STEP_CLOCK, Recorder, traces_of
-from perf.measure import Runner, largest_error, layer_arguments, layer_bound, oracle
+from perf.measure import (
+    Runner,
+    largest_error,
+    layer_bound,
+    oracle,
+    outputs_of,
+)
 from perf.phases import PhaseRow, phases_of
 from perf.plan import Plan, add_launch_options, case_of, check_here, plan_of
 from perf.process_runner import ProcessRunner
@@ -190,12 +196,6 @@ def gpu_launch(
         shifts = shifts_of(traces)
         traces = [shifted(trace, shifts[trace.rank]) for trace in traces]
     return traces, outputs
-
-
-def outputs_of(moe: megamoe.MegaMoE, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
-    """The outputs of the ranks of this process."""
-    output = moe(*layer_arguments(inputs))
-    return [output] if len(inputs) == 1 else output
 
 
 def error_of(

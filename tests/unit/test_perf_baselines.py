@@ -87,6 +87,26 @@ def test_fp8_is_the_layer_but_for_its_rounding(routing, form, monkeypatch):
     assert layer.capturable == (form == GROUPED)
 
 
+@pytest.mark.parametrize(("precision", "form"), [("fp8_block", BLOCKED), ("fp8_channel", GROUPED)])
+def test_weights_that_are_quantised_already_are_taken_as_they_are(precision, form):
+    case = dataclasses.replace(case_of(), precision=precision)
+    weights, inputs = make_layer_weights(case), make_inputs(case)[0]
+    layer = TorchFp8(*weights[:2], scales=weights[2:])
+    assert f"form={form}" in layer.config
+    assert layer.multiply.w13[0] is weights.w13 and layer.multiply.w2[0] is weights.w2
+    exact = reference.moe_forward(
+        inputs.x,
+        inputs.topk_idx,
+        inputs.topk_weights,
+        *weights,
+        precision=precision,
+        rounding=False,
+    )
+    # What is left is the rounding of hidden rows to FP8.
+    out = layer(inputs.x, inputs.topk_idx, inputs.topk_weights)
+    assert 0.02 < reference.relative_error(out, exact) < 0.03
+
+
 @pytest.mark.parametrize("columns", [None, 128])
 def test_rows_are_quantised_by_their_largest_value(columns):
     x = torch.randn(5, 256) * torch.tensor([1e-6, 1.0, 1e4, 0.0, 7.0]).unsqueeze(1)

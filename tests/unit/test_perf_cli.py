@@ -374,14 +374,15 @@ def test_every_command_has_help(command, capsys):
     assert stop.value.code == 0 and out.startswith(" ".join(["usage: python -m perf", *command]))
 
 
-def test_every_published_step_is_a_valid_sweep(monkeypatch, tmp_path):
+def test_every_published_step_is_a_valid_command(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for step in publish.STEPS:
-        command = publish.command_of(step, tmp_path, ["--reps", "3"])
-        assert command[1:4] == ["-m", "perf", "sweep"]
+        reps = {"sweep": 3, "accuracy": 1}[step.command]
+        command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
+        assert command[1:4] == ["-m", "perf", step.command]
         args = parser().parse_args(command[3:])
         measured = plan_of(args)
-        assert measured.device.type == "cuda" and measured.reps == 3
+        assert measured.device.type == "cuda" and measured.reps == reps
         assert args.csv == str(tmp_path / step.file)
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from megamoe import reference
 from megamoe.config import KernelConfig
 from megamoe.faults import LaunchTimeout
 from megamoe.reference import Weights
-from perf import processes
+from perf import accuracy, processes
 from perf.__main__ import main, parser
 from perf.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
 from perf.cases import (
@@ -35,7 +36,7 @@ from perf.processes import Job, Place, place_of
 from perf.results import ResultsFile, load
 from perf.roofline import work_of
 from perf.sample import sample_of
-from perf.sweep import heading, measure_all
+from perf.sweep import SWEEP, Listing, heading, measure_all
 from perf.timing import measure
 
 RANKS, TOKENS, MOST = 2, 37, 16
@@ -70,7 +71,9 @@ class FakeMoE:
 
     def load_weights(self, w13, w2, *scales):
         assert w13.shape[0] == w2.shape[0] == MODELS["emulated"].num_experts // RANKS
-        self.layer = ExchangedTorchBf16(w13, w2, RANKS)
+        quantised = scales[0] is not None
+        torch_layer = ExchangedTorchFp8 if quantised else ExchangedTorchBf16
+        self.layer = torch_layer(w13, w2, RANKS, scales=scales if quantised else ())
 
     def __call__(self, *inputs):
         return self.layer(*inputs) * self.scale
@@ -79,15 +82,19 @@ class FakeMoE:
         pass
 
 
-def sweep(job: Job, csv: Path) -> tuple[int, str]:
-    """Status and standard output of a small sweep with a process per rank."""
-    options = ["--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16", "--csv", str(csv)]
-    plan = plan_of(parser().parse_args(["sweep", "--ranks", "2", *options]))
+def command(job: Job, runner: type, listing: Listing, csv: Path, argv: list[str]):
+    """Status and standard output of a command with a process per rank."""
+    plan = plan_of(parser().parse_args([*argv, "--ranks", "2", "--csv", str(csv)]))
     plan = dataclasses.replace(plan, case=dataclasses.replace(plan.case, ranks_per_gpu=1))
-    out = io.StringIO()
+    file, out = ResultsFile(csv, listing.kind), io.StringIO()
     with contextlib.redirect_stdout(out):
-        status = measure_all([plan], ResultsFile(csv), lambda p: ProcessRunner(p, job), job)
+        status = measure_all([plan], file, lambda p: runner(p, job), job, listing=listing)
     return status, out.getvalue()
+
+
+def sweep(job: Job, csv: Path) -> tuple[int, str]:
+    argv = ["sweep", "--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16"]
+    return command(job, ProcessRunner, SWEEP, csv, argv)
 
 
 def work(rank: int, directory: Path) -> None:
@@ -120,6 +127,9 @@ def work(rank: int, directory: Path) -> None:
         found[precision] = sample_of(job, make_rank_inputs(case, rank), weights, precision, MOST)
     megamoe.MegaMoE = FakeMoE
     found["sweep"] = sweep(job, directory / "rows.csv")
+    argv = ["accuracy", "--tokens", "9"]
+    listing, csv = accuracy.LISTING, directory / "errors.csv"
+    found["accuracy"] = command(job, accuracy.AccuracyProcessRunner, listing, csv, argv)
     count = SimpleNamespace(job=job)
     found["work"] = ProcessRunner._work(count, case_of(), make_rank_inputs(case_of(), rank))
     FakeMoE.scale = 1.05
@@ -193,6 +203,20 @@ def test_rank_0_alone_prints_and_keeps_rows(ranks):
     assert (rows.num_ranks == RANKS).all() and (rows.ranks_per_gpu == 1).all()
     assert (rows.error_rel > 0).all() and (rows.error_rel < BOUND).all()
     assert rows.workspace_bytes[0] == 65536
+
+
+def test_errors_with_a_process_per_rank(ranks, one_thread, capsys, tmp_path):
+    """The same exact answers, so the same errors but for where router weights are applied."""
+    (first, second), directory = ranks
+    assert (first["accuracy"][0], second["accuracy"][0]) == (0, 0)
+    assert second["accuracy"][1] == "" and first["accuracy"][1].count("torch_fp8") == 2
+    path = tmp_path / "alone.csv"
+    assert main(["accuracy", "--tokens", "9", "--ranks", "2", "--csv", str(path)]) == 0
+    joined, alone = (pandas.read_csv(file) for file in (directory / "errors.csv", path))
+    same = ["num_ranks", "tokens", "precision", "seed", "impl", "exact"]
+    assert joined[same].equals(alone[same]) and (joined.ranks_per_gpu == 1).all()
+    assert joined.error_rel.tolist() == pytest.approx(alone.error_rel.tolist(), rel=0.05)
+    assert joined.ratio[[0, 2]].tolist() == [1.0, 1.0]  # this layer is the pipeline
 
 
 def test_every_rank_counts_the_work_of_all(ranks):

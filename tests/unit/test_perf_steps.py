@@ -13,8 +13,7 @@ import torch
 
 from perf import publish
 from perf.__main__ import parser
-from perf.options import Parser
-from perf.plan import add_options, plan_of
+from perf.plan import plan_of
 from perf.processes import place_of
 
 RANK_1 = {"RANK": "1", "LOCAL_RANK": "1"}
@@ -27,13 +26,15 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
     assert {step.gpus for step in publish.steps_for(4)} == {4, 2}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for step in publish.EP_STEPS:
-        command = publish.command_of(step, tmp_path, ["--reps", "3"])
-        head = f"-m torch.distributed.run --standalone --nproc-per-node {step.gpus} -m perf sweep"
+        reps = {"sweep": 3, "accuracy": 1}[step.command]
+        command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
+        head = f"-m torch.distributed.run --standalone --nproc-per-node {step.gpus} -m perf"
+        head += f" {step.command}"
         assert " ".join(command[1:]).startswith(head)
         plan = plan_of(
             parser().parse_args(command[8:]), place_of({**RANK_1, "WORLD_SIZE": str(step.gpus)})
         )
-        assert plan.reps == 3 and plan.case.num_gpus == step.gpus
+        assert plan.reps == reps and plan.case.num_gpus == step.gpus
         (config,) = publish.configs_of([step])
         assert config == dataclasses.asdict(plan.case.config(plan.max_tokens))
         assert config["num_ranks"] == step.gpus
@@ -45,13 +46,12 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
 def test_steps_have_names_of_their_own_and_count_tokens_upwards():
     steps = [*publish.STEPS, *publish.EP_STEPS]
     assert len({step.name for step in steps}) == len(steps)
-    options = Parser()
-    add_options(options)
     for step in steps:
-        args = options.parse_args(step.arguments)
+        args = parser().parse_args([step.command, *step.arguments])
         assert args.tokens == sorted(args.tokens), step.name
         assert args.precision == (step.precision,)
-        assert args.baseline == (publish.BASELINE_OF[step.precision],)
+        if step.command == "sweep":
+            assert args.baseline == (publish.BASELINE_OF[step.precision],)
 
 
 def test_a_file_holds_one_kind_of_rows():
@@ -59,6 +59,10 @@ def test_a_file_holds_one_kind_of_rows():
     for step in [*publish.STEPS, *publish.EP_STEPS]:
         files.setdefault(step.file, set()).add((step.precision, step.gpus))
     files.pop("smoke.csv")
+    assert files.pop("accuracy.csv") == {
+        ("fp8_block", 1), ("fp8_channel", 1), ("bf16", 1), ("fp8_block", 4)
+    }  # fmt: skip
+    assert {s.file for s in publish.STEPS if s.command == "accuracy"} == {"accuracy.csv"}
     assert all(len(kinds) == 1 for kinds in files.values())
     assert {name: kinds.pop() for name, kinds in files.items()} == {
         "h200_bf16_one_gpu.csv": ("bf16", 1),

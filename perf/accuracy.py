@@ -1,0 +1,334 @@
+"""The command `accuracy`: how far the layer is from exact arithmetic, beside an unfused pipeline.
+
+Exact is float64, one expert at a time, from either of two things:
+
+- `stored`: the tokens and weights as the layer stores them, quantised, with their scales. What is
+  left is what computing costs: sums, hidden rows in FP8, BF16 rows. The bounds (BOUNDS) are for
+  this one.
+- `original`: the BF16 tokens and weights before they were quantised. Three more roundings to FP8
+  come on top, which no implementation of the precision can avoid. Printed, not judged.
+
+The unfused pipeline is the baseline of the precision, over the very weights and scales of the
+layer: tokens quantised; FC1, stored in BF16; SwiGLU; hidden rows quantised; FC2, rows stored in
+BF16; weighted sum. On a GPU its products are torch's scaled ones, on a CPU float32 products of
+dequantised operands; the layer is the kernel, or on a CPU the emulator. With `fp8_channel` it
+stores hidden rows with one scale each, the finest that torch multiplies by output channels.
+
+Errors are over the tokens of all ranks together, at most SAMPLED of each rank, spread evenly.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+from megamoe import reference
+from megamoe.precision import Precision, precision_of
+from perf import plan
+from perf.baselines import BASELINE_OF, BASELINES, PROCESS_BASELINES
+from perf.cases import Case, Inputs, make_inputs, make_rank_inputs, make_weights
+from perf.measure import MEGAMOE, Contender, Runner, layer_facts, one_batch, outputs_of
+from perf.options import integer
+from perf.plan import Plan
+from perf.process_runner import ProcessRunner
+from perf.processes import Job
+from perf.results import Launched
+from perf.routings import may_mask
+from perf.sample import spread_evenly
+from perf.sweep import Listing, run_plans, title_of, titles
+from perf.timing import EAGER
+
+SUMMARY = "the layer's error against exact arithmetic, beside that of an unfused pipeline"
+
+#: Tokens per rank unless asked otherwise.
+TOKENS = {"cpu": [16], "cuda": [512]}
+#: Tokens per rank that are compared: float64 slots of Pro take 0.3 MB each.
+SAMPLED = 1024
+STORED, ORIGINAL = "stored", "original"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The most that the layer may be off against `stored`."""
+
+    relative: float
+    calc_diff: float
+    ratio: float = 1.1  # to the error of the unfused pipeline
+
+
+#: FP8: storing hidden rows costs 0.023. BF16: three roundings by at most 2^-9.
+BOUNDS = {
+    "bf16": Bounds(4e-3, 8e-6),
+    "fp8_block": Bounds(3.2e-2, 6e-4),
+    "fp8_channel": Bounds(3.2e-2, 6e-4),
+}
+EPILOG = (
+    "Errors are printed against exact arithmetic on the tokens and weights as the layer stores "
+    "them (stored), and as they were before they were quantised (original). Exit status: 1 if the "
+    "layer's error against stored is above a bound ("
+    + "; ".join(
+        f"{name}: relative L2 {b.relative:g}, {b.ratio:g} times that of the unfused pipeline, "
+        f"calc_diff {b.calc_diff:g}"
+        for name, b in BOUNDS.items()
+    )
+    + "), otherwise as sweep. With a process per GPU: torchrun --nproc-per-node N -m perf accuracy "
+    "--device cuda ..."
+)
+
+
+def calc_diff(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """1 - 2 <x, y> / (<x, x> + <y, y>) in float64, as DeepGEMM defines it; 0 when both are empty or
+    zero, inf for NaN in `out`.
+    """
+    out, exact = out.double(), exact.double()
+    if not torch.isfinite(out).all():
+        return inf
+    scale = (out * out + exact * exact).sum().item()
+    return 1 - 2 * (out * exact).sum().item() / scale if scale else 0.0
+
+
+def max_abs(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest difference in float64; 0 without any value, inf for NaN in `out`."""
+    difference = (out.double() - exact.double()).abs().nan_to_num(nan=inf, posinf=inf)
+    return difference.max().item() if difference.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class AccuracyRow(Launched):
+    """Errors of one implementation against one exact answer, over the tokens of all ranks.
+
+    seed, spread: of the inputs and weights. exact: STORED or ORIGINAL. ratio: of the layer's
+    relative L2 error to the unfused pipeline's.
+    """
+
+    seed: int
+    spread: int
+    impl: str
+    exact: str
+    error_rel: float
+    calc_diff: float
+    max_abs: float
+    ratio: float | str = ""
+    config: str = ""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What a row says of an implementation; `unfused` is the pipeline's relative error, None in its
+    own rows.
+    """
+
+    case: Case
+    impl: str
+    exact: str
+    relative: float
+    calc_diff: float
+    max_abs: float
+    unfused: float | None = None
+    config: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        if self.unfused is None:
+            return None
+        return self.relative / self.unfused if self.unfused else (inf if self.relative else 1.0)
+
+    @property
+    def problem(self) -> str:
+        """The bounds that are exceeded, in a line; empty if none is."""
+        if self.ratio is None or self.exact != STORED:
+            return ""
+        bounds = BOUNDS[self.case.precision]
+        found = (
+            ("relative L2", self.relative, bounds.relative),
+            ("calc_diff", self.calc_diff, bounds.calc_diff),
+            ("ratio to the unfused pipeline", self.ratio, bounds.ratio),
+        )
+        over = [f"{name} {value:.3g} > {most:g}" for name, value, most in found if value > most]
+        place = f"{self.impl} at {self.case.tokens} tokens, {self.case.precision}"
+        return f"{place}: {', '.join(over)}" if over else ""
+
+    def row(self, where: dict[str, object]) -> AccuracyRow:
+        """The result row, measured at `where` (`results.environment`)."""
+        return AccuracyRow(
+            **where,
+            **self.case.columns,
+            seed=self.case.seed,
+            spread=self.case.spread,
+            impl=self.impl,
+            exact=self.exact,
+            error_rel=self.relative,
+            calc_diff=self.calc_diff,
+            max_abs=self.max_abs,
+            ratio="" if self.ratio is None else self.ratio,
+            config=self.config,
+        )
+
+
+def unfused(plan: Plan, table: dict, weights: reference.Weights, **ranks) -> Contender:
+    """The plan's unfused pipeline, made by a class of `table`, over the layer's own weights."""
+    case = plan.case
+    name = BASELINE_OF[case.precision]
+    scales = weights[2:] if case.recipe.scaled else ()
+    masked = may_mask(case.routing)
+    layer = table[name](*weights[:2], **ranks, masked=masked, scales=scales)
+    emulated = plan.emulated and case.recipe.scaled
+    config = f"{layer.config} products=float32" if emulated else layer.config
+    return Contender(name, one_batch(layer), EAGER, layer.max_error, config)
+
+
+class AccuracyRunner(Runner):
+    """Every rank in this process; `points` are `Errors`."""
+
+    def make_contenders(self) -> list[Contender]:
+        return [unfused(self.plan, BASELINES, self.weights)]
+
+    def points(self, tokens: int) -> Iterator[Errors]:
+        case = self.plan.case.with_tokens(tokens)
+        experts = range(case.model.num_experts)
+        return errors_of(self, case, make_inputs(case, self.plan.device), experts)
+
+
+class AccuracyProcessRunner(ProcessRunner):
+    """One rank of a job; `points` are collective and equal on all ranks."""
+
+    def make_contenders(self) -> list[Contender]:
+        return [unfused(self.plan, PROCESS_BASELINES, self.weights, num_ranks=self.job.size)]
+
+    def points(self, tokens: int) -> Iterator[Errors]:
+        case = self.plan.case.with_tokens(tokens)
+        inputs = make_rank_inputs(case, self.job.rank, self.plan.device)
+        return errors_of(self, case, [inputs], self.experts, self.job)
+
+
+def errors_of(
+    runner: Runner | ProcessRunner,
+    case: Case,
+    inputs: Sequence[Inputs],
+    experts: range,
+    job: Job | None = None,
+) -> Iterator[Errors]:
+    """The layer and the unfused pipeline on the ranks of this process, which holds `experts`."""
+    device = runner.plan.device
+    sample = spread_evenly(SAMPLED, case.tokens, device)
+
+    def sampled(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        rows = torch.cat([part[sample] for part in parts])
+        return job.gather(rows) if job else rows
+
+    [pipeline] = runner.contenders
+    mine = sampled(outputs_of(runner.moe, inputs))
+    runner.moe.synchronize()
+    theirs = sampled(pipeline.prepare(inputs)())
+    tokens = Inputs(
+        sampled([i.x for i in inputs]),
+        sampled([i.topk_idx for i in inputs]),
+        sampled([i.topk_weights for i in inputs]),
+    )
+
+    def stored(expert: int) -> reference.Weights | None:
+        return runner.weights.of(expert - experts.start) if expert in experts else None
+
+    def original(expert: int) -> reference.Weights | None:
+        if expert not in experts:
+            return None
+        drawn = make_weights(case, device, range(expert, expert + 1))
+        return reference.Weights(*(matrix[0] for matrix in drawn))
+
+    sources = {STORED: (stored, case.recipe)}
+    if case.recipe.scaled:
+        sources[ORIGINAL] = original, precision_of("bf16")
+    config = layer_facts(runner.moe)["config"]
+    for name, (weights_of, recipe) in sources.items():
+        exact = exact_output(tokens, weights_of, recipe, job)
+        relative = reference.relative_error(theirs, exact)
+        if name == STORED and not case.spread:  # wide scales may not fit spread magnitudes
+            pipeline.refuse(relative, case.tokens)
+        for impl, out, beside, text in (
+            (MEGAMOE, mine, relative, config),
+            (pipeline.impl, theirs, None, pipeline.config),
+        ):
+            yield Errors(
+                case=case,
+                impl=impl,
+                exact=name,
+                relative=reference.relative_error(out, exact),
+                calc_diff=calc_diff(out, exact),
+                max_abs=max_abs(out, exact),
+                unfused=beside,
+                config=text,
+            )
+
+
+def exact_output(
+    tokens: Inputs,
+    weights_of: Callable[[int], reference.Weights | None],
+    recipe: Precision,
+    job: Job | None = None,
+) -> torch.Tensor:
+    """[T, H] float64 without any rounding behind the recipe's of the tokens. With a job collective,
+    each rank over the experts that `weights_of` gives it (`reference.slot_rows`).
+    """
+    rows = reference.input_rows(tokens.x, None, recipe)
+    slots = reference.slot_rows(
+        rows, tokens.topk_idx, tokens.topk_weights, weights_of, recipe, rounding=False
+    )
+    if job:
+        slots = job.sum_over_ranks(slots)
+    return reference.combine(slots, tokens.topk_idx, slots.dtype)
+
+
+def columns_of(plan: Plan, impls: Sequence[str]):
+    """The printed columns: title, width and text."""
+    return [
+        ("tokens/rank", 11, lambda e: f"{e.case.tokens}"),
+        ("impl", max(map(len, (MEGAMOE, *impls))), lambda e: e.impl),
+        ("exact from", 10, lambda e: e.exact),
+        ("relative L2", 11, lambda e: f"{e.relative:.3e}"),
+        ("calc_diff", 9, lambda e: f"{e.calc_diff:.2e}"),
+        ("max abs", 9, lambda e: f"{e.max_abs:.2e}"),
+        ("x unfused", 9, lambda e: "" if e.ratio is None else f"{e.ratio:.3f}"),
+    ]
+
+
+def heading(plan: Plan, gpu: str, columns) -> str:
+    """What is compared where, and the titles of the columns."""
+    case = plan.case
+    spread = f", magnitudes spread by 2^{case.spread}" if case.spread else ""
+    ranks = "a process and a rank on each" if case.num_gpus > 1 else "which holds all ranks"
+    lines = [
+        f"{title_of(case)}, seed {case.seed}{spread}",
+        "CPU emulation of every rank; unfused products in float32"
+        if plan.emulated
+        else f"{case.num_gpus} x {gpu}, {ranks}",
+    ]
+    return "\n".join([*lines, titles(columns)])
+
+
+LISTING = Listing(AccuracyRow, columns_of, heading)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    tokens = "; ".join(f"{','.join(map(str, TOKENS[name]))} on {name}" for name in TOKENS)
+    plan.add_launch_options(parser, tokens, precision="fp8_block", verify=False)
+    parser.add_argument(
+        "--spread",
+        type=integer(0, 24),
+        default=0,
+        metavar="BITS",
+        help="let blocks of 128 columns of tokens and hidden rows differ by up to 2^BITS in "
+        "magnitude, which the weights make up for: 128-wide scales lose nothing, wider ones do "
+        "from about 16 (default: 0)",
+    )
+    parser.add_argument("--csv", metavar="PATH", help="append a row per line that is printed")
+    parser.set_defaults(mode=EAGER, reps=1, ceilings=None, verify=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compute and print errors: 0, 1 if the layer is above a bound; otherwise as `sweep`."""
+    args.tokens = args.tokens or TOKENS[args.device]
+    return run_plans(args, AccuracyRunner, AccuracyProcessRunner, listing=LISTING)
