@@ -28,7 +28,7 @@ FLAG_WORDS = 4
 FLAG_OK, FLAG_LAST, FLAG_STOP, FLAG_LIVE = 0, 1, 2, 3
 ZERO_BYTES = 512  # zeros that dispatch copies to rows that pad a block, at most
 WEIGHT_SF_BYTES = 16  # scales of a weight tile for one K block: one float32 per 64 of its columns
-NUM_PULL_BUFFERS = 2  # pieces per pulling warp: one loading, one being stored
+NUM_PULL_BUFFERS = 2  # pieces of the dispatch warp: one loading, one being stored
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Budget:
     num_barriers: int
     full_arrivals: int  # per stage: the token loader and the weight loader
     empty_arrivals: int  # per stage: every math warp
-    queue_empty_arrivals: int  # per tile: the token loader and every math warp
+    queue_empty_arrivals: int  # per tile: the token loader, the report warp and every math warp
     total_bytes: int
 
 
@@ -73,16 +73,15 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     b_stage = kernel.block_n * kernel.block_k * item
     staging = kernel.num_math_warps * PASS_BYTES
     piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
-    pull = kernel.num_pull_warps * NUM_PULL_BUFFERS * piece
+    pull = NUM_PULL_BUFFERS * piece
     row_scales = num_scales(config.hidden_size, config.recipe.token_block)
     sf_stage = 4 * kernel.block_m if config.recipe.scaled else 0
     weight_sf = weight_sf_bytes(config)
-    pull_sf = 4 * scale_words(row_scales) * kernel.num_pull_warps * NUM_PULL_BUFFERS
-    pull_counts = COUNT_RECORD_BYTES * config.num_ranks * kernel.num_pull_warps
+    pull_sf = 4 * scale_words(row_scales) * NUM_PULL_BUFFERS
+    pull_counts = COUNT_RECORD_BYTES * config.num_ranks
     metadata = QUEUE_SLOTS * 4 * kernel.block_m
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
-    barriers = 2 * kernel.num_stages + 3 * QUEUE_SLOTS + 1
-    barriers += kernel.num_pull_warps * NUM_PULL_BUFFERS
+    barriers = 2 * kernel.num_stages + 4 * QUEUE_SLOTS + 1 + NUM_PULL_BUFFERS
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
     total = (
         kernel.num_stages * (a_stage + b_stage + sf_stage)
@@ -114,7 +113,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         num_barriers=barriers,
         full_arrivals=2,
         empty_arrivals=kernel.num_math_warps,
-        queue_empty_arrivals=1 + kernel.num_math_warps,
+        queue_empty_arrivals=2 + kernel.num_math_warps,
         total_bytes=total,
     )
 

@@ -54,10 +54,6 @@ class KernelConfig:
     block_m, block_n, block_k: the CTA tile. `block_m` is also the unit of readiness, the pool
     block.
     num_stages: depth of the shared-memory ring of A and B tiles.
-    num_dispatch_warps: warps that pull tokens and reduce early; with two loader warps they form the
-    front-end warpgroup.
-    num_pull_warps: those of them that pull. One with large pieces brings a row in sooner than two
-    with small ones, in the same shared memory.
     pull_chunk_bytes: largest piece of a token row in flight per pull buffer.
     weight_run: K blocks of weights that are asked for together, in a tile with rows for one math
     warpgroup only. Two of FP8 are 256 bytes of a row, which HBM gives 2 % faster than twice 128; in
@@ -75,8 +71,6 @@ class KernelConfig:
     block_n: int = 256
     block_k: int = 64
     num_stages: int = 4
-    num_dispatch_warps: int = 2
-    num_pull_warps: int = 1
     pull_chunk_bytes: int = 7168
     weight_run: int = 1
     frontend_registers: int = 88
@@ -194,15 +188,6 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
         )
     if kernel.block_k * config.recipe.token_bytes != 128:
         raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {config.recipe.token}")
-    if kernel.num_dispatch_warps + 2 != 4:
-        raise ValueError(
-            f"num_dispatch_warps={kernel.num_dispatch_warps} must be 2 "
-            "(with two loader warps: one warpgroup)"
-        )
-    if not 1 <= kernel.num_pull_warps <= kernel.num_dispatch_warps:
-        raise ValueError(
-            f"num_pull_warps={kernel.num_pull_warps} must be in 1..{kernel.num_dispatch_warps}"
-        )
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     if not 1 <= kernel.group_blocks <= pool_blocks(config, kernel):
         raise ValueError(

@@ -275,7 +275,7 @@ class Share(NamedTuple):
 
     active: int  # 1 if it computes
     half: int  # number of the rows that it computes, in units of a warpgroup's
-    arrivals: int  # how many warps each of its warps arrives and reports for
+    arrivals: int  # how many warps each of its warps arrives for
 
 
 @dsl.jit
@@ -301,19 +301,3 @@ def share_of(rows, warpgroup, turn, granule, num_warpgroups):
 def ring_row(pool_block, ring, block_m):
     """First row of a pool block in the ring buffers."""
     return (pool_block % ring) * block_m
-
-
-@dsl.jit
-def done_target(columns, num_math_warps):
-    """Value of a done counter when all tiles of a block are stored: every math warp reports every
-    tile once.
-    """
-    return columns * num_math_warps
-
-
-@dsl.jit
-def slot_free_target(columns, num_math_warps):
-    """Value of `fc2_done_counter` when the block's ring slot is clean again: all tiles, then the
-    cleaner's one.
-    """
-    return done_target(columns, num_math_warps) + 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megamoe.budget import weight_sf_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.precision import num_scales
-from megamoe.schedule import ceil_div, done_target, slot_free_target
+from megamoe.schedule import ceil_div
 from workspace.layout import COUNTER, Layout
 from workspace.wire import scale_words
 
@@ -55,18 +55,20 @@ class Shape:
 
     @property
     def fc1_done(self) -> int:
-        """`fc1_done_counter` of a block whose FC1 tiles are all stored."""
-        return done_target(self.fc1_columns, self.kernel.num_math_warps)
+        """`fc1_done_counter` of a block whose FC1 tiles are all stored: one report a tile."""
+        return self.fc1_columns
 
     @property
     def fc2_done(self) -> int:
         """`fc2_done_counter` of a block whose FC2 tiles are all stored."""
-        return done_target(self.fc2_columns, self.kernel.num_math_warps)
+        return self.fc2_columns
 
     @property
     def slot_free(self) -> int:
-        """`fc2_done_counter` of a block whose ring slot is clean and free."""
-        return slot_free_target(self.fc2_columns, self.kernel.num_math_warps)
+        """`fc2_done_counter` of a block whose ring slot is clean and free: all tiles, then the
+        cleaner's report.
+        """
+        return self.fc2_columns + 1
 
     def stream(self, num_ctas, experts=None) -> tuple:
         """Arguments of `schedule.seek_walk` after the counts, which are those of `experts` experts:

@@ -36,7 +36,7 @@ TICKET = "load_weights.ticket"
 #: What the first warp of a math warpgroup passes on the way through a tile that it has a share in.
 TILE_TAKEN = "math.queue_full"
 TILE_BEGIN, TILE_MULTIPLIED = "math.stage_full", "math.stage_empty"
-TILE_DONE = ("math.fc1_done", "math.fc2_done")
+TILE_DONE = "math.stored"
 #: The word that counts CTAs that have ended.
 KERNEL_END = "kernel_end"
 
@@ -60,7 +60,7 @@ class _Record:
         elif self.by.get(number) is agent:
             if label == TILE_MULTIPLIED:
                 self.tiles[number][1] = step
-            elif label in TILE_DONE:
+            elif label == TILE_DONE:
                 self.tiles[number][2] = step
 
 

@@ -1,4 +1,4 @@
-"""The end of a launch: early reduce by dispatch warps, barrier over all ranks, clean-up, the rest.
+"""The end of a launch: early reduce, barrier over all ranks, clean-up, the rest.
 
 Owns who adds the slots of which token, and when.
 """
@@ -22,14 +22,19 @@ from workspace.layout import (
 
 
 def combine(cta: Cta) -> Role:
-    """After the math warps of the CTA: wait for all ranks, clean up, reduce what is left.
+    """After the math and report warps of the CTA: wait for all ranks, clean up, reduce what is
+    left.
 
     The loaders need not take part: all that they did is ordered before the math that used it. The
-    dispatch warps hand over the tokens that they have not reduced.
+    warps that reduce early hand over the tokens that they have not reduced.
     """
     runtime = cta.runtime
     cta.agents.enter_combine()
     counts = cta.counts(cta.agents.leader)
+    if runtime.live("combined.reported"):
+        while cta.shared.reports_ended.value < 1:
+            yield cta.agents.leader, cta.shared.reports_ended, 1
+        runtime.hand_over([*cta.agents.threads, *cta.agents.report], "combined.reported")
     if runtime.live("combined.before"):
         ended, warps = cta.shared.math_ended, cta.agents.math
         while ended.value < len(warps):
@@ -38,7 +43,7 @@ def combine(cta: Cta) -> Role:
         runtime.hand_over([*cta.agents.threads, *lanes], "combined.before")
     yield from nvlink_barrier(cta, "combined", GRID_COMBINED, BARRIERS_PER_LAUNCH)
     yield from _clean_up(cta, counts)
-    ended, warps = cta.shared.dispatch_ended, cta.agents.dispatch
+    ended, warps = cta.shared.early_ended, cta.agents.early
     while ended.value < len(warps):
         yield cta.agents.leader, ended, len(warps)
     leaders = [warp.leader for warp in warps]
@@ -75,25 +80,27 @@ def own_tokens(cta: Cta) -> range:
     return range(cta.index, cta.state.launch.num_tokens, cta.num_ctas)
 
 
-def reduce_early(cta: Cta, warp: int) -> Role:
-    """Dispatch warps, after their last row: tokens whose slots have all come in.
+def reduce_early(cta: Cta, worker: int) -> Role:
+    """The dispatch warp after its last row, the report warp after its last tile: tokens whose slots
+    have all come in.
 
-    The kernel takes those that are ready and stops when math is done; here a warp waits for a fixed
-    half of its share, so that both ways to be reduced are taken in every launch.
+    The kernel takes those that are ready, the report warp also between tiles, and stops when math
+    is done; here a warp waits for a fixed half of its share, so that both ways to be reduced are
+    taken in every launch.
     """
-    agent, runtime = cta.agents.dispatch[warp].leader, cta.runtime
-    workers = len(cta.agents.dispatch)
-    for token in own_tokens(cta)[warp :: 2 * workers]:
+    agent, runtime = cta.agents.early[worker].leader, cta.runtime
+    for token in own_tokens(cta)[worker :: 2 * len(cta.agents.early)]:
         arrived = cta.state.word("combine_arrival_count", token)
         yield from runtime.wait(agent, arrived, SLOTS_IN, "dispatch.slots_wait", scope=SYS)
         _reduce(cta, agent, token)
         yield
         if runtime.live("dispatch.slots_added"):
             arrived.write(agent, SLOTS_ADDED)
+    runtime.bump(cta.shared.early_ended)
 
 
 def _reduce_rest(cta: Cta) -> Role:
-    """Tokens of the CTA that its dispatch warps have not done."""
+    """Tokens of the CTA that nobody has reduced early."""
     threads = cta.agents.threads
     for number, token in enumerate(own_tokens(cta)):
         thread = threads[number % len(threads)]

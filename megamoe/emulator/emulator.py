@@ -17,6 +17,7 @@ from megamoe.emulator.combine import combine
 from megamoe.emulator.errors import EmulatorError, NotAtRest
 from megamoe.emulator.memory import Memory, Word
 from megamoe.emulator.prologue import Cta, Traffic
+from megamoe.emulator.report import report
 from megamoe.emulator.runtime import Role, Runtime
 from megamoe.emulator.state import CtaAgents, Launch, RankState, Shared
 from megamoe.reference import Weights, scale_rows
@@ -67,17 +68,17 @@ class Emulator:
         self.memory = Memory()
         self.runtime = Runtime(self.memory, self.dropped)
         num_ranks = self.config.num_ranks
-        shape = self.kernel.num_dispatch_warps, self.kernel.num_math_warps
+        warps = self.kernel.num_math_warps
         places = []
         for rank in range(num_ranks):
             places.append((rank, -1, "host"))
             for cta in range(self.num_ctas):
-                places += CtaAgents.places(rank, cta, *shape)
+                places += CtaAgents.places(rank, cta, warps)
         agents = iter(self.memory.build(places))
         self.ranks = [RankState(self.memory, self.workspace, rank) for rank in range(num_ranks)]
         for state in self.ranks:
             state.host = next(agents)
-            state.cta_agents = [CtaAgents.take(agents, *shape) for _ in range(self.num_ctas)]
+            state.cta_agents = [CtaAgents.take(agents, warps) for _ in range(self.num_ctas)]
         self._install_weights()
         self._failed = False
 
@@ -225,8 +226,9 @@ class Emulator:
         )
         agents.enter_count()
         yield from prologue.count(cta)
-        front = [roles.dispatch(cta, warp) for warp in range(len(agents.dispatch))]
-        front += [roles.load_weights(cta), roles.load_tokens(cta)]
+        front = [
+            roles.dispatch(cta), report(cta), roles.load_weights(cta), roles.load_tokens(cta)
+        ]  # fmt: skip
         for role in front:
             self.runtime.spawn(self._counted(role, shared.front_ended))
         for warp in range(len(agents.math)):

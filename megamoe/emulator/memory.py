@@ -5,8 +5,8 @@ counts, per agent, how much of that agent's past is ordered before it; a release
 a word, an acquire takes it from there. A release of gpu scope is seen on its own rank only. Stores
 stay in the agent's buffer until an ordered reader or writer comes (or, by seed, until its release);
 bulk copies stay in a separate group until the group wait. What the async proxy reads after ordinary
-stores needs a proxy fence on both sides: by the writer before its release, by the reader after its
-acquire.
+stores needs a proxy fence on both sides: after the store, by the writer or by an agent that comes
+after it, and by the reader after its acquire.
 
 Invariant: an access that the clocks do not order is an error, whatever the interleaving happened to
 be. Neighbours: `runtime` schedules and names operations, `roles` make the accesses.
@@ -15,6 +15,7 @@ be. Neighbours: `runtime` schedules and names operations, `roles` make the acces
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -134,14 +135,19 @@ class Memory:
         agent.fenced, agent.fence_scope = agent.clock.copy(), scope
         self.tick(agent)
 
-    def proxy_fence(self, agent: Agent) -> None:
+    def proxy_fence(self, agent: Agent, writers: Iterable[Agent] = ()) -> None:
         """fence.proxy.async: async-proxy reads come after what the generic proxy has acquired, and
-        those of others may come after this fence for what the agent has stored.
+        those of others may come after this fence for what the agent has stored, or `writers` whose
+        stores are ordered before it.
         """
         agent.async_clock = agent.clock.copy()
-        for data, rows, pieces in agent.unfenced:
-            data.enter_async_proxy(agent, rows, pieces)
-        agent.unfenced.clear()
+        for writer in (agent, *writers):
+            reached = int(agent.clock[writer.index])
+            later = [store for store in writer.unfenced if store[0] > reached]
+            for time, data, rows, pieces in writer.unfenced:
+                if time <= reached:
+                    data.enter_async_proxy(agent, writer, rows, pieces)
+            writer.unfenced[:] = later
 
     def hand_over(self, agents: list[Agent]) -> None:
         """A barrier of these agents: each comes after all."""
@@ -248,8 +254,10 @@ class Data:
         shape = (self.rows, -(-self.columns // piece))
         self.write_agent = np.zeros(shape, np.int32)
         self.write_time = np.zeros(shape, np.int64)
-        self.async_time = self.write_time  # of the writer's proxy fence after its last write
+        # Of the proxy fence after the last write.
+        self.async_agent, self.async_time = self.write_agent, self.write_time
         if copied:
+            self.async_agent = np.zeros(shape, np.int32)
             self.async_time = np.zeros(shape, np.int64)
         self.issued = np.zeros(shape, np.int32)  # launch of the last write
         self.visible = np.zeros(
@@ -288,11 +296,12 @@ class Data:
         self, agent: Agent, rows, pieces, what: str, asynchronous: bool = False
     ) -> None:
         """The access comes after the last write: a read of the async proxy by its own clock, and
-        after the proxy fence of the writer.
+        after the proxy fence that follows the write.
         """
         clock = agent.async_clock if asynchronous else agent.clock
+        agents = self.async_agent if asynchronous else self.write_agent
         times = self.async_time if asynchronous else self.write_time
-        late = clock[self.write_agent[rows, pieces]] < times[rows, pieces]
+        late = clock[agents[rows, pieces]] < times[rows, pieces]
         if self.memory.check_order and late.any():
             row, piece = self._first(rows, late)
             other = self.memory.agents[self.write_agent[rows, pieces][late][0]]
@@ -353,14 +362,16 @@ class Data:
         self.memory.settle(agent)
         self._claim(agent, rows, pieces, agent.time)
         if self.copied:
-            agent.unfenced.append((self, rows, pieces))
+            agent.unfenced.append((agent.time, self, rows, pieces))
         self.memory.hold(agent, self, (rows, begin, end, pieces, values, agent.launch))
 
-    def enter_async_proxy(self, agent: Agent, rows, pieces) -> None:
-        """The agent's proxy fence after a store: from here on the async proxy may read it."""
-        last = self.write_agent[rows, pieces] == agent.index
-        times = np.where(last, agent.time, self.async_time[rows, pieces])
-        self.async_time[rows, pieces] = times
+    def enter_async_proxy(self, agent: Agent, writer: Agent, rows, pieces) -> None:
+        """The agent's proxy fence after a store of the writer: from here on the async proxy may
+        read it.
+        """
+        last = self.write_agent[rows, pieces] == writer.index
+        for shadow, value in ((self.async_agent, agent.index), (self.async_time, agent.time)):
+            shadow[rows, pieces] = np.where(last, value, shadow[rows, pieces])
 
     def bulk_write(self, agent: Agent, row: int, source: list, columns) -> None:
         """Issue an asynchronous store of ``source[0]``, which is read when the copy completes."""
@@ -372,6 +383,7 @@ class Data:
     def complete(self, agent: Agent, rows, begin, end, pieces, source) -> None:
         """The group wait: from here on the copy is a store of the agent."""
         self.write_time[rows, pieces] = self.async_time[rows, pieces] = agent.time
+        self.async_agent[rows, pieces] = agent.index
         self.memory.hold(agent, self, (rows, begin, end, pieces, source[0], agent.launch))
 
     def apply(self, payload) -> None:

@@ -14,8 +14,8 @@ from megamoe import reference
 from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS, WARPGROUP_ROWS
 from megamoe.emulator.combine import reduce_early
 from megamoe.emulator.errors import PaddingNotInert
-from megamoe.emulator.memory import SYS, Agent
-from megamoe.emulator.prologue import SIGNAL_BYTES, Cta
+from megamoe.emulator.memory import Agent
+from megamoe.emulator.prologue import Cta
 from megamoe.emulator.runtime import Role
 from megamoe.emulator.state import (
     NUM_TILE_STAGES,
@@ -135,27 +135,23 @@ class Pull:
                 self.unpublished = yield from self.store(before)
 
 
-def dispatch(cta: Cta, warp: int) -> Role:
-    """Pull rows, if it is one of the warps that do, then reduce tokens that are in."""
-    if warp < cta.kernel.num_pull_warps:
-        yield from pull_rows(cta, warp)
-    yield from reduce_early(cta, warp)
-    cta.runtime.bump(cta.shared.dispatch_ended)
+def dispatch(cta: Cta) -> Role:
+    """Pull rows, then reduce tokens that are in."""
+    yield from pull_rows(cta)
+    yield from reduce_early(cta, 0)
 
 
-def pull_rows(cta: Cta, warp: int) -> Role:
-    """Pull the rows of the local experts, round-robin over warps, in dense row order."""
+def pull_rows(cta: Cta) -> Role:
+    """Pull the rows of the local experts, round-robin over CTAs, in dense row order."""
     runtime, state, config = cta.runtime, cta.state, cta.config
-    (agent, lanes), shape = cta.agents.dispatch[warp], cta.shape
+    (agent, lanes), shape = cta.agents.dispatch, cta.shape
     experts, slots, num_ranks = config.experts_per_rank, config.max_slots_per_rank, config.num_ranks
     counts = cta.counts(agent)
     sources = np.arange(num_ranks) * experts
     position = PullWalk(0, 0, 0)
-    pull = Pull(cta, cta.agents.dispatch[warp])
-    warps_per_cta = cta.kernel.num_pull_warps
-    first_row, stride = cta.index * warps_per_cta + warp, cta.num_ctas * warps_per_cta
+    pull = Pull(cta, cta.agents.dispatch)
     runtime.proxy_fence(agent, "dispatch.input_proxy")
-    for row in range(first_row, sum(counts), stride):
+    for row in range(cta.index, sum(counts), cta.num_ctas):
         position = seek_pull(position, row, counts, experts, shape.kernel.block_m)
         expert, index = position.expert, row - position.first_row
         block = position.first_block + index // shape.kernel.block_m
@@ -192,7 +188,7 @@ def load_weights(cta: Cta) -> Role:
     shape, counts = cta.shape, cta.counts(agent)
     stream = shape.stream(cta.num_ctas)
     walk = advance_walk(start_walk(counts, shape.experts), counts, *stream)
-    readers = 1 + shape.kernel.num_math_warps
+    readers = 2 + shape.kernel.num_math_warps
     number = 0
     while True:
         tickets = cta.state.word("load_balance_counter")
@@ -217,15 +213,25 @@ def load_weights(cta: Cta) -> Role:
             return
 
 
+def read_tile(cta: Cta, agent: Agent, number: int, role: str, also: tuple[Agent, ...] = ()) -> Role:
+    """Next tile of the CTA: phase, expert, block in expert, pool block, column, rows."""
+    slot, turn = number % QUEUE_SLOTS, number // QUEUE_SLOTS
+    full = cta.shared.queue_full[slot]
+    yield from cta.runtime.wait(agent, full, turn + 1, f"{role}.queue_full", also=also)
+    return cta.shared.queue.read(agent, slot)[0].tolist()
+
+
+def release_tile(cta: Cta, agent: Agent, number: int, role: str) -> Role:
+    empty = cta.shared.queue_empty[number % QUEUE_SLOTS]
+    yield from cta.runtime.add(agent, empty, f"{role}.queue_empty", release=True)
+
+
 def _take_tile(
     cta: Cta, agent: Agent, number: int, role: str, also: tuple[Agent, ...] = ()
 ) -> Role:
-    """Next tile of the CTA: phase, expert, block in expert, pool block, column, rows."""
-    slot, turn = number % QUEUE_SLOTS, number // QUEUE_SLOTS
-    full, empty = cta.shared.queue_full[slot], cta.shared.queue_empty[slot]
-    yield from cta.runtime.wait(agent, full, turn + 1, f"{role}.queue_full", also=also)
-    words = cta.shared.queue.read(agent, slot)[0].tolist()
-    yield from cta.runtime.add(agent, empty, f"{role}.queue_empty", release=True)
+    """Read the next tile and give its slot back."""
+    words = yield from read_tile(cta, agent, number, role, also)
+    yield from release_tile(cta, agent, number, role)
     return words
 
 
@@ -302,6 +308,7 @@ def math(cta: Cta, warp: int) -> Role:
         if phase == PHASE_DONE:
             return
         stage, pass_ = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
+        stored = shared.stored[number % QUEUE_SLOTS]
         number += 1
         share = share_of(rows, warpgroup, turn, WARPGROUP_ROWS, shape.kernel.num_math_warpgroups)
         turn += share.arrivals > 1
@@ -322,23 +329,22 @@ def math(cta: Cta, warp: int) -> Role:
         first = ring_row(block, shape.ring, shape.kernel.block_m) + own.start
         if phase == PHASE_FC1:
             yield from _fc1_epilogue(
-                cta, shape, (leader, lanes), product, metadata, first, real, block, column,
-                share.arrivals,
-            )  # fmt: skip
+                cta, shape, lanes, product, metadata, first, real, block, column
+            )
         else:
             yield from _fc2_epilogue(
-                cta, shape, (leader, lanes), product, metadata, first, real, block, columns,
-                share.arrivals,
-            )  # fmt: skip
+                cta, shape, lanes, product, metadata, first, real, block, columns
+            )
+        runtime.hand_over([leader, lanes], "math.warp_sync")
+        yield from runtime.add(leader, stored, "math.stored", share.arrivals, release=True)
 
 
 def _fc1_epilogue(
-    cta: Cta, shape: Shape, warp, product, metadata, first: int, real: int, block: int, column: int,
-    warps: int,
+    cta: Cta, shape: Shape, lanes: Agent, product, metadata, first: int, real: int, block: int,
+    column: int,
 ) -> Role:  # fmt: skip
-    """SwiGLU, router weight, one rounding, store; then report the tile for `warps` warps."""
-    leader, lanes = warp
-    state, runtime, recipe = cta.state, cta.runtime, cta.config.recipe
+    """SwiGLU, router weight, one rounding, store."""
+    state, recipe = cta.state, cta.config.recipe
     weights = as_float(metadata, "float32")
     if weights[real:].any():
         row = first + real + int(weights[real:].nonzero()[0])
@@ -360,22 +366,13 @@ def _fc1_epilogue(
             columns = (in_block, in_block + real)
             yield
             state.data["fc1_output_sf"].write(lanes, target, as_bits(scales[:, 0]), columns)
-    runtime.proxy_fence(lanes, "math.fc1_proxy")
-    runtime.hand_over([leader, lanes], "math.fc1_warp_sync")
-    yield from runtime.add(
-        leader, state.word("fc1_done_counter", block), "math.fc1_done", warps, release=True
-    )
 
 
 def _fc2_epilogue(
-    cta: Cta, shape: Shape, warp, product, codes, first: int, real: int, block: int, columns,
-    warps: int,
-) -> Role:  # fmt: skip
-    """Store real rows to their sources; report for `warps` warps; the last warp of the block cleans
-    its ring slot.
-    """
-    leader, lanes = warp
-    state, runtime, config = cta.state, cta.runtime, cta.config
+    cta: Cta, shape: Shape, lanes: Agent, product, codes, first: int, real: int, block: int, columns
+) -> Role:
+    """Store real rows to their sources."""
+    config = cta.config
     wrong = np.flatnonzero((codes != PADDING) != (np.arange(shape.warp_rows) < real))
     if len(wrong):
         row = int(wrong[0])
@@ -393,31 +390,3 @@ def _fc2_epilogue(
             cta.ranks[rank].data["combine_output"].write(lanes, slots[mine], values[mine], columns)
             width = columns[1] - columns[0]
             cta.traffic.count(cta.rank, rank, len(mine) * width * config.recipe.output_bytes)
-    runtime.hand_over([leader, lanes], "math.fc2_warp_sync")
-    done = state.word("fc2_done_counter", block)
-    reported = yield from runtime.add(
-        leader, done, "math.fc2_done", warps, release=True, acquire=True
-    )
-    if reported + warps == shape.fc2_done:
-        runtime.hand_over([leader, lanes], "math.clean_begin")
-        first = ring_row(block, shape.ring, shape.kernel.block_m)
-        yield from _report_rows(cta, lanes, slice(first, first + shape.kernel.block_m))
-        for region in ("l1_topk_weights_buffer", "token_src_metadata"):
-            if region in cta.resets:
-                yield
-                state.data[region].write(lanes, slice(first, first + shape.kernel.block_m), 0)
-        runtime.hand_over([leader, lanes], "math.clean_end")
-        yield from runtime.add(leader, done, "math.clean_done", release=True)
-
-
-def _report_rows(cta: Cta, lanes: Agent, rows: slice) -> Role:
-    """Tell the source of every row of a finished block that the row is in its slot."""
-    runtime, config = cta.runtime, cta.config
-    codes = cta.state.data["token_src_metadata"].read(lanes, rows)[:, 0]
-    runtime.fence(lanes, "math.rows_fence")
-    for code in codes[codes != PADDING].tolist():
-        rank = source_rank(code, config.max_slots_per_rank)
-        token = source_slot(code, config.max_slots_per_rank) // config.top_k
-        arrived = cta.ranks[rank].word("combine_arrival_count", token)
-        yield from runtime.add(lanes, arrived, "math.rows_in", scope=SYS)
-        cta.traffic.count(cta.rank, rank, SIGNAL_BYTES)

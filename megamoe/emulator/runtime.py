@@ -140,10 +140,10 @@ class Runtime:
         if self.live(label):
             self.memory.fence(agent, self.scope(label, SYS))
 
-    def proxy_fence(self, agent: Agent, label: str) -> None:
-        """fence.proxy.async"""
+    def proxy_fence(self, agent: Agent, label: str, writers: Iterable[Agent] = ()) -> None:
+        """fence.proxy.async, also for what `writers` have handed over"""
         if self.live(label):
-            self.memory.proxy_fence(agent)
+            self.memory.proxy_fence(agent, writers)
 
     def wait(
         self,

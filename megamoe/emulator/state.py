@@ -29,8 +29,8 @@ from workspace.wire import scale_words
 PIECE_COLUMNS = 64
 #: Threads of a CTA that the prologue and the combine are divided among.
 NUM_CTA_THREADS = 2
-#: Stages of token tiles in a CTA; a stage holds a whole tile here.
-NUM_TILE_STAGES = 2
+#: Stages of token tiles in a CTA; a stage holds a whole tile here. Fewer than tiles in the queue.
+NUM_TILE_STAGES = 1
 TILE_WORDS = 6  # phase, expert, block in expert, pool block, column, rows
 
 #: Data regions of words that are used atomically.
@@ -198,7 +198,8 @@ class CtaAgents:
     """Agents of one CTA: an elected thread is one agent."""
 
     threads: list[Agent]
-    dispatch: list[Warp]
+    dispatch: Warp
+    report: Warp
     load_weights: Agent
     load_tokens: Agent
     math: list[Warp]
@@ -208,23 +209,29 @@ class CtaAgents:
         return self.threads[0]
 
     @property
+    def early(self) -> list[Warp]:
+        """Warps that reduce early."""
+        return [self.dispatch, self.report]
+
+    @property
     def all(self) -> list[Agent]:
-        warps = [agent for warp in (*self.dispatch, *self.math) for agent in warp]
+        warps = [agent for warp in (*self.early, *self.math) for agent in warp]
         return [*self.threads, self.load_weights, self.load_tokens, *warps]
 
     @staticmethod
-    def places(rank: int, cta: int, num_dispatch: int, num_math: int) -> list[tuple[int, int, str]]:
+    def places(rank: int, cta: int, num_math: int) -> list[tuple[int, int, str]]:
         """(rank, cta, role) in the order of `take`."""
-        roles = [ROLES[ROLE_COUNT]] * NUM_CTA_THREADS + [ROLES[ROLE_DISPATCH]] * (2 * num_dispatch)
+        roles = [ROLES[ROLE_COUNT]] * NUM_CTA_THREADS + [ROLES[ROLE_DISPATCH]] * 2 + ["report"] * 2
         roles += ["load_weights", "load_tokens"] + ["math"] * (2 * num_math)
         return [(rank, cta, role) for role in roles]
 
     @staticmethod
-    def take(agents, num_dispatch: int, num_math: int) -> CtaAgents:
+    def take(agents, num_math: int) -> CtaAgents:
         """Build from an iterator over agents."""
         return CtaAgents(
             [next(agents) for _ in range(NUM_CTA_THREADS)],
-            [Warp(next(agents), next(agents)) for _ in range(num_dispatch)],
+            Warp(next(agents), next(agents)),
+            Warp(next(agents), next(agents)),
             next(agents),
             next(agents),
             [Warp(next(agents), next(agents)) for _ in range(num_math)],
@@ -265,9 +272,11 @@ class Shared:
         )
         self.stage_full = words("stage_full", NUM_TILE_STAGES)
         self.stage_empty = words("stage_empty", NUM_TILE_STAGES)
+        self.stored = words("stored", QUEUE_SLOTS)
         self.tiles: list[Tile | None] = [None] * NUM_TILE_STAGES
         self.math_ended = words("math_ended", 1)[0]
-        self.dispatch_ended = words("dispatch_ended", 1)[0]
+        self.reports_ended = words("reports_ended", 1)[0]
+        self.early_ended = words("early_ended", 1)[0]
         self.front_ended = words("front_ended", 1)[0]
 
 

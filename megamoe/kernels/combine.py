@@ -1,13 +1,15 @@
 """Combine: add the slots of every token, pass the last barrier, clean up.
 
-A CTA reduces the tokens cta, cta + num_ctas, ... Its dispatch warps begin while GEMMs still run,
-with tokens whose slots have all come in (`combine_arrival_count`). When the math warpgroups have
-ended their tiles they pass the barrier after which every slot of this rank is filled, stop the
-dispatch warps and do the rest. Both ways add in slot order, so the bits do not depend on who did
-it.
+A CTA reduces the tokens cta, cta + num_ctas, ... Its dispatch warp, once it has pulled, and its
+report warp begin while GEMMs still run, with tokens whose slots have all come in
+(`combine_arrival_count`). When the math warpgroups have ended their tiles and all are reported,
+they pass the barrier after which every slot of this rank is filled, stop those two and do the rest.
+Both ways add in slot order, so the bits do not depend on who did it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
@@ -34,6 +36,7 @@ arch = cute.arch
 
 VECTOR_BYTES = 16
 MIN_EARLY_TOKENS = 8  # of a CTA: with fewer, polling costs more than the late reduce
+EARLY_WORKERS = 2  # warps of a CTA that reduce early: dispatch and report
 LOADS_IN_FLIGHT = 8  # slots that a lane loads before it adds: 32 registers
 WARP_BYTES = 32 * VECTOR_BYTES  # columns that a warp reduces with one load per lane and slot
 
@@ -50,7 +53,7 @@ def combine(
     handover_threads: Constexpr,
 ):
     """The math warpgroups (`threads` threads, named barrier `barrier_id`): barrier over all ranks,
-    then clean-up and what is left of the reduce. The dispatch warps arrive at `handover_id`.
+    then clean-up and what is left of the reduce. Who reduces early arrives at `handover_id`.
     """
     sync.nvlink_barrier(
         launch,
@@ -67,7 +70,7 @@ def combine(
         flag_smem[FLAG_STOP] = Int32(1)
     if flag_smem[FLAG_OK] == 1:
         clean_up(launch, thread, epoch, threads)
-    sync.cta_barrier(handover_id, handover_threads)  # dispatch warps have stopped
+    sync.cta_barrier(handover_id, handover_threads)  # nobody else reduces any more
     if flag_smem[FLAG_OK] == 1:
         reduce_rest(launch, thread, threads)
     if thread == 0:
@@ -161,41 +164,65 @@ def told_to_stop(flag_smem) -> Int32:
     return arch.shuffle_sync(load_shared_volatile(flag_smem + FLAG_STOP), 0)
 
 
+class Reducing(NamedTuple):
+    """Where a warp that reduces early is. Its own tokens are number worker, worker + EARLY_WORKERS,
+    ... of the CTA's.
+    """
+
+    look: Int32  # it has last looked at 32 of them from here on
+    ready: Int32  # a bit for each of those whose slots are in and that is not done
+    live: Int32  # live slots of the first of these
+    piece: Int32  # next piece of it
+
+
+def NOTHING_IN_WORK() -> Reducing:
+    return Reducing(Int32(0), Int32(0), Int32(0), Int32(0))
+
+
 @cute.jit
-def reduce_early(launch: Launch, flag_smem, worker, workers: Constexpr, lane):
-    """Dispatch warps, once they have pulled all their rows: reduce own tokens as their slots come
-    in, under the GEMMs, until the math warps take over. What is half done then is done again.
+def reduces_early(launch: Launch) -> Int32:
+    """1 if this CTA has enough tokens to reduce some of them under the GEMMs."""
+    return Int32(own_tokens(launch) >= MIN_EARLY_TOKENS)
+
+
+@cute.jit
+def reduce_step(launch: Launch, state: Reducing, worker, lane) -> Reducing:
+    """One piece of a token whose slots are in; or else a look for such tokens: `ready` of the
+    result is 0 if there were none.
     """
     own = own_tokens(launch)
-    pieces = ceil_div(launch.shape.output_row_bytes, WARP_BYTES)
-    stop = Int32(0)
-    if own < MIN_EARLY_TOKENS:
-        stop = Int32(1)
-    while stop == 0:
-        missing = Int32(0)
-        for start in range(worker * 32, own, workers * 32):
-            state = arrivals(launch, own, start + lane)
-            missing = missing | arch.vote_ballot_sync(state < SLOTS_IN)
-            ready = arch.vote_ballot_sync(state == SLOTS_IN)
-            while ready != 0 and stop == 0:
-                number = start + arch.popc((ready & -ready) - 1)
-                token = launch.cta + number * launch.num_ctas
-                counter = global_ptr(address(launch, "combine_arrival_count", token))
-                load_acquire(counter, "sys")
-                live = live_slots(launch, token, lane)
-                piece = Int32(0)
-                while piece < pieces and stop == 0:
-                    reduce_piece(launch, token, live, piece, lane, 1)
-                    piece += 1
-                    stop = told_to_stop(flag_smem)
-                if piece == pieces:
-                    arch.store(counter, Int32(SLOTS_ADDED), sem="relaxed", scope="sys")
-                ready = ready & (ready - 1)
-        if stop == 0:
-            stop = told_to_stop(flag_smem)
-            if missing == 0:
-                stop = Int32(1)
-            elif stop == 0:
+    look, ready, live, piece = state.look, state.ready, state.live, state.piece
+    if ready == 0:
+        look += 32
+        if worker + EARLY_WORKERS * look >= own:
+            look = Int32(0)
+        number = worker + EARLY_WORKERS * (look + lane)
+        ready = arch.vote_ballot_sync(arrivals(launch, own, number) == SLOTS_IN)
+    else:
+        number = worker + EARLY_WORKERS * (look + arch.popc((ready & -ready) - 1))
+        token = launch.cta + number * launch.num_ctas
+        counter = global_ptr(address(launch, "combine_arrival_count", token))
+        if piece == 0:
+            load_acquire(counter, "sys")
+            live = live_slots(launch, token, lane)
+        reduce_piece(launch, token, live, piece, lane, 1)
+        piece += 1
+        if piece == ceil_div(launch.shape.output_row_bytes, WARP_BYTES):
+            arch.store(counter, Int32(SLOTS_ADDED), sem="relaxed", scope="sys")
+            ready = ready & (ready - 1)
+            piece = Int32(0)
+    return Reducing(look, ready, live, piece)
+
+
+@cute.jit
+def reduce_early(launch: Launch, state: Reducing, flag_smem, worker, lane):
+    """Reduce own tokens as their slots come in, until the math warps take over: a token that is
+    half done then is done again.
+    """
+    if reduces_early(launch):
+        while told_to_stop(flag_smem) == 0:
+            state = reduce_step(launch, state, worker, lane)
+            if state.ready == 0:
                 nanosleep(Int32(2000))
 
 

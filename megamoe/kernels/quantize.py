@@ -23,7 +23,7 @@ arch = cute.arch
 
 LANE_COLUMNS = 8  # 16 bytes of BF16
 WARP_COLUMNS = 32 * LANE_COLUMNS
-LOADS_IN_FLIGHT = 4
+MAX_LOADS = 8  # in flight per lane
 
 
 def magnitude(values):
@@ -49,13 +49,19 @@ def scale_of(amax):
     return scale, Float32(1.0) / scale
 
 
+def loads_in_flight(hidden: int) -> int:
+    """Loads of a lane at a time: as many as split a row evenly."""
+    steps = -(-hidden // WARP_COLUMNS)
+    return max(loads for loads in range(1, MAX_LOADS + 1) if steps % loads == 0)
+
+
 @cute.jit
 def load_columns(launch: Launch, token, first, lane):
-    """LOADS_IN_FLIGHT x 8 columns of a BF16 row per lane as Float32; zeros past the row's end."""
+    """`loads_in_flight` x 8 columns of a BF16 row per lane as Float32; zeros past the row's end."""
     hidden = launch.shape.config.hidden_size
     row = launch.x + Int64(token) * (2 * hidden)
     loaded = []
-    for part in range_constexpr(LOADS_IN_FLIGHT):
+    for part in range_constexpr(loads_in_flight(hidden)):
         column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
         inside = Int32(column < hidden)
         loaded.append(load_global_v4_if(row + Int64(column) * 2, inside))
@@ -71,7 +77,7 @@ def store_columns(launch: Launch, token, first, lane, values, inverses):
     """Quantise what `load_columns` returned and store it to the row that peers pull."""
     hidden = launch.shape.config.hidden_size
     row = address(launch, "input_token_buffer", token)
-    for part in range_constexpr(LOADS_IN_FLIGHT):
+    for part in range_constexpr(len(values)):
         column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
         if column < hidden:
             scaled = [value * inverses[part] for value in values[part]]
@@ -87,11 +93,11 @@ def store_scale(launch: Launch, token, index, scale):
 @cute.jit
 def quantize_input(launch: Launch, threads: Constexpr):
     """Whole grid: BF16 `x` -> input_token_buffer and input_sf_buffer, unless the host staged them
-    (x == 0). A warp takes 1024 columns of a token, or with a scale per row a whole token.
+    (x == 0). A warp takes up to 2048 columns of a token, or with a scale per row a whole token.
     """
     config = launch.shape.config
     hidden = config.hidden_size
-    span = LOADS_IN_FLIGHT * WARP_COLUMNS
+    span = loads_in_flight(hidden) * WARP_COLUMNS
     spans = (hidden + span - 1) // span
     lane = launch.thread % 32
     worker = launch.cta * (threads // 32) + launch.thread // 32
@@ -107,7 +113,7 @@ def quantize_input(launch: Launch, threads: Constexpr):
                 scale, inverse = scale_of(largest_of_lanes(amax, 32))
                 for part in range(spans):
                     values = load_columns(launch, token, part * span, lane)
-                    inverses = [inverse] * LOADS_IN_FLIGHT
+                    inverses = [inverse] * len(values)
                     store_columns(launch, token, part * span, lane, values, inverses)
                 if lane == 0:
                     store_scale(launch, token, 0, scale)
@@ -119,7 +125,7 @@ def quantize_input(launch: Launch, threads: Constexpr):
                 scales = [scale_of(largest_of_lanes(magnitude(piece), lanes)) for piece in values]
                 inverses = [inverse for _, inverse in scales]
                 store_columns(launch, token, first, lane, values, inverses)
-                for part in range_constexpr(LOADS_IN_FLIGHT):
+                for part in range_constexpr(len(values)):
                     column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
                     if lane % lanes == 0 and column < hidden:
                         store_scale(launch, token, column // FP8_BLOCK, scales[part][0])

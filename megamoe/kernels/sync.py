@@ -4,10 +4,10 @@ Flags, one line each (who writes -> who waits, target, scope, who resets):
   grid_sync_counter      every CTA -> all CTAs / the last arriver, C, gpu, clean-up
   nvlink_barrier_signal  last CTA of every rank -> all CTAs of all ranks, epoch + i, sys, never
   l1_arrival_count       dispatch warps -> load_tokens, rows of the block, gpu, clean-up
-  fc1_done_counter       math warps -> load_tokens, tiles x warps, gpu, clean-up
-  fc2_done_counter       math warps and cleaner -> dispatch warps, tiles x warps + 1, gpu, clean-up
-  combine_arrival_count  cleaners of all ranks -> dispatch warps, 0 from minus the live slots, sys,
-                         set anew by count
+  fc1_done_counter       report warps -> load_tokens, tiles, gpu, clean-up
+  fc2_done_counter       report warps and cleaner -> dispatch warps, tiles + 1, gpu, clean-up
+  combine_arrival_count  cleaners of all ranks -> who reduces early, 0 from minus the live slots,
+                         sys, set anew by count
 Waits inside a CTA (mbarriers, named barriers) depend only on warps whose own waits are bounded, so
 they end too.
 
@@ -186,15 +186,15 @@ def trace_clock(launch: Launch) -> Int64:
 
 
 @cute.jit
-def signal(launch: Launch, name: Constexpr, index, amount=1):
-    """Add `amount` to a counter of this rank with gpu-scope release.
+def signal(launch: Launch, name: Constexpr, index):
+    """Add 1 to a counter of this rank with gpu-scope release.
 
     Precondition: the caller's earlier writes, and those of threads it has synchronised with, are
     what is released; bulk copies must have been waited for in full.
     """
     arch.red(
         global_ptr(address(launch, name, index)),
-        Int32(amount),
+        Int32(1),
         op="add",
         dtype="s32",
         sem="release",

@@ -31,7 +31,7 @@ def plain_results():
         wire.source_rank(36, 10),
         wire.source_slot(36, 10),
         schedule.ring_row(5, 4, 4),
-        schedule.slot_free_target(2, 8),
+        *schedule.share_of(9, 1, 3, 64, 2),
     )
 
 

@@ -17,6 +17,7 @@ from megamoe.emulator import (
 from megamoe.faults import LaunchTimeout, MegaMoEError
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, quantize
+from megamoe.shape import Shape
 from tests.emulated import Layer, WrongResult
 from tests.routing import ROUTINGS
 from workspace import Workspace
@@ -282,14 +283,16 @@ def test_expert_ids_of_both_widths(dtype):
 
 
 def test_deadlock_lists_who_waits_for_what():
-    layer = Layer(2, drop="math.fc1_done")
+    layer = Layer(2, drop="report.fc1_done")
     with pytest.raises(Deadlock) as error:
         layer.check("uniform", 0)
-    target = layer.layout.kernel.num_math_warps
+    target = Shape(layer.config, layer.layout.kernel, layer.layout).fc1_done
     line = f"rank 1, role load_tokens: waited for fc1_done_counter[0] to reach {target}, saw 0"
     assert line in str(error.value)
     assert isinstance(error.value, (LaunchTimeout, MegaMoEError))
-    assert any("role combine: waited for shared.math_ended" in wait for wait in error.value.waits)
+    assert any(
+        "role combine: waited for shared.reports_ended" in wait for wait in error.value.waits
+    )
 
 
 def test_unwritten_read_names_region_row_role_and_rank():

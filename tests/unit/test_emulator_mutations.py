@@ -16,7 +16,7 @@ SCALED = [
     label
     for label in NEEDED
     if OPERATIONS[label].scaled
-    or label.startswith(("dispatch.", "load_tokens.fc", "math.fc1_"))
+    or label.startswith(("dispatch.", "load_tokens.fc", "report.fc1_"))
     or label in ("dispatched.before", "dispatched.wait", "math.stage_full.acquire")
 ]
 REDUNDANT = [label for label, operation in OPERATIONS.items() if operation.redundant]
@@ -38,9 +38,10 @@ SHOWN_BY_VALUES = [
     "load_tokens.fc2_wait",
     "load_tokens.stage_full.release",
     "math.stage_full",
-    "math.fc1_warp_sync",
-    "math.clean_end",
-    "combined.before",
+    "math.warp_sync",
+    "report.stored",
+    "report.clean_end",
+    "combined.reported",
     "combined.wait",
     "cleanup.epoch",
 ]
@@ -52,10 +53,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_layer(drop, precision: str = "bf16") -> Layer:
-    """Two ranks of six experts, and a ring of two pool blocks, which is used three times over."""
+    """Two ranks of six experts, two tile columns in FC1 and FC2, and a ring of two pool blocks,
+    which is used three times over.
+    """
     overrides = {"pool_blocks": 2}
     layer = Layer(
-        2, 8, 2, experts=12, inner=256, overrides=overrides, precision=precision, drop=drop
+        2,
+        8,
+        2,
+        experts=12,
+        hidden=384,
+        inner=256,
+        overrides=overrides,
+        precision=precision,
+        drop=drop,
     )
     layer.emulator.runtime.max_steps = 50_000
     return layer

@@ -290,12 +290,6 @@ def test_ring_rows_of_consecutive_blocks_do_not_meet(ring):
     assert schedule.ring_row(3 + ring, ring, 128) == schedule.ring_row(3, ring, 128)
 
 
-@pytest.mark.parametrize("columns,warps", [(1, 8), (24, 8), (28, 8), (3, 4)])
-def test_done_targets(columns, warps):
-    assert schedule.done_target(columns, warps) == columns * warps
-    assert schedule.slot_free_target(columns, warps) == columns * warps + 1
-
-
 # --- dispatch
 
 

@@ -15,8 +15,7 @@ from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexp
 
 from megamoe import schedule
 from megamoe.budget import PASS_ROW_BYTES, WARP_ROWS
-from megamoe.kernels import sync
-from megamoe.kernels.launch import Launch, address, peer_address, peer_base
+from megamoe.kernels.launch import Launch, address, peer_base
 from megamoe.kernels.ptx import (
     as_float,
     as_word,
@@ -25,7 +24,7 @@ from megamoe.kernels.ptx import (
     load_shared,
     load_shared_v4,
     pack_bf16x2,
-    silu,
+    silu_pair,
     store_global,
     store_global_v4,
     store_shared,
@@ -40,12 +39,6 @@ PASS_COLUMNS = PASS_ROW_BYTES // 2
 SLABS_PER_PASS = PASS_COLUMNS // 8
 #: Rows that one lane stores per pass: the warp covers 4 rows of 128 bytes with one instruction.
 STORES_PER_PASS = WARP_ROWS // 4
-
-
-@cute.jit
-def read_metadata(launch: Launch, name: Constexpr, ring_row) -> Int32:
-    """A word of padding metadata, past L1: another CTA's dispatch warp wrote it."""
-    return arch.load(global_ptr(address(launch, name, ring_row)), Int32, sem="relaxed", scope="gpu")
 
 
 @cute.jit
@@ -73,12 +66,11 @@ def unstage(staging, lane, store: Constexpr):
     return load_shared_v4(staging + (row * PASS_ROW_BYTES + chunk * 16))
 
 
-@cute.jit
-def activate(launch: Launch, gate, up) -> Float32:
-    """silu(gate) * up, both clamped."""
-    gate = arch.fmin(gate, launch.clamp)
-    up = arch.fmax(arch.fmin(up, launch.clamp), -launch.clamp)
-    return silu(gate) * up
+def activate(launch: Launch, gates, ups):
+    """silu(gate) * up, both clamped, for two columns."""
+    activated = silu_pair(*[arch.fmin(gate, launch.clamp) for gate in gates])
+    ups = [arch.fmax(arch.fmin(up, launch.clamp), -launch.clamp) for up in ups]
+    return [gate * up for gate, up in zip(activated, ups, strict=True)]
 
 
 def gate_index(slab: int) -> int:
@@ -106,10 +98,12 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
     slabs = outputs // 8
     for slab in range_constexpr(slabs):
         for half in range_constexpr(2):
-            for q in range_constexpr(2):
-                index = gate_index(slab) + 2 * half + q
-                activated = activate(launch, accumulator[index], accumulator[index + UP_INDEX])
-                accumulator[index] = activated * weights[half]
+            index = gate_index(slab) + 2 * half
+            gates = [accumulator[index], accumulator[index + 1]]
+            ups = [accumulator[index + UP_INDEX], accumulator[index + UP_INDEX + 1]]
+            activated = activate(launch, gates, ups)
+            accumulator[index] = activated[0] * weights[half]
+            accumulator[index + 1] = activated[1] * weights[half]
     inverses = [Float32(1.0)] * 2
     if const_expr(shape.config.recipe.scaled):
         for half in range_constexpr(2):
@@ -145,17 +139,6 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
             words = unstage(staging, lane, store)
             store_global_v4(base + Int64(row) * row_bytes + step * PASS_ROW_BYTES, words)
         arch.sync_warp()
-
-
-@cute.jit
-def report_fc1(launch: Launch, lane, pool, warps):
-    """A report of this warp, for `warps` of them; the proxy fence lets TMA of other CTAs read what
-    these stores wrote.
-    """
-    arch.fence_proxy("async.global")
-    arch.sync_warp()
-    if lane == 0:
-        sync.signal(launch, "fc1_done_counter", pool, warps)
 
 
 @cute.jit
@@ -241,34 +224,3 @@ def store_fc2(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
                 if targets[store] != 0:
                     store_global_v4(targets[store] + step * PASS_ROW_BYTES, words)
             arch.sync_warp()
-
-
-@cute.jit
-def report_fc2(launch: Launch, lane, pool, warps):
-    """A report of this warp, for `warps` of them. The last one of the block tells the source of
-    every row that it is in, cleans the padding metadata and frees the ring slot.
-    """
-    shape = launch.shape
-    max_slots = shape.config.max_slots_per_rank
-    arch.sync_warp()
-    before = Int32(0)
-    if lane == 0:
-        counter = global_ptr(address(launch, "fc2_done_counter", pool))
-        before = arch.atomic_add(counter, warps, sem="acq_rel", scope="gpu")
-    before = arch.shuffle_sync(before, 0)
-    if before + warps == shape.fc2_done:
-        first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m)
-        # Orders all rows of the block, which other warps stored and reported, before the counts.
-        arch.fence_acq_rel_sys()
-        for row in range(lane, shape.kernel.block_m, 32):
-            code = read_metadata(launch, "token_src_metadata", first_row + row)
-            if code != wire.PADDING:
-                rank = wire.source_rank(code, max_slots)
-                token = wire.source_slot(code, max_slots) // shape.config.top_k
-                arrived = global_ptr(peer_address(launch, "combine_arrival_count", rank, token))
-                arch.red(arrived, Int32(1), op="add", dtype="s32", sem="relaxed", scope="sys")
-            store_global(address(launch, "l1_topk_weights_buffer", first_row + row), Int32(0))
-            store_global(address(launch, "token_src_metadata", first_row + row), Int32(0))
-        arch.sync_warp()
-        if lane == 0:
-            sync.signal(launch, "fc2_done_counter", pool)

@@ -4,8 +4,8 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
   warps  role          registers  does (module)
   all    count         168        quantises the input, histogram, routed records, barrier of all
                                   ranks (quantize, dispatch)
-  0-1    dispatch      frontend   warp 0 pulls token rows; both then reduce what is in (dispatch,
-                                  combine)
+  0      dispatch      frontend   pulls token rows, then reduces what is in (dispatch, combine)
+  1      report        frontend   reports stored tiles, reduces in between (report, combine)
   2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (loaders)
   3      load_tokens   frontend   waits for readiness, TMA of A (loaders)
   4-11   math          math       products, epilogues, combine (math, mainloop, epilogue, combine)
@@ -14,8 +14,9 @@ Pipelines (producer -> consumer, arrivals):
   full[stage]   load_tokens + load_weights -> math     2 arrivals + bytes of A, its scales, B
   empty[stage]  math -> both loaders                   8 (one per warp, or two of one warpgroup's)
   queue_full    load_weights -> load_tokens, math      1 + bytes of the weights' block scales
-  queue_empty   load_tokens, math -> load_weights      9
+  queue_empty   load_tokens, report, math -> load_weights  10
   metadata_full load_tokens -> math                    32 (every lane stored some)
+  stored        math -> report                         8 (as for empty)
   multiplied    math -> the other math warpgroup       4 (warps of the one that computes alone)
 
 Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and a tile
@@ -47,21 +48,22 @@ from megamoe.budget import (
 )
 from megamoe.config import KernelConfig, MoEConfig
 from megamoe.kernels import sync
-from megamoe.kernels.combine import combine, reduce_early
+from megamoe.kernels.combine import EARLY_WORKERS, NOTHING_IN_WORK, combine, reduce_early
 from megamoe.kernels.dispatch import PullBuffers, count, pull
 from megamoe.kernels.launch import Launch, Shape
 from megamoe.kernels.ptx import store_shared
 from megamoe.kernels.sm90 import operands
 from megamoe.kernels.sm90.loaders import Pipes, load_tokens, load_weights
 from megamoe.kernels.sm90.math import math
+from megamoe.kernels.sm90.report import report
 from workspace.layout import layout_of
 
 arch = cute.arch
 
-HANDOVER_BARRIER = 2  # dispatch warps arrive, math warpgroups wait
-MATH_BARRIER = 1  # named barrier of the math warpgroups; 0 is the CTA
-WARP_LOAD_WEIGHTS = 2
-WARP_LOAD_TOKENS = 3
+# Named barriers; 0 is the CTA. The math warpgroups wait at all of them; at REPORTED the report warp
+# arrives, at HANDOVER whoever reduces early.
+MATH_BARRIER, REPORTED_BARRIER, HANDOVER_BARRIER = 1, 2, 3
+WARP_DISPATCH, WARP_REPORT, WARP_LOAD_WEIGHTS, WARP_LOAD_TOKENS = range(4)
 
 
 class MegaMoEKernel:
@@ -72,7 +74,9 @@ class MegaMoEKernel:
         self.kernel_config = kernel
         self.budget = check(config, kernel)
         self.shape = Shape(config, kernel, layout_of(config, kernel))
-        self.handover_threads = 32 * kernel.num_dispatch_warps + 128 * kernel.num_math_warpgroups
+        math_threads = 128 * kernel.num_math_warpgroups
+        self.reported_threads = 32 + math_threads
+        self.handover_threads = 32 * EARLY_WORKERS + math_threads
         self.dtype = operands.DTYPES[config.recipe.token]
         # Columns of one WGMMA: with scales per K block a partial sum needs registers of its own.
         self.mma_columns = kernel.block_n // 2 if config.recipe.scaled else kernel.block_n
@@ -199,7 +203,8 @@ class MegaMoEKernel:
             weight_scales=weight_scales,
             metadata=metadata,
             metadata_full=queue_full + 2 * QUEUE_SLOTS,
-            multiplied=queue_full + 3 * QUEUE_SLOTS,
+            stored=queue_full + 3 * QUEUE_SLOTS,
+            multiplied=queue_full + 4 * QUEUE_SLOTS,
         )
         pull_barriers = pipes.multiplied + 1
 
@@ -213,8 +218,9 @@ class MegaMoEKernel:
                 arch.mbarrier_init(pipes.queue_full + slot, 1)
                 arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
                 arch.mbarrier_init(pipes.metadata_full + slot, 32)
+                arch.mbarrier_init(pipes.stored + slot, config.num_math_warps)
             arch.mbarrier_init(pipes.multiplied, 4)
-            for buffer in range_constexpr(config.num_pull_warps * NUM_PULL_BUFFERS):
+            for buffer in range_constexpr(NUM_PULL_BUFFERS):
                 arch.mbarrier_init(pull_barriers + buffer, 1)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
             store_shared(zeros + 4 * word, Int32(0))
@@ -241,34 +247,29 @@ class MegaMoEKernel:
             sync.mark(launch, "dispatched")
         if warpgroup == 0:
             arch.setmaxregister_decrease(config.frontend_registers)
-            if warp < config.num_dispatch_warps:
-                if warp < config.num_pull_warps:
-                    mine = warp * NUM_PULL_BUFFERS
-                    pulling = PullBuffers(
-                        rows=buffers + mine * budget.piece_bytes,
-                        scales=pull_scales + mine * self.shape.token_scale_bytes,
-                        counts=pull_counts + warp * (2 * self.shape.config.num_ranks),
-                        barriers=pull_barriers + mine,
-                        piece_bytes=budget.piece_bytes,
-                        zero_bytes=budget.zero_bytes,
-                    )
-                    worker = cta * config.num_pull_warps + warp
-                    workers = num_ctas * config.num_pull_warps
-                    pull(
-                        launch,
-                        received,
-                        expert_ids,
-                        num_live,
-                        pulling,
-                        zeros,
-                        worker,
-                        workers,
-                        lane,
-                    )
-                    if warp == 0 and lane == 0:
-                        sync.mark(launch, "last_pull")
-                    arch.sync_warp()
-                reduce_early(launch, flags, warp, config.num_dispatch_warps, lane)
+            if warp == WARP_DISPATCH:
+                pulling = PullBuffers(
+                    rows=buffers,
+                    scales=pull_scales,
+                    counts=pull_counts,
+                    barriers=pull_barriers,
+                    piece_bytes=budget.piece_bytes,
+                    zero_bytes=budget.zero_bytes,
+                )
+                pull(launch, received, expert_ids, num_live, pulling, zeros, cta, num_ctas, lane)
+                if lane == 0:
+                    sync.mark(launch, "last_pull")
+                arch.sync_warp()
+                reduce_early(launch, NOTHING_IN_WORK(), flags, 0, lane)
+                arch.barrier_arrive(
+                    barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads
+                )
+            elif warp == WARP_REPORT:
+                reducing = report(launch, pipes, 1, lane)
+                arch.barrier_arrive(
+                    barrier_id=REPORTED_BARRIER, number_of_threads=self.reported_threads
+                )
+                reduce_early(launch, reducing, flags, 1, lane)
                 arch.barrier_arrive(
                     barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads
                 )
@@ -283,6 +284,7 @@ class MegaMoEKernel:
             arch.setmaxregister_increase(config.math_registers)
             math(launch, mma, smem_a, smem_b, staging, pipes, warp - 4, lane)
             threads = 128 * config.num_math_warpgroups
+            sync.cta_barrier(REPORTED_BARRIER, self.reported_threads)
             combine(
                 launch, flags, thread - 128, epoch, MATH_BARRIER, threads,
                 HANDOVER_BARRIER, self.handover_threads,

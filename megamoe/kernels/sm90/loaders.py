@@ -40,6 +40,7 @@ class Pipes(NamedTuple):
     metadata: cute.Pointer
     metadata_full: cute.Pointer
     multiplied: cute.Pointer
+    stored: cute.Pointer
 
 
 class Entry(NamedTuple):

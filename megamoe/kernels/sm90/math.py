@@ -124,14 +124,15 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
                     epilogue.store_fc1(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
-                    epilogue.report_fc1(launch, lane, tile.pool, share.arrivals)
                 else:
                     if const_expr(weight_block[0] == 1):
                         epilogue.scale_fc2(launch, accumulator, tile, lane)
                     epilogue.store_fc2(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
-                    epilogue.report_fc2(launch, lane, tile.pool, share.arrivals)
+                arch.sync_warp()
+                if lane == 0:
+                    arch.mbarrier_arrive(pipes.stored + slot, arrive_count=share.arrivals)
                 if place == 0 and lane == 0:
                     times = [begin, multiplied, sync.trace_clock(launch)]
                     sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)

@@ -1,0 +1,95 @@
+"""The report warp: tells other CTAs and ranks which tiles are stored.
+
+A release waits until the stores that it covers have been performed, which takes a microsecond under
+load; so no math warp waits for it. Their stores come before their arrivals at `stored`, and so
+before the release of the warp that waited there: causality order is transitive, and the proxy fence
+may stand anywhere along it. Between reports the warp reduces tokens.
+"""
+
+from __future__ import annotations
+
+import cutlass.cute as cute
+from cutlass import Int32
+
+from megamoe import schedule
+from megamoe.budget import QUEUE_SLOTS
+from megamoe.kernels import sync
+from megamoe.kernels.combine import NOTHING_IN_WORK, Reducing, reduce_step, reduces_early
+from megamoe.kernels.launch import Launch, address, peer_address
+from megamoe.kernels.ptx import global_ptr, nanosleep, store_global
+from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
+from workspace import wire
+
+arch = cute.arch
+
+
+@cute.jit
+def await_stored(launch: Launch, pipes: Pipes, taken, state: Reducing, worker, lane) -> Reducing:
+    """Reduce until the math warps have stored tile number `taken`."""
+    barrier, phase = pipes.stored + taken % QUEUE_SLOTS, taken // QUEUE_SLOTS % 2
+    if reduces_early(launch):
+        stored = Int32(0)
+        while stored == 0:
+            stored = arch.shuffle_sync(Int32(arch.mbarrier_test_wait(barrier, phase)), 0)
+            if stored == 0:
+                state = reduce_step(launch, state, worker, lane)
+                if state.ready == 0:
+                    nanosleep(Int32(500))
+    arch.mbarrier_wait(barrier, phase)
+    return state
+
+
+@cute.jit
+def report(launch: Launch, pipes: Pipes, worker, lane) -> Reducing:
+    """Report every tile of the CTA once its math warps have stored it. Returns how far worker
+    number `worker` has come with reducing.
+    """
+    state = NOTHING_IN_WORK()
+    taken = Int32(0)
+    running = Int32(1)
+    while running == 1:
+        tile = take_tile(pipes, taken)
+        if tile.phase == schedule.PHASE_DONE:
+            running = Int32(0)
+        else:
+            state = await_stored(launch, pipes, taken, state, worker, lane)
+        release_tile(pipes, taken, lane)
+        if tile.phase == schedule.PHASE_FC1:
+            arch.fence_proxy("async.global")  # TMA of other CTAs reads what the math warps stored
+            if lane == 0:
+                sync.signal(launch, "fc1_done_counter", tile.pool)
+        elif tile.phase == schedule.PHASE_FC2:
+            report_fc2(launch, lane, tile.pool)
+        taken += 1
+    return state
+
+
+@cute.jit
+def report_fc2(launch: Launch, lane, pool):
+    """The last report of a block tells the source of every row that it is in, cleans the padding
+    metadata and frees the ring slot.
+    """
+    shape = launch.shape
+    max_slots = shape.config.max_slots_per_rank
+    before = Int32(0)
+    if lane == 0:
+        counter = global_ptr(address(launch, "fc2_done_counter", pool))
+        before = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+    before = arch.shuffle_sync(before, 0)
+    if before == shape.fc2_done - 1:
+        first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m)
+        # Orders all rows of the block, which other warps stored and reported, before the counts.
+        arch.fence_acq_rel_sys()
+        for row in range(lane, shape.kernel.block_m, 32):
+            metadata = global_ptr(address(launch, "token_src_metadata", first_row + row))
+            code = arch.load(metadata, Int32, sem="relaxed", scope="gpu")
+            if code != wire.PADDING:
+                rank = wire.source_rank(code, max_slots)
+                token = wire.source_slot(code, max_slots) // shape.config.top_k
+                arrived = global_ptr(peer_address(launch, "combine_arrival_count", rank, token))
+                arch.red(arrived, Int32(1), op="add", dtype="s32", sem="relaxed", scope="sys")
+            store_global(address(launch, "l1_topk_weights_buffer", first_row + row), Int32(0))
+            store_global(address(launch, "token_src_metadata", first_row + row), Int32(0))
+        arch.sync_warp()
+        if lane == 0:
+            sync.signal(launch, "fc2_done_counter", pool)
