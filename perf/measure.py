@@ -26,7 +26,7 @@ from perf.plan import Plan
 from perf.results import Row
 from perf.roofline import Roofline, Work, work_of
 from perf.routings import may_mask
-from perf.timing import EAGER, Times, measure
+from perf.timing import EAGER, Times, flush_of, measure
 
 MEGAMOE = "megamoe"
 #: The layer's relative error against the oracle, which stores hidden rows in FP8 as the layer does.
@@ -65,7 +65,9 @@ class Contender:
 
 @dataclass(frozen=True)
 class Point:
-    """What one implementation did at one token count; None is what was not measured."""
+    """What one implementation did at one token count; None is what was not measured. `mode`: as
+    `Plan.label` has it.
+    """
 
     case: Case
     mode: str
@@ -233,6 +235,7 @@ class Runner:
         self.weights = make_layer_weights(case, plan.device)
         self.moe = layer_of(plan, world=case.num_ranks)
         self.moe.load_weights(*self.weights)
+        self.flush = flush_of(plan.l2, plan.device)
         self.contenders = self.make_contenders()
 
     def make_contenders(self) -> list[Contender]:
@@ -250,7 +253,7 @@ class Runner:
         call = partial(self.moe, *layer_arguments(inputs))
         times, output = self._measure(call, plan.mode, self.moe.synchronize)
         yield point(
-            mode=plan.mode,
+            mode=plan.label(plan.mode),
             times=times,
             error=largest_error([output] if len(inputs) == 1 else output, expected),
             nvlink_bytes=self.moe.nvlink_bytes,
@@ -262,7 +265,7 @@ class Runner:
                 contender.refuse(largest_error(call(), expected), tokens)
             times, outputs = self._measure(call, contender.mode, contender.check)
             yield point(
-                mode=contender.mode,
+                mode=plan.label(contender.mode),
                 impl=contender.impl,
                 times=times,
                 error=largest_error(outputs, expected),
@@ -274,4 +277,4 @@ class Runner:
         self, call: Callable[[], object], mode: str, check: Callable[[], object]
     ) -> tuple[Times, object]:
         plan = self.plan
-        return measure(call, plan.device, mode, plan.reps, plan.warmup, check)
+        return measure(call, plan.device, mode, plan.reps, plan.warmup, check, flush=self.flush)

@@ -27,7 +27,7 @@ from perf.options import MAX_TOKENS, checked, integer, names, one_of, token_coun
 from perf.processes import Place
 from perf.roofline import DEFAULTS as DEFAULT_CEILINGS
 from perf.roofline import Ceilings, Roofline, Work, roofline_of
-from perf.timing import EAGER, GRAPH
+from perf.timing import COLD, EAGER, GRAPH, L2_STATES, WARM, mode_label
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,13 @@ def add_options(
     add = _adder(parser)
     add("--graph", dest="mode", action="store_const", const=GRAPH, text="replay a CUDA graph")
     add("--eager", dest="mode", action="store_const", const=EAGER, text="call from the host")
+    add(
+        "--l2",
+        default=WARM,
+        type=one_of(L2_STATES),
+        metavar="STATE",
+        text="L2 cache before a timed call: warm, as the last call left it, or cold, overwritten",
+    )
     add("--reps", type=integer(1, 100_000), metavar="N", text=f"timed calls: {_follows('reps')}")
     if baselines:
         add(
@@ -190,6 +197,11 @@ class Plan:
     workspace_bytes: int  # of one rank
     ceilings: Ceilings
     kernel_options: dict[str, object] = field(default_factory=dict)
+    l2: str = WARM  # before every timed call
+
+    def label(self, mode: str) -> str:
+        """What stands in `mode` of the rows that this plan measures in a mode of `timing`."""
+        return mode_label(mode, self.l2)
 
     @property
     def emulated(self) -> bool:
@@ -265,6 +277,9 @@ def plan_of(
     mode = args.mode or default.mode
     if args.device == "cpu" and mode == GRAPH:
         raise ValueError("--graph needs --device cuda; use --eager")
+    l2 = getattr(args, "l2", WARM)
+    if args.device == "cpu" and l2 == COLD:
+        raise ValueError("--l2 cold needs --device cuda: the emulator has no L2 to flush")
     if place:
         if place.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -289,6 +304,7 @@ def plan_of(
         workspace_bytes=_workspace_bytes(case, max_tokens, kernel_options),
         ceilings=_ceilings(args, device, case),
         kernel_options=kernel_options,
+        l2=l2,
     )
 
 

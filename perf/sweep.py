@@ -6,7 +6,7 @@ and writes. With `--device cpu` the emulator runs the protocol: errors and byte 
 times are a CPU's and say nothing about a GPU. Every output is checked against the dense oracle
 (with a process per rank: on a sample of every rank's tokens), unless --no-verify. Every
 configuration is checked before the first runs. Lines are printed and appended to the CSV file one
-at a time; an interrupt keeps what is finished.
+at a time; an interrupt keeps what is finished. Rows with a cold L2 say so in `mode`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def title_of(case: Case) -> str:
 def heading(plan: Plan, gpu: str, columns) -> str:
     """What is measured where, and the titles of the columns."""
     case = plan.case
-    lines = [f"{title_of(case)}, {plan.mode}, {plan.reps} timed call(s)"]
+    lines = [f"{title_of(case)}, {plan.label(plan.mode)}, {plan.reps} timed call(s)"]
     if plan.emulated:
         lines.append("CPU emulation of every rank: the times are those of a CPU, not GPU figures.")
     elif case.num_gpus > 1:

@@ -24,11 +24,12 @@ from perf import plan, publish, sweep
 from perf.__main__ import COMMANDS, main, parser
 from perf.baselines import TorchBf16
 from perf.cases import Model
+from perf.measure import Runner
 from perf.options import nearest, token_counts
 from perf.plan import plan_of
 from perf.progress import Progress
-from perf.results import load
-from perf.timing import EAGER, GRAPH
+from perf.results import ResultsFile, load
+from perf.timing import COLD, EAGER, GRAPH, measure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -114,6 +115,8 @@ def error_line(argv: list[str], capsys) -> str:
         (["sweep", "--reps", "-1"], ["--reps", "-1 must be in 1.."]),
         (["sweep", "--tokens", "64", "--max-tokens", "32"], ["64 is more than --max-tokens 32"]),
         (["sweep", "--graph"], ["--graph needs --device cuda"]),
+        (["sweep", "--l2", "cold"], ["--l2 cold needs --device cuda"]),
+        (["sweep", "--l2", "cool"], ["--l2", "'cool'", "did you mean cold?"]),
         (["sweep", "--num-experts", "12"], ["num_experts=12", "num_ranks=8"]),
         (["sweep", "--num-experts", "2", "--ranks", "1"], ["top_k=4", "num_experts=2"]),
         (["sweep", "--num-experts", "8", "--experts-per-gpu", "8"], ["exclude each other"]),
@@ -291,6 +294,8 @@ def test_cuda_options(monkeypatch):
     eager = plan_for(*argv, "--tokens", "1:8", "--max-tokens", "64")
     assert (eager.mode, eager.num_sms, eager.kernel_dir, eager.reps) == (EAGER, 8, "d", 7)
     assert eager.tokens == (1, 2, 4, 8) and eager.max_tokens == 64
+    cold = plan_for(*argv, "--l2", "cold")
+    assert (eager.label(GRAPH), cold.label(GRAPH)) == ("graph", "graph-cold")
 
 
 SMALL = ["sweep", "--tokens", "2,3", "--reps", "2", "--num-experts", "8", "--ranks", "2"]
@@ -315,6 +320,25 @@ def test_a_sweep_prints_and_keeps_a_row_per_measurement(ranks, fake, capsys, tmp
     (moe,) = fake.made
     assert moe.arguments["max_tokens_per_rank"] == 3 and moe.arguments["world"] == int(ranks)
     assert moe.calls == 4  # two token counts, two repetitions
+
+
+def test_every_row_of_a_cold_sweep_says_so(fake, capsys, monkeypatch, tmp_path):
+    """On a CPU, with a flush that is not there."""
+    flushed = []
+
+    def measured(*arguments, flush):
+        flushed.append(flush)
+        return measure(*arguments)
+
+    monkeypatch.setattr("perf.measure.flush_of", lambda l2, device: l2)
+    monkeypatch.setattr("perf.measure.measure", measured)
+    path = tmp_path / "rows.csv"
+    warm = plan_for(*SMALL[1:], "--baseline", "torch_bf16")
+    cold = dataclasses.replace(warm, l2=COLD)
+    assert sweep.measure_all([cold, warm], ResultsFile(path), Runner) == 0
+    assert flushed == ["cold"] * 4 + ["warm"] * 4
+    assert load(path)["mode"].tolist() == ["eager-cold"] * 4 + ["eager"] * 4
+    assert ", eager-cold, 2 timed call(s)" in capsys.readouterr().out
 
 
 def test_a_wrong_output_is_reported_and_fails_the_sweep(fake, capsys):

@@ -10,6 +10,7 @@ import pytest
 from perf.__main__ import main
 from perf.compare import KEY, Pair, Timing, measurements, pairs_of
 from perf.results import COLUMNS, EMULATION, ResultsFile, load
+from perf.timing import COLD, GRAPH, mode_label
 from tests.unit.test_perf_results import row_of
 
 RESULTS = Path(__file__).resolve().parents[2] / "perf" / "results"
@@ -138,6 +139,7 @@ def test_rows_of_one_measurement_count_as_one(tmp_path):
         (["{a}", "{zero}"], "without a positive time"),
         (["{a}", "{text}"], "without a positive time"),
         (["{a}", "{b}"], "no measurement in common"),
+        (["{a}", "{cold}"], "no measurement in common"),
         (["{a}", "{a}", "--threshold", "x"], "--threshold: 'x' is not a number of percent"),
         (["{a}", "{a}", "--threshold", "-1"], "--threshold"),
         (["{a}", "{a}", "--treshold", "3"], "did you mean --threshold"),
@@ -147,6 +149,7 @@ def test_wrong_arguments_are_one_line_and_status_2(argv, message, tmp_path, caps
     paths = {
         "a": write(tmp_path / "a.csv", row()),
         "b": write(tmp_path / "b.csv", row(tokens=16)),
+        "cold": write(tmp_path / "cold.csv", row(mode=mode_label(GRAPH, COLD))),
         "zero": write(tmp_path / "zero.csv", row(0.0)),
         "text": write(tmp_path / "text.csv", dataclasses.replace(row(), us_min="fast")),
         "empty": str(tmp_path / "empty.csv"),
