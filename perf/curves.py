@@ -13,6 +13,7 @@ from pathlib import Path
 
 from perf.cases import MODELS, Model
 from perf.compare import KEY
+from perf.measure import STAGING
 from perf.results import REPOSITORY
 from perf.timing import GRAPH, is_cold
 
@@ -28,7 +29,7 @@ GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode"
 class Curve:
     """One implementation over tokens per rank: {tokens: microseconds}, {tokens: TFLOP/s per GPU}
     (useful; empty where nothing ran on a GPU). One of several modes is drawn, all are in tables.
-    cold: measured with a cold L2.
+    cold: measured with a cold L2. part: of the layer's work only, in tables only.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Curve:
     peer: bool = False
     drawn: bool = True
     cold: bool = False
+    part: bool = False
 
     @property
     def label(self) -> str:
@@ -47,7 +49,7 @@ class Curve:
     def faces(self, other: Curve) -> bool:
         """Whether this is ours and `other` another's, so alike that their times compare."""
         alike = self.precision == other.precision and self.cold == other.cold
-        return self.ours and not other.ours and alike
+        return alike and self.ours and not (other.ours or other.part)
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,19 @@ def _curves(rows) -> list[Curve]:
             part = same[same["mode"] == mode]
             us, tflops = _column(part, "us_median"), _column(part, "tflops")
             name = f"{impl} ({mode})" if mode != GRAPH else impl
-            drawn, cold = place == 0, is_cold(mode)
-            curves.append(Curve(name, precision, us, tflops, impl == OURS, drawn=drawn, cold=cold))
+            cold, alone = is_cold(mode), impl == STAGING
+            curves.append(
+                Curve(
+                    name,
+                    precision,
+                    us,
+                    tflops,
+                    ours=impl == OURS,
+                    drawn=place == 0 and not alone,
+                    cold=cold,
+                    part=alone,
+                )
+            )
     return curves
 
 

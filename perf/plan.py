@@ -148,10 +148,10 @@ def add_launch_options(
 
 
 def add_options(
-    parser: argparse.ArgumentParser, baselines: bool = True, tokens: str | None = None
+    parser: argparse.ArgumentParser, beside: bool = True, tokens: str | None = None
 ) -> None:
-    """The options of `sweep`: what is launched, and how it is timed. Without `baselines` there is
-    no such option.
+    """The options of `sweep`: what is launched, and how it is timed. Without `beside` nothing can
+    be asked for that is measured beside the layer.
     """
     add_launch_options(parser, tokens)
     add = _adder(parser)
@@ -165,13 +165,19 @@ def add_options(
         text="L2 cache before a timed call: warm, as the last call left it, or cold, overwritten",
     )
     add("--reps", type=integer(1, 100_000), metavar="N", text=f"timed calls: {_follows('reps')}")
-    if baselines:
+    if beside:
         add(
             "--baseline",
             default=(),
             type=names(BASELINES),
             metavar="LIST",
             text=f"measure beside it one or several of {', '.join(BASELINES)}",
+        )
+        add(
+            "--staging",
+            action="store_true",
+            text="measure beside it the copy of tokens to where peers read them, which a forward "
+            "makes before its launch (only in bf16 on several ranks)",
         )
     add("--ceilings", metavar="PATH", text="rooflines from rows of `python -m perf ceilings`")
     add("--csv", metavar="PATH", text="append a result row per measurement")
@@ -198,6 +204,7 @@ class Plan:
     ceilings: Ceilings
     kernel_options: dict[str, object] = field(default_factory=dict)
     l2: str = WARM  # before every timed call
+    staging: bool = False  # is measured too, where there is any
 
     def label(self, mode: str) -> str:
         """What stands in `mode` of the rows that this plan measures in a mode of `timing`."""
@@ -206,6 +213,13 @@ class Plan:
     @property
     def emulated(self) -> bool:
         return self.device.type == "cpu"
+
+    @property
+    def stages(self) -> bool:
+        """Whether a forward copies its tokens before the launch: one that quantises them writes
+        them to where peers read them itself, and a single rank has no peers.
+        """
+        return self.case.num_ranks > 1 and not self.case.recipe.scaled
 
     def roofline_of(self, work: Work) -> Roofline | None:
         """The bound of `work`; None where nothing runs on a GPU."""
@@ -305,6 +319,7 @@ def plan_of(
         ceilings=_ceilings(args, device, case),
         kernel_options=kernel_options,
         l2=l2,
+        staging=getattr(args, "staging", False),
     )
 
 

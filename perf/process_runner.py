@@ -21,6 +21,7 @@ from perf.measure import (
     layer_arguments,
     layer_facts,
     layer_of,
+    staging_contenders,
 )
 from perf.plan import Plan
 from perf.processes import Job
@@ -44,12 +45,14 @@ class ProcessRunner:
         self.contenders = self.make_contenders()
 
     def make_contenders(self) -> list[Contender]:
-        """What is measured beside the layer, here the baselines (eager: their host reads
-        counts).
+        """What is measured beside the layer, here its staging and the baselines (eager: their host
+        reads counts).
         """
-        return baseline_contenders(
-            self.plan, PROCESS_BASELINES, self.weights, self.experts, num_ranks=self.job.size
-        )
+        table, ranks = PROCESS_BASELINES, self.job.size
+        return [
+            *staging_contenders(self.plan, self.moe),
+            *baseline_contenders(self.plan, table, self.weights, self.experts, num_ranks=ranks),
+        ]
 
     def points(self, tokens: int) -> Iterator[Point]:
         """The layer, then its contenders, on the same inputs."""
@@ -68,15 +71,14 @@ class ProcessRunner:
         yield point(mode=mode, times=times, error=error, **layer_facts(self.moe))
         for contender in self.contenders:
             call = contender.prepare([inputs])
-            contender.refuse(self._error(sample, call()[0]), tokens)
+            wanted = None if contender.part else sample
+            contender.refuse(self._error(wanted, call()[0]), tokens)
             times, outputs = self._measure(call, contender.mode, contender.check)
             yield point(
                 mode=plan.label(contender.mode),
-                impl=contender.impl,
                 times=times,
-                error=self._error(sample, outputs[0]),
-                config=contender.config,
-                max_error=contender.max_error,
+                error=self._error(wanted, outputs[0]),
+                **contender.facts,
             )
 
     def _work(self, case: Case, inputs: Inputs) -> Work:

@@ -87,7 +87,7 @@ def group_rows(group: Group) -> dict[str, list[tuple[str, ...]]]:
     for curve in group.curves:
         for tokens, us in curve.us.items():
             bound = bounds.get(curve.precision, {}).get(tokens)
-            share = None if bound is None else bound / us
+            share = None if bound is None or curve.part else bound / us
             lines.setdefault(curve.label, []).append(
                 (
                     f"{tokens:,}",

@@ -17,19 +17,20 @@ import torch
 
 import megamoe
 from megamoe import compile, dsl, reference
+from megamoe.backends import GpuBackend
 from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
 from megamoe.precision import PRECISIONS
 from perf import plan, publish, sweep
 from perf.__main__ import COMMANDS, main, parser
 from perf.baselines import TorchBf16
-from perf.cases import Model
-from perf.measure import Runner
+from perf.cases import Model, make_rank_inputs
+from perf.measure import Point, Runner, staging_contenders
 from perf.options import nearest, token_counts
 from perf.plan import plan_of
 from perf.progress import Progress
 from perf.results import ResultsFile, load
-from perf.timing import COLD, EAGER, GRAPH, measure
+from perf.timing import COLD, EAGER, GRAPH, Times, measure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -339,6 +340,46 @@ def test_every_row_of_a_cold_sweep_says_so(fake, capsys, monkeypatch, tmp_path):
     assert flushed == ["cold"] * 4 + ["warm"] * 4
     assert load(path)["mode"].tolist() == ["eager-cold"] * 4 + ["eager"] * 4
     assert ", eager-cold, 2 timed call(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_staging_is_measured_where_a_forward_stages(precision, ranks):
+    """The plan says what the GPU's backend does before it launches: with bf16 tokens, copy them."""
+    plan = plan_for("--ranks", str(ranks), "--precision", precision, "--tokens", "3", "--staging")
+    case = plan.case
+    buffer, launched = torch.zeros(4, case.model.hidden).bfloat16(), []
+    backend = SimpleNamespace(
+        layout=SimpleNamespace(config=case.config(4)), quantizes=case.recipe.scaled,
+        staged=[buffer], staged_scales=[], launch=lambda *arguments: launched.append(arguments),
+    )  # fmt: skip
+    x, *others = dataclasses.astuple(make_rank_inputs(case, 0))
+    stream = SimpleNamespace(cuda_stream=0)
+    GpuBackend._stage_and_launch(backend, 0, stream, x, *others, None, None, None)
+    assert len(launched) == 1 and bool(buffer.any()) == plan.stages
+    moe = SimpleNamespace(local_ranks=[0], input_buffer=lambda rank: torch.zeros_like(buffer))
+    for contender in staging_contenders(plan, moe):
+        [copied] = contender.prepare([make_rank_inputs(case, 0)])()
+        assert torch.equal(copied, buffer[:3]) and contender.mode == plan.mode
+    assert len(staging_contenders(plan, moe)) == plan.stages
+    assert staging_contenders(dataclasses.replace(plan, staging=False), moe) == []
+
+
+def test_rows_of_staging(capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    argv = [*SMALL, "--reps", "1", "--precision", "bf16,fp8_block", "--staging"]
+    assert main([*argv, "--csv", str(path)]) == 0
+    rows = load(path)
+    assert rows.impl.tolist() == ["megamoe", "megamoe_staging"] * 2 + ["megamoe"] * 2
+    assert rows.precision.tolist() == ["bf16"] * 4 + ["fp8_block"] * 2
+    staging = rows[rows.impl == "megamoe_staging"]
+    assert (staging.us_median > 0).all() and staging.error_rel.isna().all()
+    assert staging.tflops.isna().all() and staging.workspace_bytes.isna().all()
+    out = capsys.readouterr().out
+    assert out.count("nothing is copied before the launch") == 1
+    point = Point(plan_for().case, GRAPH, "megamoe_staging", Times((7.0,)), None, None, None)
+    cells = [text(point) for _, _, text in sweep.GPU_COLUMNS]
+    assert cells == ["1", "megamoe_staging", "7.0", "7.0", "7.0", *"-----"]
 
 
 def test_a_wrong_output_is_reported_and_fails_the_sweep(fake, capsys):

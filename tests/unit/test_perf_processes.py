@@ -70,6 +70,11 @@ class FakeMoE:
         assert arguments["max_tokens_per_rank"] == 9
         self.workspace = SimpleNamespace(reset_bytes=1024, total_bytes=65536)
         self.kernel_config, self.num_sms = KernelConfig(), 5
+        self.local_ranks, self.buffer = [dist.get_rank()], torch.zeros(9, arguments["hidden_size"])
+
+    def input_buffer(self, rank):
+        assert rank == dist.get_rank()
+        return self.buffer
 
     def load_weights(self, w13, w2, *scales):
         assert w13.shape[0] == w2.shape[0] == MODELS["emulated"].num_experts // RANKS
@@ -95,7 +100,7 @@ def command(job: Job, runner: type, listing: Listing, csv: Path, argv: list[str]
 
 
 def sweep(job: Job, csv: Path) -> tuple[int, str]:
-    argv = ["sweep", "--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16"]
+    argv = ["sweep", "--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16", "--staging"]
     return command(job, ProcessRunner, SWEEP, csv, argv)
 
 
@@ -200,10 +205,12 @@ def test_rank_0_alone_prints_and_keeps_rows(ranks):
     assert (first["sweep"][0], second["sweep"][0]) == (0, 0)
     assert second["sweep"][1] == "" and first["sweep"][1].count("torch_bf16") == 2
     rows = load(directory / "rows.csv")
-    assert rows.tokens.tolist() == [2, 2, 9, 9]
-    assert rows.impl.tolist() == ["megamoe", "torch_bf16"] * 2
+    assert rows.tokens.tolist() == [2] * 3 + [9] * 3
+    assert rows.impl.tolist() == ["megamoe", "megamoe_staging", "torch_bf16"] * 2
     assert (rows.num_ranks == RANKS).all() and (rows.ranks_per_gpu == 1).all()
-    assert (rows.error_rel > 0).all() and (rows.error_rel < BOUND).all()
+    staging = rows.impl == "megamoe_staging"
+    assert rows.error_rel[staging].isna().all()
+    assert (rows.error_rel[~staging] > 0).all() and (rows.error_rel[~staging] < BOUND).all()
     assert rows.workspace_bytes[0] == 65536
 
 

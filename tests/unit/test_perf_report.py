@@ -115,6 +115,15 @@ def test_a_cold_l2_is_a_curve_of_its_own(tmp_path):
     }  # fmt: skip
 
 
+def test_staging_is_no_contender(tmp_path):
+    part = dict(impl="megamoe_staging", tflops="", roofline_us="", roofline_share="")
+    rows = [pro(8, 100.0), pro(8, 5.0, **part), pro(8, 300.0, impl="torch")]
+    (group,) = groups_of(load(write(tmp_path / "rows.csv", rows)))
+    assert [curve.name for curve in group.drawn] == ["megamoe", "torch"]
+    assert [other.name for other, _ in group.speedups()] == ["torch"]
+    assert group_rows(group)["megamoe_staging, bf16"] == [("8", "5.0", "", "", "")]
+
+
 def test_memory_is_the_region_table():
     regions = memory_of(MODELS["pro"], 4, "bf16", 8192)
     assert regions["combine_output"] == 8192 * 6 * 7168 * 2
