@@ -464,18 +464,18 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     directory = tmp_path / "new"
-    assert publish.main([str(directory), "--only", "smoke,tiny,v3_prefill"]) == 1
-    assert list(limits) == ["smoke", "v3_prefill", "tiny"] and directory.is_dir()
+    assert publish.main([str(directory), "--only", "smoke,tiny,v3_one"]) == 1
+    assert list(limits) == ["smoke", "v3_one", "tiny"] and directory.is_dir()
     summary = capsys.readouterr().out.splitlines()[-3:]
-    assert summary == ["smoke: stopped after 120 s", "v3_prefill: ok", "tiny: exit status 3"]
-    assert publish.main([str(directory), "--only", "v3_prefill"]) == 0
+    assert summary == ["smoke: stopped after 120 s", "v3_one: ok", "tiny: exit status 3"]
+    assert publish.main([str(directory), "--only", "v3_one"]) == 0
 
 
 def test_an_unknown_step_is_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path), "--only", "v3_prefil"])
+        publish.main([str(tmp_path), "--only", "v3_eagr"])
     assert stop.value.code == 2
-    assert "did you mean v3_prefill" in capsys.readouterr().err
+    assert "did you mean v3_eager" in capsys.readouterr().err
 
 
 def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:
