@@ -13,8 +13,9 @@ from pathlib import Path
 
 from perf.cases import MODELS, Model
 from perf.compare import KEY
+from perf.measure import STAGING
 from perf.results import REPOSITORY
-from perf.timing import GRAPH
+from perf.timing import GRAPH, is_cold
 
 #: Measured figures of other implementations: balanced routing, a rank per GPU, slowest rank.
 PEERS = REPOSITORY / "perf" / "results" / "peers.csv"
@@ -28,6 +29,7 @@ GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode"
 class Curve:
     """One implementation over tokens per rank: {tokens: microseconds}, {tokens: TFLOP/s per GPU}
     (useful; empty where nothing ran on a GPU). One of several modes is drawn, all are in tables.
+    cold: measured with a cold L2. part: of the layer's work only, in tables only.
     """
 
     name: str
@@ -37,10 +39,17 @@ class Curve:
     ours: bool = False
     peer: bool = False
     drawn: bool = True
+    cold: bool = False
+    part: bool = False
 
     @property
     def label(self) -> str:
         return f"{self.name}, {self.precision}"
+
+    def faces(self, other: Curve) -> bool:
+        """Whether this is ours and `other` another's, so alike that their times compare."""
+        alike = self.precision == other.precision and self.cold == other.cold
+        return alike and self.ours and not (other.ours or other.part)
 
 
 @dataclass(frozen=True)
@@ -81,15 +90,14 @@ class Group:
         return [curve for curve in self.curves if curve.drawn]
 
     def speedups(self) -> list[tuple[Curve, dict[int, float]]]:
-        """(another, {tokens: its time / time of ours in its precision}) of every drawn curve that
-        shares a token count with ours.
+        """(another, {tokens: its time / time of ours}) of every drawn curve that ours faces and
+        shares a token count with.
         """
         return [
             (other, {t: us / mine.us[t] for t, us in other.us.items() if t in mine.us})
             for mine in self.drawn
             for other in self.drawn
-            if mine.ours and not other.ours and mine.precision == other.precision
-            if set(mine.us) & set(other.us)
+            if mine.faces(other) and set(mine.us) & set(other.us)
         ]
 
 
@@ -141,14 +149,28 @@ def _column(rows, name: str) -> dict[int, float]:
 
 
 def _curves(rows) -> list[Curve]:
-    """Every implementation in every mode; drawn is the mode with the most points."""
+    """Every implementation in every mode; drawn is the mode with the most points, of those with a
+    warm L2 if there are any.
+    """
     curves = []
     for (impl, precision), same in rows.groupby(["impl", "precision"], sort=False):
-        for place, mode in enumerate(same["mode"].value_counts().index):
+        for place, mode in enumerate(sorted(same["mode"].value_counts().index, key=is_cold)):
             part = same[same["mode"] == mode]
             us, tflops = _column(part, "us_median"), _column(part, "tflops")
             name = f"{impl} ({mode})" if mode != GRAPH else impl
-            curves.append(Curve(name, precision, us, tflops, impl == OURS, drawn=place == 0))
+            cold, alone = is_cold(mode), impl == STAGING
+            curves.append(
+                Curve(
+                    name,
+                    precision,
+                    us,
+                    tflops,
+                    ours=impl == OURS,
+                    drawn=place == 0 and not alone,
+                    cold=cold,
+                    part=alone,
+                )
+            )
     return curves
 
 

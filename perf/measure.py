@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import hypot
+from math import hypot, inf
 
 import torch
 
@@ -26,9 +26,11 @@ from perf.plan import Plan
 from perf.results import Row
 from perf.roofline import Roofline, Work, work_of
 from perf.routings import may_mask
-from perf.timing import EAGER, Times, measure
+from perf.timing import EAGER, Times, flush_of, measure
 
 MEGAMOE = "megamoe"
+#: What a forward does before its launch, alone.
+STAGING = f"{MEGAMOE}_staging"
 #: The layer's relative error against the oracle, which stores hidden rows in FP8 as the layer does.
 #: Above this it is no rounding: sums in another order flip codes of hidden values, 0.013 to 0.018
 #: over many tokens and up to 0.022 of a single one (H200). Rows stored in another way are 0.023 or
@@ -47,7 +49,8 @@ class Contender:
     prepare: takes the inputs of the ranks of this process and returns the call that is timed; a
     call returns [T, H] of each of these ranks. mode: of `timing`. max_error: relative, against the
     oracle. config: what a result row says of it. check: waits for the device and raises what a
-    launch reported.
+    launch reported. part: it does part of the layer's work, so that there is neither an output to
+    check nor a roofline.
     """
 
     impl: str
@@ -56,6 +59,13 @@ class Contender:
     max_error: float
     config: str = ""
     check: Callable[[], object] = lambda: None
+    part: bool = False
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a point says of the contender itself."""
+        facts = {"impl": self.impl, "config": self.config, "max_error": self.max_error}
+        return facts | ({"roofline": None} if self.part else {})
 
     def refuse(self, error: float | None, tokens: int) -> None:
         """WrongResult if an output with this error is no rounding."""
@@ -65,14 +75,16 @@ class Contender:
 
 @dataclass(frozen=True)
 class Point:
-    """What one implementation did at one token count; None is what was not measured."""
+    """What one implementation did at one token count; None is what was not measured. `mode`: as
+    `Plan.label` has it.
+    """
 
     case: Case
     mode: str
     impl: str
     times: Times
     work: Work
-    roofline: Roofline | None  # None where the time is no GPU's
+    roofline: Roofline | None  # None where the time is no GPU's, or not of all of the work
     error: float | None
     nvlink_bytes: int | None = None  # counted by the emulator
     reset_bytes: int | None = None
@@ -198,6 +210,23 @@ def baseline_contenders(
     return [contender(name) for name in plan.baselines]
 
 
+def staging_contenders(plan: Plan, moe: megamoe.MegaMoE) -> list[Contender]:
+    """The copy that a forward of the plan makes before its launch, if it makes one and somebody
+    asked. Virtual ranks copy one after the other here, side by side in a forward.
+    """
+    if not (plan.staging and plan.stages):
+        return []
+
+    def prepare(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
+        pairs = [
+            (moe.input_buffer(rank)[: i.x.shape[0]], i.x)
+            for rank, i in zip(moe.local_ranks, inputs, strict=True)
+        ]
+        return lambda: [buffer.copy_(x) for buffer, x in pairs]
+
+    return [Contender(STAGING, prepare, plan.mode, inf, part=True)]
+
+
 def one_batch(
     layer: Callable[..., torch.Tensor],
 ) -> Callable[[Sequence[Inputs]], Callable[[], Sequence[torch.Tensor]]]:
@@ -233,11 +262,15 @@ class Runner:
         self.weights = make_layer_weights(case, plan.device)
         self.moe = layer_of(plan, world=case.num_ranks)
         self.moe.load_weights(*self.weights)
+        self.flush = flush_of(plan.l2, plan.device)
         self.contenders = self.make_contenders()
 
     def make_contenders(self) -> list[Contender]:
-        """What is measured beside the layer, here the baselines."""
-        return baseline_contenders(self.plan, BASELINES, self.weights)
+        """What is measured beside the layer, here its staging and the baselines."""
+        return [
+            *staging_contenders(self.plan, self.moe),
+            *baseline_contenders(self.plan, BASELINES, self.weights),
+        ]
 
     def points(self, tokens: int) -> Iterator[Point]:
         """The layer, then its contenders: same inputs and repetitions."""
@@ -250,7 +283,7 @@ class Runner:
         call = partial(self.moe, *layer_arguments(inputs))
         times, output = self._measure(call, plan.mode, self.moe.synchronize)
         yield point(
-            mode=plan.mode,
+            mode=plan.label(plan.mode),
             times=times,
             error=largest_error([output] if len(inputs) == 1 else output, expected),
             nvlink_bytes=self.moe.nvlink_bytes,
@@ -258,20 +291,19 @@ class Runner:
         )
         for contender in self.contenders:
             call = contender.prepare(inputs)
-            if expected is not None:
-                contender.refuse(largest_error(call(), expected), tokens)
+            wanted = None if contender.part else expected
+            if wanted is not None:
+                contender.refuse(largest_error(call(), wanted), tokens)
             times, outputs = self._measure(call, contender.mode, contender.check)
             yield point(
-                mode=contender.mode,
-                impl=contender.impl,
+                mode=plan.label(contender.mode),
                 times=times,
-                error=largest_error(outputs, expected),
-                config=contender.config,
-                max_error=contender.max_error,
+                error=largest_error(outputs, wanted),
+                **contender.facts,
             )
 
     def _measure(
         self, call: Callable[[], object], mode: str, check: Callable[[], object]
     ) -> tuple[Times, object]:
         plan = self.plan
-        return measure(call, plan.device, mode, plan.reps, plan.warmup, check)
+        return measure(call, plan.device, mode, plan.reps, plan.warmup, check, flush=self.flush)

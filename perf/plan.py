@@ -27,7 +27,7 @@ from perf.options import MAX_TOKENS, checked, integer, names, one_of, token_coun
 from perf.processes import Place
 from perf.roofline import DEFAULTS as DEFAULT_CEILINGS
 from perf.roofline import Ceilings, Roofline, Work, roofline_of
-from perf.timing import EAGER, GRAPH
+from perf.timing import COLD, EAGER, GRAPH, L2_STATES, WARM, mode_label
 
 
 @dataclass(frozen=True)
@@ -148,23 +148,36 @@ def add_launch_options(
 
 
 def add_options(
-    parser: argparse.ArgumentParser, baselines: bool = True, tokens: str | None = None
+    parser: argparse.ArgumentParser, beside: bool = True, tokens: str | None = None
 ) -> None:
-    """The options of `sweep`: what is launched, and how it is timed. Without `baselines` there is
-    no such option.
+    """The options of `sweep`: what is launched, and how it is timed. Without `beside` nothing can
+    be asked for that is measured beside the layer.
     """
     add_launch_options(parser, tokens)
     add = _adder(parser)
     add("--graph", dest="mode", action="store_const", const=GRAPH, text="replay a CUDA graph")
     add("--eager", dest="mode", action="store_const", const=EAGER, text="call from the host")
+    add(
+        "--l2",
+        default=WARM,
+        type=one_of(L2_STATES),
+        metavar="STATE",
+        text="L2 cache before a timed call: warm, as the last call left it, or cold, overwritten",
+    )
     add("--reps", type=integer(1, 100_000), metavar="N", text=f"timed calls: {_follows('reps')}")
-    if baselines:
+    if beside:
         add(
             "--baseline",
             default=(),
             type=names(BASELINES),
             metavar="LIST",
             text=f"measure beside it one or several of {', '.join(BASELINES)}",
+        )
+        add(
+            "--staging",
+            action="store_true",
+            text="measure beside it the copy of tokens to where peers read them, which a forward "
+            "makes before its launch (only in bf16 on several ranks)",
         )
     add("--ceilings", metavar="PATH", text="rooflines from rows of `python -m perf ceilings`")
     add("--csv", metavar="PATH", text="append a result row per measurement")
@@ -190,10 +203,23 @@ class Plan:
     workspace_bytes: int  # of one rank
     ceilings: Ceilings
     kernel_options: dict[str, object] = field(default_factory=dict)
+    l2: str = WARM  # before every timed call
+    staging: bool = False  # is measured too, where there is any
+
+    def label(self, mode: str) -> str:
+        """What stands in `mode` of the rows that this plan measures in a mode of `timing`."""
+        return mode_label(mode, self.l2)
 
     @property
     def emulated(self) -> bool:
         return self.device.type == "cpu"
+
+    @property
+    def stages(self) -> bool:
+        """Whether a forward copies its tokens before the launch: one that quantises them writes
+        them to where peers read them itself, and a single rank has no peers.
+        """
+        return self.case.num_ranks > 1 and not self.case.recipe.scaled
 
     def roofline_of(self, work: Work) -> Roofline | None:
         """The bound of `work`; None where nothing runs on a GPU."""
@@ -265,6 +291,9 @@ def plan_of(
     mode = args.mode or default.mode
     if args.device == "cpu" and mode == GRAPH:
         raise ValueError("--graph needs --device cuda; use --eager")
+    l2 = getattr(args, "l2", WARM)
+    if args.device == "cpu" and l2 == COLD:
+        raise ValueError("--l2 cold needs --device cuda: the emulator has no L2 to flush")
     if place:
         if place.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -289,6 +318,8 @@ def plan_of(
         workspace_bytes=_workspace_bytes(case, max_tokens, kernel_options),
         ceilings=_ceilings(args, device, case),
         kernel_options=kernel_options,
+        l2=l2,
+        staging=getattr(args, "staging", False),
     )
 
 

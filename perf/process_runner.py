@@ -21,12 +21,13 @@ from perf.measure import (
     layer_arguments,
     layer_facts,
     layer_of,
+    staging_contenders,
 )
 from perf.plan import Plan
 from perf.processes import Job
 from perf.roofline import Work, counts_of, work_of_counts
 from perf.sample import Sample, sample_of
-from perf.timing import Times, measure
+from perf.timing import Times, flush_of, measure
 
 
 class ProcessRunner:
@@ -40,15 +41,18 @@ class ProcessRunner:
         self.weights = make_layer_weights(case, plan.device, self.experts)
         self.moe = layer_of(plan, group=dist.group.WORLD)
         self.moe.load_weights(*self.weights)
+        self.flush = flush_of(plan.l2, plan.device)
         self.contenders = self.make_contenders()
 
     def make_contenders(self) -> list[Contender]:
-        """What is measured beside the layer, here the baselines (eager: their host reads
-        counts).
+        """What is measured beside the layer, here its staging and the baselines (eager: their host
+        reads counts).
         """
-        return baseline_contenders(
-            self.plan, PROCESS_BASELINES, self.weights, self.experts, num_ranks=self.job.size
-        )
+        table, ranks = PROCESS_BASELINES, self.job.size
+        return [
+            *staging_contenders(self.plan, self.moe),
+            *baseline_contenders(self.plan, table, self.weights, self.experts, num_ranks=ranks),
+        ]
 
     def points(self, tokens: int) -> Iterator[Point]:
         """The layer, then its contenders, on the same inputs."""
@@ -63,18 +67,18 @@ class ProcessRunner:
         call = partial(self.moe, *layer_arguments([inputs]))
         times, output = self._measure(call, plan.mode, self.moe.synchronize)
         error = self._error(sample, output)
-        yield point(mode=plan.mode, times=times, error=error, **layer_facts(self.moe))
+        mode = plan.label(plan.mode)
+        yield point(mode=mode, times=times, error=error, **layer_facts(self.moe))
         for contender in self.contenders:
             call = contender.prepare([inputs])
-            contender.refuse(self._error(sample, call()[0]), tokens)
+            wanted = None if contender.part else sample
+            contender.refuse(self._error(wanted, call()[0]), tokens)
             times, outputs = self._measure(call, contender.mode, contender.check)
             yield point(
-                mode=contender.mode,
-                impl=contender.impl,
+                mode=plan.label(contender.mode),
                 times=times,
-                error=self._error(sample, outputs[0]),
-                config=contender.config,
-                max_error=contender.max_error,
+                error=self._error(wanted, outputs[0]),
+                **contender.facts,
             )
 
     def _work(self, case: Case, inputs: Inputs) -> Work:
@@ -93,5 +97,7 @@ class ProcessRunner:
         self, call: Callable[[], object], mode: str, check: Callable[[], object]
     ) -> tuple[Times, object]:
         plan, align = self.plan, self.job.align
-        times, output = measure(call, plan.device, mode, plan.reps, plan.warmup, check, align=align)
+        times, output = measure(
+            call, plan.device, mode, plan.reps, plan.warmup, check, align=align, flush=self.flush
+        )
         return Times(tuple(self.job.max_over_ranks(times.us))), output

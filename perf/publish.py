@@ -4,8 +4,8 @@
 time limit, so that a hang, a crash or a lost CUDA context costs that step only. A step appends its
 rows, one at a time and with token counts ascending, to the file of its table, DIR/<table>.csv:
 sweeps of one precision and one number of GPUs share a file. The most wanted figures come first. On
-a machine of several GPUs the steps are those with a process per GPU, on all or some of them; else
-those of one GPU. Exit status: 1 if any step failed.
+a machine of several GPUs the steps are those with a process per GPU: those of the largest number of
+GPUs that it has, then those of fewer; else the steps of one GPU. Exit status: 1 if any step failed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,19 @@ class Step:
         return ["--device", "cuda", *given, "--precision", self.precision, *baseline]
 
 
-#: A rank's share of V3's experts at EP8: what one GPU of a deployment holds.
-_V3 = "--model v3 --num-experts 32"
-_V3_GRAPH = f"{_V3} --graph"
+#: One capacity, so that the steps of a model, a precision and a number of ranks share a kernel.
+_ROOM = "--max-tokens 8192"
+_ALL_TOKENS = f"{_ROOM} --tokens 1,8,32,128,512,1024,2048,4096,8192"
+_SOME_TOKENS = f"{_ROOM} --tokens 1,32,512,2048,8192"
+_SKEWED = f"{_ROOM} --tokens 128,1024,8192"
+#: Experts that one GPU of a deployment at EP4 holds.
+_EP4_SHARE = {"pro": 96, "flash": 64, "v3": 64, "mimo": 96, "qwen3": 32}
+_ONE = {
+    name: f"--model {name} --num-experts {experts} --ranks 1"
+    for name, experts in _EP4_SHARE.items()
+}
+#: A layer of several ranks that fits one GPU: a rank's share of V3 at EP8.
+_V3 = "--model v3 --num-experts 32 --graph"
 #: All experts of Pro fit on one GPU.
 _PRO_ERRORS = "--model pro --tokens 1,64,512"
 
@@ -77,20 +87,32 @@ def _errors(name: str, options: str, precision: str, gpus: int = 1) -> Step:
     return Step(name, options, ACCURACY, precision, gpus=gpus, command=ACCURACY)
 
 
+def _fp8(name: str, options: str, gpus: int = 1) -> Step:
+    """The sweep in FP8 with the scales of DeepSeek-V3."""
+    return Step(f"{name}_fp8", options, precision="fp8_block", gpus=gpus)
+
+
+def _both(name: str, options: str, gpus: int = 1) -> tuple[Step, Step]:
+    """The sweep in BF16 and in FP8."""
+    return Step(name, options, gpus=gpus), _fp8(name, options, gpus)
+
+
 STEPS = (
     Step("smoke", "--model tiny --ranks 1 --tokens 1,64,512 --eager --reps 5", SMOKE, limit_s=120),
-    Step("v3_prefill", f"{_V3_GRAPH} --ranks 1 --tokens 4096"),
-    Step("v3_tokens", f"{_V3_GRAPH} --ranks 1 --tokens 1:4096"),
-    Step("v3_tokens_fp8", f"{_V3_GRAPH} --ranks 1 --tokens 1:4096", precision="fp8_block"),
-    Step("v3_ranks2", f"{_V3_GRAPH} --ranks 2 --tokens 1,8,64,512,2048"),
-    Step("v3_ranks4", f"{_V3_GRAPH} --ranks 4 --tokens 1,8,64,512,1024"),
-    Step("v3_ranks8", f"{_V3_GRAPH} --ranks 8 --tokens 1,8,64,512"),
+    *_both("pro_one", f"{_ONE['pro']} --graph {_ALL_TOKENS}"),
+    *_both("flash_one", f"{_ONE['flash']} --graph {_ALL_TOKENS}"),
+    *_both("v3_one", f"{_ONE['v3']} --graph {_ALL_TOKENS}"),
+    _fp8("mimo_one", f"{_ONE['mimo']} --graph {_ALL_TOKENS}"),
+    _fp8("qwen3_one", f"{_ONE['qwen3']} --graph {_ALL_TOKENS}"),
+    *_both("v3_ranks2", f"{_V3} --ranks 2 --tokens 1,8,64,512,2048"),
+    *_both("v3_ranks4", f"{_V3} --ranks 4 --tokens 1,8,64,512,1024"),
+    *_both("v3_ranks8", f"{_V3} --ranks 8 --tokens 1,8,64,512"),
     Step("tiny", "--model tiny --ranks 1 --tokens 1:4096 --graph"),
     Step("tiny_ranks8", "--model tiny --ranks 8 --tokens 1:512 --graph"),
-    Step("v3_eager", f"{_V3} --eager --ranks 1 --tokens 1,64,4096"),
-    Step("v3_skewed", f"{_V3_GRAPH} --ranks 4 --routing skewed --tokens 64,1024"),
-    Step("v3_hot_expert", f"{_V3_GRAPH} --ranks 4 --routing hot-expert --tokens 64,1024"),
-    Step("v3_hot_rank", f"{_V3_GRAPH} --ranks 4 --routing hot-rank --tokens 64,1024"),
+    Step("v3_eager", f"{_ONE['v3']} --eager {_SOME_TOKENS}"),
+    Step("v3_skewed", f"{_V3} --ranks 4 --routing skewed --tokens 64,1024"),
+    Step("v3_hot_expert", f"{_V3} --ranks 4 --routing hot-expert --tokens 64,1024"),
+    Step("v3_hot_rank", f"{_V3} --ranks 4 --routing hot-rank --tokens 64,1024"),
     _errors("pro_errors_fp8", _PRO_ERRORS, "fp8_block"),
     _errors("pro_errors_fp8_spread", f"{_PRO_ERRORS} --spread 16", "fp8_block"),
     _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),
@@ -98,58 +120,64 @@ STEPS = (
 )
 
 
-#: All with one capacity, so that the steps of a model and precision share a kernel.
-_EP = "--max-tokens 8192 --graph"
-_ALL_TOKENS = "1,8,32,128,512,1024,2048,4096,8192"
-_SOME_TOKENS = "1,32,512,2048,8192"
 _SMOKE = "--model tiny --tokens 1,64,512 --reps 5 --graph"
-#: Options of the models at EP4, and at EP2 with as many experts on a rank.
-_EP4 = {name: f"--model {name} {_EP}" for name in ("pro", "flash", "v3")}
+#: All experts of a model, whatever the number of GPUs, and at EP2 as many on a rank as at EP4.
+_EP = {name: f"--model {name} --graph" for name in _EP4_SHARE}
 _EP2 = {
-    name: f"--model {name} --num-experts {experts} {_EP}"
-    for name, experts in (("pro", 192), ("flash", 128), ("v3", 128))
+    name: f"--model {name} --num-experts {2 * experts} --graph"
+    for name, experts in _EP4_SHARE.items()
 }
 
 
-_SKEWED = "--tokens 128,1024,8192"
-
-
-def _both(name: str, options: str, gpus: int) -> tuple[Step, Step]:
-    """The sweep in BF16 and in FP8 with the scales of DeepSeek-V3."""
-    return (
-        Step(name, options, gpus=gpus),
-        Step(f"{name}_fp8", options, precision="fp8_block", gpus=gpus),
-    )
+def _skewed(gpus: int) -> Iterator[tuple[Step, Step]]:
+    """Routings of Pro that load some experts or ranks more than others."""
+    for name, routing in {
+        "skewed": "skewed",
+        "hot_expert": "hot-expert:0.3",
+        "hot_rank": "hot-rank:0.6",
+    }.items():
+        yield _both(f"pro_ep{gpus}_{name}", f"{_EP['pro']} --routing {routing} {_SKEWED}", gpus)
 
 
 EP_STEPS = (
+    Step("smoke_ep8", _SMOKE, SMOKE, limit_s=120, gpus=8),
+    Step("smoke_ep8_fp8", _SMOKE, SMOKE, "fp8_block", limit_s=120, gpus=8),
+    *_both("pro_ep8", f"{_EP['pro']} {_ALL_TOKENS}", 8),
+    _errors("pro_errors_ep8_fp8", f"{_PRO_ERRORS} {_ROOM}", "fp8_block", gpus=8),
+    *_both("flash_ep8", f"{_EP['flash']} {_ALL_TOKENS}", 8),
+    *_both("v3_ep8", f"{_EP['v3']} {_ALL_TOKENS}", 8),
+    *_both("mimo_ep8", f"{_EP['mimo']} {_ALL_TOKENS}", 8),
+    *(fp8 for _, fp8 in _skewed(8)),
     Step("smoke_ep4", _SMOKE, SMOKE, limit_s=120, gpus=4),
     Step("smoke_ep4_fp8", _SMOKE, SMOKE, "fp8_block", limit_s=120, gpus=4),
-    *_both("pro_ep4", f"{_EP4['pro']} --tokens {_ALL_TOKENS}", 4),
-    _errors("pro_errors_ep4_fp8", f"{_PRO_ERRORS} --max-tokens 8192", "fp8_block", gpus=4),
-    *_both("flash_ep4", f"{_EP4['flash']} --tokens {_ALL_TOKENS}", 4),
-    *_both("v3_ep4", f"{_EP4['v3']} --tokens {_ALL_TOKENS}", 4),
+    *_both("pro_ep4", f"{_EP['pro']} {_ALL_TOKENS}", 4),
+    _errors("pro_errors_ep4_fp8", f"{_PRO_ERRORS} {_ROOM}", "fp8_block", gpus=4),
+    *_both("flash_ep4", f"{_EP['flash']} {_ALL_TOKENS}", 4),
+    *_both("v3_ep4", f"{_EP['v3']} {_ALL_TOKENS}", 4),
+    _fp8("mimo_ep4", f"{_EP['mimo']} {_ALL_TOKENS}", 4),
+    _fp8("qwen3_ep4", f"{_EP['qwen3']} {_ALL_TOKENS}", 4),
     Step(
         "pro_ep4_fp8_channel",
-        f"{_EP4['pro']} --tokens {_ALL_TOKENS}",
+        f"{_EP['pro']} {_ALL_TOKENS}",
         "h200_fp8_channel_ep4",
         "fp8_channel",
         gpus=4,
     ),
-    *_both("pro_ep4_skewed", f"{_EP4['pro']} --routing skewed {_SKEWED}", 4),
-    *_both("pro_ep4_hot_expert", f"{_EP4['pro']} --routing hot-expert:0.3 {_SKEWED}", 4),
-    *_both("pro_ep4_hot_rank", f"{_EP4['pro']} --routing hot-rank:0.6 {_SKEWED}", 4),
+    *(step for both in _skewed(4) for step in both),
     Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
-    *_both("pro_ep2", f"{_EP2['pro']} --tokens {_SOME_TOKENS}", 2),
-    *_both("flash_ep2", f"{_EP2['flash']} --tokens {_SOME_TOKENS}", 2),
-    *_both("v3_ep2", f"{_EP2['v3']} --tokens {_SOME_TOKENS}", 2),
-    Step("pro_ep2_skewed", f"{_EP2['pro']} --routing skewed --tokens 128,1024,8192", gpus=2),
+    *_both("pro_ep2", f"{_EP2['pro']} {_SOME_TOKENS}", 2),
+    *_both("flash_ep2", f"{_EP2['flash']} {_SOME_TOKENS}", 2),
+    *_both("v3_ep2", f"{_EP2['v3']} {_SOME_TOKENS}", 2),
+    Step("pro_ep2_skewed", f"{_EP2['pro']} --routing skewed {_SKEWED}", gpus=2),
 )
 
 
 def steps_for(gpus: int) -> list[Step]:
-    """The steps of a machine with that many GPUs: with a process per GPU if there are several."""
-    return [step for step in EP_STEPS if step.gpus <= gpus] or list(STEPS)
+    """The steps of a machine with that many GPUs: with a process per GPU if there are several, on
+    most of them first.
+    """
+    steps = [step for step in EP_STEPS if step.gpus <= gpus]
+    return sorted(steps, key=lambda step: -step.gpus) or list(STEPS)
 
 
 def configs_of(steps: Sequence[Step]) -> list[dict]:

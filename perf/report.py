@@ -75,20 +75,19 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 def group_rows(group: Group) -> dict[str, list[tuple[str, ...]]]:
     """Lines of the table of a group, by implementation: tokens, time, TFLOP/s, share of the
-    roofline, speed-up of ours in the same precision over this one.
+    roofline, speed-up of ours over this one in the same precision, with the L2 in the same state.
     """
 
     def speedup(curve: Curve, tokens: int) -> float | None:
-        ours = [c.us[tokens] for c in group.curves if c.ours and c.precision == curve.precision
-                and tokens in c.us]  # fmt: skip
-        return None if curve.ours or not ours else curve.us[tokens] / min(ours)
+        ours = [c.us[tokens] for c in group.curves if c.faces(curve) and tokens in c.us]
+        return curve.us[tokens] / min(ours) if ours else None
 
     bounds = {bound.precision: bound.us for bound in group.bounds}
     lines: dict[str, list[tuple[str, ...]]] = {}
     for curve in group.curves:
         for tokens, us in curve.us.items():
             bound = bounds.get(curve.precision, {}).get(tokens)
-            share = None if bound is None else bound / us
+            share = None if bound is None or curve.part else bound / us
             lines.setdefault(curve.label, []).append(
                 (
                     f"{tokens:,}",

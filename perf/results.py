@@ -60,7 +60,8 @@ class Row(Launched):
     """One measurement. Times are the maximum over ranks; an empty string is a value that was not
     measured.
 
-    tflops: useful, per GPU. error_rel: relative L2 error against the oracle, largest over ranks.
+    mode: eager or graph; with a cold L2 eager-cold or graph-cold (`timing.mode_label`). tflops:
+    useful, per GPU. error_rel: relative L2 error against the oracle, largest over ranks.
     *_bytes: of one rank's workspace.
     """
 

@@ -6,7 +6,7 @@ and writes. With `--device cpu` the emulator runs the protocol: errors and byte 
 times are a CPU's and say nothing about a GPU. Every output is checked against the dense oracle
 (with a process per rank: on a sample of every rank's tokens), unless --no-verify. Every
 configuration is checked before the first runs. Lines are printed and appended to the CSV file one
-at a time; an interrupt keeps what is finished.
+at a time; an interrupt keeps what is finished. Rows with a cold L2 say so in `mode`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from megamoe.faults import MegaMoEError
 from perf.cases import Case
-from perf.measure import Point, Runner, WrongResult
+from perf.measure import STAGING, Point, Runner, WrongResult
 from perf.plan import Plan, add_options, check_here, plans_of
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, joined, place_of
@@ -46,6 +46,11 @@ def _error(point: Point) -> str:
     return "-" if point.error is None else f"{point.error:.2e}"
 
 
+def _bounded(text: Callable[[Point], str]) -> Callable[[Point], str]:
+    """The text of a point that has a roofline."""
+    return lambda point: text(point) if point.roofline else "-"
+
+
 def _held(point: Point) -> str:
     return f"{point.reset_bytes:,} of {point.workspace_bytes:,}" if point.workspace_bytes else "-"
 
@@ -65,10 +70,10 @@ GPU_COLUMNS = (
     ("us min", 9, lambda p: f"{p.times.us_min:.1f}"),
     ("median", 9, lambda p: f"{p.times.us_median:.1f}"),
     ("p95", 9, lambda p: f"{p.times.us_p95:.1f}"),
-    ("TFLOP/s/GPU", 11, lambda p: f"{p.work.tflops(p.times.us_median):.1f}"),
-    ("roofline us", 11, lambda p: f"{p.roofline.us:.1f}"),
-    ("bound", 6, lambda p: p.roofline.bound),
-    ("share", 5, lambda p: f"{p.roofline.share(p.times.us_median):.2f}"),
+    ("TFLOP/s/GPU", 11, _bounded(lambda p: f"{p.work.tflops(p.times.us_median):.1f}")),
+    ("roofline us", 11, _bounded(lambda p: f"{p.roofline.us:.1f}")),
+    ("bound", 6, _bounded(lambda p: p.roofline.bound)),
+    ("share", 5, _bounded(lambda p: f"{p.roofline.share(p.times.us_median):.2f}")),
     ("max error", 9, _error),
 )
 
@@ -96,7 +101,7 @@ def title_of(case: Case) -> str:
 def heading(plan: Plan, gpu: str, columns) -> str:
     """What is measured where, and the titles of the columns."""
     case = plan.case
-    lines = [f"{title_of(case)}, {plan.mode}, {plan.reps} timed call(s)"]
+    lines = [f"{title_of(case)}, {plan.label(plan.mode)}, {plan.reps} timed call(s)"]
     if plan.emulated:
         lines.append("CPU emulation of every rank: the times are those of a CPU, not GPU figures.")
     elif case.num_gpus > 1:
@@ -106,6 +111,8 @@ def heading(plan: Plan, gpu: str, columns) -> str:
             lines.append(f"{names}: eager, NCCL all-to-all with counts read by the host")
     else:
         lines.append(f"{gpu}, which holds {case.ranks_per_gpu} rank(s)")
+    if plan.staging and not plan.stages:
+        lines.append(f"nothing is copied before the launch, so there are no rows of {STAGING}")
     return "\n".join([*lines, titles(columns)])
 
 

@@ -244,8 +244,10 @@ def sm_clock_mhz(traces: Iterable[CtaTrace]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def summary(traces: Sequence[CtaTrace], clock: Clock = GPU_CLOCK) -> str:
-    """Per phase: the mean over CTAs, and the longest; a line each."""
+def summary(traces: Sequence[CtaTrace], reset_bytes: int, clock: Clock = GPU_CLOCK) -> str:
+    """Per phase: the mean over CTAs, and the longest; a line each. Then where the workspace's reset
+    is among them: it has no marks of its own.
+    """
     lengths: dict[str, list[float]] = {}
     for trace in traces:
         for phase in _phases(trace):
@@ -256,4 +258,8 @@ def summary(traces: Sequence[CtaTrace], clock: Clock = GPU_CLOCK) -> str:
         f"{name:>8}  {sum(values) / len(values):>12,.1f}  {max(values):>12,.1f}"
         for name, values in lengths.items()
     ]
+    lines.append(
+        f"reset of {reset_bytes:,} bytes: row metadata within {TILES}, as FC2 frees its blocks; "
+        f"counters within {COMBINE}, whose time is an upper bound"
+    )
     return "\n".join(lines)

@@ -6,6 +6,10 @@ that needs more host time than GPU time shows that, as it does in use. All ranks
 in one call, so a time is the maximum over them; with a process per rank, `align` lets the ranks
 begin a repetition together, before its first event, and the caller takes the maximum. The output
 that is returned is the one of the last timed repetition: what was timed is what gets verified.
+
+The L2 is warm, as the repetition before left it, or cold: then each repetition comes after a
+`flush`, which overwrites a buffer several times as large. The last lines of that buffer, at most
+the size of the L2, are written back to memory during the repetition.
 """
 
 from __future__ import annotations
@@ -19,12 +23,36 @@ import torch
 
 EAGER, GRAPH = "eager", "graph"
 MODES = (EAGER, GRAPH)
+WARM, COLD = "warm", "cold"
+L2_STATES = (WARM, COLD)
 
 #: GPU clock cycles of the pause, about 2 ms: longer than the host takes to queue the repetitions
 #: that follow.
 HEAD_START_CYCLES = 4_000_000
 #: Of every repetition that also queues an `align`, about 0.1 ms.
 ALIGN_CYCLES = 200_000
+#: A flush overwrites so many times the L2, or so many bytes where torch does not know its size.
+FLUSH_FACTOR = 3
+FLUSH_BYTES = 256 << 20
+
+
+def mode_label(mode: str, l2: str) -> str:
+    """What stands in a row's `mode`."""
+    return mode if l2 == WARM else f"{mode}-{l2}"
+
+
+def is_cold(label: str) -> bool:
+    """Whether a row with this `mode` was measured with a cold L2."""
+    return label.endswith(f"-{COLD}")
+
+
+def flush_of(l2: str, device: torch.device) -> Callable[[], object] | None:
+    """What makes the L2 of a GPU cold, without waiting for it; None if it is to stay warm."""
+    if l2 == WARM:
+        return None
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    num_bytes = FLUSH_FACTOR * size or FLUSH_BYTES
+    return torch.zeros(num_bytes // 4, dtype=torch.int32, device=device).zero_
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,10 @@ def _time_cpu(
 
 
 def _time_cuda(
-    call: Callable[[], object], repetitions: int, align: Callable[[], object] | None
+    call: Callable[[], object],
+    repetitions: int,
+    align: Callable[[], object] | None,
+    flush: Callable[[], object] | None,
 ) -> tuple[Times, object]:
     begins = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
@@ -69,6 +100,8 @@ def _time_cuda(
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES + (ALIGN_CYCLES * repetitions if align else 0))
     for begin, end in zip(begins, ends, strict=True):
+        if flush:
+            flush()
         if align:
             align()
         begin.record()
@@ -101,16 +134,17 @@ def measure(
     warmup: int = 3,
     check: Callable[[], object] = lambda: None,
     align: Callable[[], object] | None = None,
+    flush: Callable[[], object] | None = None,
 ) -> tuple[Times, object]:
     """Times of `call` and the output of its last repetition.
 
     `check` runs after the first call on a GPU and at the end: it should wait for the device and
-    raise what a launch reported, so that a failing call is not repeated. `align` runs before every
-    timed repetition and is not timed.
+    raise what a launch reported, so that a failing call is not repeated. `flush` (`flush_of`), then
+    `align` run before every timed repetition and are not timed.
     """
     assert mode in MODES and repetitions >= 1, (mode, repetitions)
     if torch.device(device).type == "cpu":
-        assert mode == EAGER, "a CUDA graph needs a GPU"
+        assert mode == EAGER and flush is None, "a CUDA graph and a cold L2 need a GPU"
         for _ in range(warmup):
             call()
         times, output = _time_cpu(call, repetitions, align)
@@ -128,6 +162,6 @@ def measure(
         call = replay
     for _ in range(warmup):
         call()
-    times, output = _time_cuda(call, repetitions, align)
+    times, output = _time_cuda(call, repetitions, align, flush)
     check()
     return times, output

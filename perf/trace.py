@@ -52,6 +52,7 @@ from perf.timeline import (
     summary,
 )
 from perf.timing import EAGER, HEAD_START_CYCLES
+from workspace.layout import layout_of
 
 SUMMARY = "record one launch CTA by CTA as a timeline for Perfetto (default: the CPU emulator)"
 EPILOG = (
@@ -224,6 +225,8 @@ def write(
 ) -> None:
     """The file, a row of phases if somebody asked, and a few lines about the launch."""
     case, clock = plan.case, STEP_CLOCK if plan.emulated else GPU_CLOCK
+    config = case.config(plan.max_tokens)
+    kernel = select(config, **plan.kernel_options)
     where = environment(plan.device)
     if phases:
         times = phases_of(map(slices_of, traces), clock.per_us)
@@ -232,7 +235,7 @@ def write(
         **where,
         "time": clock.note,
         **case.columns,
-        "kernel": dataclasses.asdict(select(case.config(plan.max_tokens), **plan.kernel_options)),
+        "kernel": dataclasses.asdict(kernel),
         "error_rel": error if error is None else f"{error:.2e}",
         "sm_clock_mhz": sm_clock_mhz(traces),
     }
@@ -246,7 +249,7 @@ def write(
         f"{label_of(case.routing)} routing: {ctas} CTAs per rank, {len(events)} events in {out}"
     )
     print(f"times: {facts['time']}")
-    print(summary(traces, clock))
+    print(summary(traces, layout_of(config, kernel).reset_bytes, clock))
     if error is not None:
         verdict = "" if error <= layer_bound(case.recipe) else ": the output is wrong"
         print(f"error {error:.2e}{verdict}")

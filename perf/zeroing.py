@@ -133,7 +133,7 @@ def table(points: Iterable[Point]) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     tokens = "; ".join(f"{','.join(map(str, TOKENS[name]))} on {name}" for name in TOKENS)
-    plan.add_options(parser, baselines=False, tokens=tokens)
+    plan.add_options(parser, beside=False, tokens=tokens)
 
 
 def run(args: argparse.Namespace) -> int:

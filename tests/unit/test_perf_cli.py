@@ -17,18 +17,20 @@ import torch
 
 import megamoe
 from megamoe import compile, dsl, reference
+from megamoe.backends import GpuBackend
 from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
 from megamoe.precision import PRECISIONS
 from perf import plan, publish, sweep
 from perf.__main__ import COMMANDS, main, parser
 from perf.baselines import TorchBf16
-from perf.cases import Model
+from perf.cases import Model, make_rank_inputs
+from perf.measure import Point, Runner, staging_contenders
 from perf.options import nearest, token_counts
 from perf.plan import plan_of
 from perf.progress import Progress
-from perf.results import load
-from perf.timing import EAGER, GRAPH
+from perf.results import ResultsFile, load
+from perf.timing import COLD, EAGER, GRAPH, Times, measure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -114,6 +116,8 @@ def error_line(argv: list[str], capsys) -> str:
         (["sweep", "--reps", "-1"], ["--reps", "-1 must be in 1.."]),
         (["sweep", "--tokens", "64", "--max-tokens", "32"], ["64 is more than --max-tokens 32"]),
         (["sweep", "--graph"], ["--graph needs --device cuda"]),
+        (["sweep", "--l2", "cold"], ["--l2 cold needs --device cuda"]),
+        (["sweep", "--l2", "cool"], ["--l2", "'cool'", "did you mean cold?"]),
         (["sweep", "--num-experts", "12"], ["num_experts=12", "num_ranks=8"]),
         (["sweep", "--num-experts", "2", "--ranks", "1"], ["top_k=4", "num_experts=2"]),
         (["sweep", "--num-experts", "8", "--experts-per-gpu", "8"], ["exclude each other"]),
@@ -291,6 +295,8 @@ def test_cuda_options(monkeypatch):
     eager = plan_for(*argv, "--tokens", "1:8", "--max-tokens", "64")
     assert (eager.mode, eager.num_sms, eager.kernel_dir, eager.reps) == (EAGER, 8, "d", 7)
     assert eager.tokens == (1, 2, 4, 8) and eager.max_tokens == 64
+    cold = plan_for(*argv, "--l2", "cold")
+    assert (eager.label(GRAPH), cold.label(GRAPH)) == ("graph", "graph-cold")
 
 
 SMALL = ["sweep", "--tokens", "2,3", "--reps", "2", "--num-experts", "8", "--ranks", "2"]
@@ -315,6 +321,65 @@ def test_a_sweep_prints_and_keeps_a_row_per_measurement(ranks, fake, capsys, tmp
     (moe,) = fake.made
     assert moe.arguments["max_tokens_per_rank"] == 3 and moe.arguments["world"] == int(ranks)
     assert moe.calls == 4  # two token counts, two repetitions
+
+
+def test_every_row_of_a_cold_sweep_says_so(fake, capsys, monkeypatch, tmp_path):
+    """On a CPU, with a flush that is not there."""
+    flushed = []
+
+    def measured(*arguments, flush):
+        flushed.append(flush)
+        return measure(*arguments)
+
+    monkeypatch.setattr("perf.measure.flush_of", lambda l2, device: l2)
+    monkeypatch.setattr("perf.measure.measure", measured)
+    path = tmp_path / "rows.csv"
+    warm = plan_for(*SMALL[1:], "--baseline", "torch_bf16")
+    cold = dataclasses.replace(warm, l2=COLD)
+    assert sweep.measure_all([cold, warm], ResultsFile(path), Runner) == 0
+    assert flushed == ["cold"] * 4 + ["warm"] * 4
+    assert load(path)["mode"].tolist() == ["eager-cold"] * 4 + ["eager"] * 4
+    assert ", eager-cold, 2 timed call(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_staging_is_measured_where_a_forward_stages(precision, ranks):
+    """The plan says what the GPU's backend does before it launches: with bf16 tokens, copy them."""
+    plan = plan_for("--ranks", str(ranks), "--precision", precision, "--tokens", "3", "--staging")
+    case = plan.case
+    buffer, launched = torch.zeros(4, case.model.hidden).bfloat16(), []
+    backend = SimpleNamespace(
+        layout=SimpleNamespace(config=case.config(4)), quantizes=case.recipe.scaled,
+        staged=[buffer], staged_scales=[], launch=lambda *arguments: launched.append(arguments),
+    )  # fmt: skip
+    x, *others = dataclasses.astuple(make_rank_inputs(case, 0))
+    stream = SimpleNamespace(cuda_stream=0)
+    GpuBackend._stage_and_launch(backend, 0, stream, x, *others, None, None, None)
+    assert len(launched) == 1 and bool(buffer.any()) == plan.stages
+    moe = SimpleNamespace(local_ranks=[0], input_buffer=lambda rank: torch.zeros_like(buffer))
+    for contender in staging_contenders(plan, moe):
+        [copied] = contender.prepare([make_rank_inputs(case, 0)])()
+        assert torch.equal(copied, buffer[:3]) and contender.mode == plan.mode
+    assert len(staging_contenders(plan, moe)) == plan.stages
+    assert staging_contenders(dataclasses.replace(plan, staging=False), moe) == []
+
+
+def test_rows_of_staging(capsys, tmp_path):
+    path = tmp_path / "rows.csv"
+    argv = [*SMALL, "--reps", "1", "--precision", "bf16,fp8_block", "--staging"]
+    assert main([*argv, "--csv", str(path)]) == 0
+    rows = load(path)
+    assert rows.impl.tolist() == ["megamoe", "megamoe_staging"] * 2 + ["megamoe"] * 2
+    assert rows.precision.tolist() == ["bf16"] * 4 + ["fp8_block"] * 2
+    staging = rows[rows.impl == "megamoe_staging"]
+    assert (staging.us_median > 0).all() and staging.error_rel.isna().all()
+    assert staging.tflops.isna().all() and staging.workspace_bytes.isna().all()
+    out = capsys.readouterr().out
+    assert out.count("nothing is copied before the launch") == 1
+    point = Point(plan_for().case, GRAPH, "megamoe_staging", Times((7.0,)), None, None, None)
+    cells = [text(point) for _, _, text in sweep.GPU_COLUMNS]
+    assert cells == ["1", "megamoe_staging", "7.0", "7.0", "7.0", *"-----"]
 
 
 def test_a_wrong_output_is_reported_and_fails_the_sweep(fake, capsys):
@@ -399,18 +464,18 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     directory = tmp_path / "new"
-    assert publish.main([str(directory), "--only", "smoke,tiny,v3_prefill"]) == 1
-    assert list(limits) == ["smoke", "v3_prefill", "tiny"] and directory.is_dir()
+    assert publish.main([str(directory), "--only", "smoke,tiny,v3_one"]) == 1
+    assert list(limits) == ["smoke", "v3_one", "tiny"] and directory.is_dir()
     summary = capsys.readouterr().out.splitlines()[-3:]
-    assert summary == ["smoke: stopped after 120 s", "v3_prefill: ok", "tiny: exit status 3"]
-    assert publish.main([str(directory), "--only", "v3_prefill"]) == 0
+    assert summary == ["smoke: stopped after 120 s", "v3_one: ok", "tiny: exit status 3"]
+    assert publish.main([str(directory), "--only", "v3_one"]) == 0
 
 
 def test_an_unknown_step_is_one_line(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path), "--only", "v3_prefil"])
+        publish.main([str(tmp_path), "--only", "v3_eagr"])
     assert stop.value.code == 2
-    assert "did you mean v3_prefill" in capsys.readouterr().err
+    assert "did you mean v3_eager" in capsys.readouterr().err
 
 
 def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:

@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from perf.__main__ import main
 from perf.compare import KEY, Pair, Timing, measurements, pairs_of
 from perf.results import COLUMNS, EMULATION, ResultsFile, load
+from perf.timing import COLD, GRAPH, Times, mode_label
 from tests.unit.test_perf_results import row_of
 
 RESULTS = Path(__file__).resolve().parents[2] / "perf" / "results"
@@ -69,6 +71,34 @@ def test_ten_percent_is_flagged_and_a_second_run_is_not(
     assert compare(tmp_path, rows, changed) == status
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].endswith("same") and lines[4].endswith(word) and f"{factor:.3f}" in lines[4]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_slowed_kernel_is_told_from_noise(seed, tmp_path, capsys):
+    """A sweep before and after one role became slower by 10 % of the launch, which shows where that
+    role is not hidden, here from 512 tokens on: 30 repetitions with 1 % of noise, and runs that
+    differ by 0.5 % as a whole.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    tokens = (1, 8, 32, 128, 512, 2048, 8192)
+
+    def sweep(slowed: float = 1.0):
+        drift = 1 + 0.005 * torch.randn(1, generator=rng).item()
+        for number in tokens:
+            us = (100 + number) * drift * (slowed if number >= 512 else 1)
+            noise = 1 + 0.01 * torch.randn(30, generator=rng)
+            times = Times(tuple((us * noise).tolist()))
+            stats = {name: getattr(times, name) for name in ("us_min", "us_median", "us_p95")}
+            yield row_of(tokens=number, **stats)
+
+    before = list(sweep())
+    assert compare(tmp_path, before, sweep()) == 0
+    assert f"0 slower, 0 faster, {len(tokens)} same" in capsys.readouterr().out
+    assert compare(tmp_path, before, sweep(slowed=1.1)) == 1
+    lines = capsys.readouterr().out.splitlines()
+    found = [number for number in tokens for line in lines
+             if f"  {number} tokens  " in line and line.endswith(" slower")]  # fmt: skip
+    assert found == [512, 2048, 8192]
 
 
 def test_spread_widens_the_noise_of_its_own_row_only():
@@ -138,6 +168,7 @@ def test_rows_of_one_measurement_count_as_one(tmp_path):
         (["{a}", "{zero}"], "without a positive time"),
         (["{a}", "{text}"], "without a positive time"),
         (["{a}", "{b}"], "no measurement in common"),
+        (["{a}", "{cold}"], "no measurement in common"),
         (["{a}", "{a}", "--threshold", "x"], "--threshold: 'x' is not a number of percent"),
         (["{a}", "{a}", "--threshold", "-1"], "--threshold"),
         (["{a}", "{a}", "--treshold", "3"], "did you mean --threshold"),
@@ -147,6 +178,7 @@ def test_wrong_arguments_are_one_line_and_status_2(argv, message, tmp_path, caps
     paths = {
         "a": write(tmp_path / "a.csv", row()),
         "b": write(tmp_path / "b.csv", row(tokens=16)),
+        "cold": write(tmp_path / "cold.csv", row(mode=mode_label(GRAPH, COLD))),
         "zero": write(tmp_path / "zero.csv", row(0.0)),
         "text": write(tmp_path / "text.csv", dataclasses.replace(row(), us_min="fast")),
         "empty": str(tmp_path / "empty.csv"),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from megamoe import reference
 from megamoe.config import KernelConfig
 from megamoe.faults import LaunchTimeout
 from megamoe.reference import Weights
-from perf import accuracy, processes
+from perf import accuracy, processes, timing
 from perf.__main__ import main, parser
 from perf.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
 from perf.cases import (
@@ -30,6 +31,7 @@ from perf.cases import (
     make_rank_inputs,
     make_weights,
 )
+from perf.measure import Runner
 from perf.plan import plan_of
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, Place, place_of
@@ -37,7 +39,7 @@ from perf.results import ResultsFile, load
 from perf.roofline import work_of
 from perf.sample import sample_of
 from perf.sweep import SWEEP, Listing, heading, measure_all
-from perf.timing import measure
+from perf.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
 
 RANKS, TOKENS, MOST = 2, 37, 16
 FP8_RECIPES = ("fp8_block", "fp8_channel")
@@ -68,6 +70,11 @@ class FakeMoE:
         assert arguments["max_tokens_per_rank"] == 9
         self.workspace = SimpleNamespace(reset_bytes=1024, total_bytes=65536)
         self.kernel_config, self.num_sms = KernelConfig(), 5
+        self.local_ranks, self.buffer = [dist.get_rank()], torch.zeros(9, arguments["hidden_size"])
+
+    def input_buffer(self, rank):
+        assert rank == dist.get_rank()
+        return self.buffer
 
     def load_weights(self, w13, w2, *scales):
         assert w13.shape[0] == w2.shape[0] == MODELS["emulated"].num_experts // RANKS
@@ -93,7 +100,7 @@ def command(job: Job, runner: type, listing: Listing, csv: Path, argv: list[str]
 
 
 def sweep(job: Job, csv: Path) -> tuple[int, str]:
-    argv = ["sweep", "--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16"]
+    argv = ["sweep", "--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16", "--staging"]
     return command(job, ProcessRunner, SWEEP, csv, argv)
 
 
@@ -198,10 +205,12 @@ def test_rank_0_alone_prints_and_keeps_rows(ranks):
     assert (first["sweep"][0], second["sweep"][0]) == (0, 0)
     assert second["sweep"][1] == "" and first["sweep"][1].count("torch_bf16") == 2
     rows = load(directory / "rows.csv")
-    assert rows.tokens.tolist() == [2, 2, 9, 9]
-    assert rows.impl.tolist() == ["megamoe", "torch_bf16"] * 2
+    assert rows.tokens.tolist() == [2] * 3 + [9] * 3
+    assert rows.impl.tolist() == ["megamoe", "megamoe_staging", "torch_bf16"] * 2
     assert (rows.num_ranks == RANKS).all() and (rows.ranks_per_gpu == 1).all()
-    assert (rows.error_rel > 0).all() and (rows.error_rel < BOUND).all()
+    staging = rows.impl == "megamoe_staging"
+    assert rows.error_rel[staging].isna().all()
+    assert (rows.error_rel[~staging] > 0).all() and (rows.error_rel[~staging] < BOUND).all()
     assert rows.workspace_bytes[0] == 65536
 
 
@@ -279,7 +288,10 @@ def test_plan_under_torchrun(monkeypatch):
         plan_of(args, Place(rank=4, size=8, local_rank=4))
 
 
-def test_ranks_align_before_the_first_event_of_every_repetition(monkeypatch):
+@pytest.mark.parametrize("between", [[], ["align"], ["flush"], ["flush", "align"]])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_comes_before_the_first_event_of_every_repetition(mode, between, monkeypatch):
+    """A flush, then the meeting of the ranks, so that they still begin together."""
     log: list[str] = []
 
     class Event:
@@ -298,10 +310,36 @@ def test_ranks_align_before_the_first_event_of_every_repetition(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"))
-    call, align = (lambda name=name: log.append(name) for name in ("call", "align"))
-    times, _ = measure(call, "cuda", repetitions=2, warmup=1, align=align)
-    assert log == ["call", "call", "wait", "pause", *["align", "begin", "call", "end"] * 2, "wait"]
+    calls = {name: partial(log.append, name) for name in ("call", "replay", "flush", "align")}
+    graph = SimpleNamespace(replay=calls["replay"])
+    monkeypatch.setattr(timing, "capture", lambda call: (graph, None))
+    hooks = {name: calls[name] for name in between}
+    times, _ = measure(calls["call"], "cuda", mode, repetitions=2, warmup=1, **hooks)
+    timed = {EAGER: "call", GRAPH: "replay"}[mode]
+    repetition = [*between, "begin", timed, "end"]
+    assert log == ["call", timed, "wait", "pause", *repetition * 2, "wait"]
     assert times.us == (500, 500)
+
+
+@pytest.mark.parametrize("size", [50 << 20, None])
+def test_a_flush_overwrites_more_than_the_l2_holds(size, monkeypatch):
+    gpu = SimpleNamespace(L2_cache_size=size) if size else SimpleNamespace()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert flush_of(WARM, "cpu") is None
+    assert flush_of(COLD, "cpu")().nbytes == (3 * size if size else 256 << 20)
+
+
+@pytest.mark.parametrize("kind", [Runner, ProcessRunner])
+def test_a_runner_flushes_before_whatever_it_measures(kind, monkeypatch):
+    def measured(*arguments, flush, align=None):
+        return Times((1.0,)), (flush, align)
+
+    monkeypatch.setattr(f"{kind.__module__}.measure", measured)
+    job = SimpleNamespace(align="align", max_over_ranks=lambda us: us)
+    plan = plan_of(parser().parse_args(["sweep"]))
+    runner = SimpleNamespace(plan=plan, flush="flush", job=job)
+    _, passed = kind._measure(runner, None, EAGER, None)
+    assert passed == ("flush", "align" if kind is ProcessRunner else None)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from perf.cases import MODELS, Case
 from perf.curves import PEER_COLUMNS, PEERS, groups_of, load_peers, memory_of
 from perf.phases import COLUMNS as PHASE_COLUMNS
 from perf.phases import PHASES, PhaseRow, sections_of
-from perf.report import environment_rows, memory_sections
+from perf.report import environment_rows, group_rows, memory_sections
 from perf.results import EMULATION, REPOSITORY, ResultsFile, Row, load
 from tests.unit.test_perf_results import row_of
 
@@ -92,6 +92,36 @@ def test_speedups_are_within_a_precision(tmp_path, peers):
         "other, bf16": {8: 0.5},
     }
     assert [c.label for c in group.curves if not c.drawn] == ["megamoe (eager), bf16"]
+
+
+def test_a_cold_l2_is_a_curve_of_its_own(tmp_path):
+    rows = [
+        pro(8, 100.0), pro(8, 300.0, impl="torch"),
+        *(pro(tokens, 120.0, mode="graph-cold") for tokens in (8, 64)),
+        pro(8, 420.0, mode="graph-cold", impl="torch"),
+        pro(8, 500.0, mode="graph-cold", impl="own"),
+    ]  # fmt: skip
+    (group,) = groups_of(load(write(tmp_path / "cold.csv", rows)))
+    drawn = {curve.name: curve.drawn for curve in group.curves}
+    assert drawn == {
+        "megamoe": True, "megamoe (graph-cold)": False, "torch": True,
+        "torch (graph-cold)": False, "own (graph-cold)": True,
+    }  # fmt: skip
+    assert [(other.name, ratios) for other, ratios in group.speedups()] == [("torch", {8: 3.0})]
+    speedups = {label: lines[0][-1] for label, lines in group_rows(group).items()}
+    assert speedups == {
+        "megamoe, bf16": "", "megamoe (graph-cold), bf16": "", "torch, bf16": "3.00",
+        "torch (graph-cold), bf16": "3.50", "own (graph-cold), bf16": "4.17",
+    }  # fmt: skip
+
+
+def test_staging_is_no_contender(tmp_path):
+    part = dict(impl="megamoe_staging", tflops="", roofline_us="", roofline_share="")
+    rows = [pro(8, 100.0), pro(8, 5.0, **part), pro(8, 300.0, impl="torch")]
+    (group,) = groups_of(load(write(tmp_path / "rows.csv", rows)))
+    assert [curve.name for curve in group.drawn] == ["megamoe", "torch"]
+    assert [other.name for other, _ in group.speedups()] == ["torch"]
+    assert group_rows(group)["megamoe_staging, bf16"] == [("8", "5.0", "", "", "")]
 
 
 def test_memory_is_the_region_table():

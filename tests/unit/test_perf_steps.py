@@ -13,8 +13,10 @@ import torch
 
 from perf import publish
 from perf.__main__ import parser
+from perf.cases import MODELS
 from perf.plan import plan_of
 from perf.processes import place_of
+from perf.timing import GRAPH
 
 RANK_1 = {"RANK": "1", "LOCAL_RANK": "1"}
 
@@ -22,9 +24,10 @@ RANK_1 = {"RANK": "1", "LOCAL_RANK": "1"}
 def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert publish.steps_for(0) == publish.steps_for(1) == list(publish.STEPS)
-    assert {step.gpus for step in publish.steps_for(2)} == {2}
-    assert {step.gpus for step in publish.steps_for(4)} == {4, 2}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for gpus, sizes in {2: [2], 3: [2], 4: [4, 2], 7: [4, 2], 8: [8, 4, 2]}.items():
+        steps = publish.steps_for(gpus)
+        assert steps == [step for size in sizes for step in publish.EP_STEPS if step.gpus == size]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for step in publish.EP_STEPS:
         reps = {"sweep": 3, "accuracy": 1}[step.command]
         command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
@@ -39,8 +42,23 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
         assert config == dataclasses.asdict(plan.case.config(plan.max_tokens))
         assert config["num_ranks"] == step.gpus
     names = {step.name for step in publish.EP_STEPS}
-    wanted = {f"{model}_ep{gpus}" for model in ("pro", "flash", "v3") for gpus in (4, 2)}
-    assert wanted | {f"{name}_fp8" for name in wanted} <= names
+    wanted = {f"{model}_ep{gpus}" for model in ("pro", "flash", "v3") for gpus in (8, 4, 2)}
+    wanted |= {"mimo_ep8"}
+    wanted |= {f"{name}_fp8" for name in (*wanted, "mimo_ep4", "qwen3_ep4")}
+    assert wanted <= names
+    assert {f"pro_ep8_{name}_fp8" for name in ("skewed", "hot_expert", "hot_rank")} <= names
+
+
+def test_one_gpu_has_the_experts_of_a_rank_at_ep4(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {step.name: step for step in publish.STEPS if "_one" in step.name}
+    both = [f"{model}_one{short}" for model in ("pro", "flash", "v3") for short in ("", "_fp8")]
+    assert list(found) == [*both, "mimo_one_fp8", "qwen3_one_fp8"]
+    for name, step in found.items():
+        plan = plan_of(parser().parse_args([step.command, *step.arguments]))
+        model, case = name.partition("_")[0], plan.case
+        assert case.num_ranks == 1 and 4 * case.experts_per_rank == MODELS[model].num_experts
+        assert (plan.mode, plan.max_tokens, len(plan.tokens)) == (GRAPH, 8192, 9)
 
 
 def test_steps_have_names_of_their_own_and_count_tokens_upwards():
@@ -60,13 +78,15 @@ def test_a_file_holds_one_kind_of_rows():
         files.setdefault(step.file, set()).add((step.precision, step.gpus))
     files.pop("smoke.csv")
     assert files.pop("accuracy.csv") == {
-        ("fp8_block", 1), ("fp8_channel", 1), ("bf16", 1), ("fp8_block", 4)
+        ("fp8_block", 1), ("fp8_channel", 1), ("bf16", 1), ("fp8_block", 4), ("fp8_block", 8)
     }  # fmt: skip
     assert {s.file for s in publish.STEPS if s.command == "accuracy"} == {"accuracy.csv"}
     assert all(len(kinds) == 1 for kinds in files.values())
     assert {name: kinds.pop() for name, kinds in files.items()} == {
         "h200_bf16_one_gpu.csv": ("bf16", 1),
         "h200_fp8_one_gpu.csv": ("fp8_block", 1),
+        "h200_bf16_ep8.csv": ("bf16", 8),
+        "h200_fp8_ep8.csv": ("fp8_block", 8),
         "h200_bf16_ep4.csv": ("bf16", 4),
         "h200_fp8_ep4.csv": ("fp8_block", 4),
         "h200_fp8_channel_ep4.csv": ("fp8_channel", 4),

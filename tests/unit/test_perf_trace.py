@@ -93,6 +93,8 @@ def test_the_command_on_the_emulator(precision, tmp_path, capsys, one_thread):
     assert main([*SMALL, "--precision", precision, "--out", str(path)]) == 0
     out = capsys.readouterr().out
     assert "an order, no time" in out and f"{CTAS} CTAs per rank" in out and "error 0" in out
+    reset_bytes = layout_of(case_of(precision=precision).config(3)).reset_bytes
+    assert f"reset of {reset_bytes:,} bytes: row metadata within tiles" in out
     written = json.loads(path.read_text())
     facts, events = written["otherData"], written["traceEvents"]
     assert facts["gpu"] == "cpu emulation" and "an order, no time" in facts["time"]
