@@ -11,7 +11,7 @@ per row.
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import schedule
 from megamoe.budget import PASS_ROW_BYTES, WARP_ROWS
@@ -37,6 +37,7 @@ arch = cute.arch
 
 PASS_COLUMNS = PASS_ROW_BYTES // 2
 SLABS_PER_PASS = PASS_COLUMNS // 8
+NO_CLAMP = 3e38  # a limit above this is none
 #: Rows that one lane stores per pass: the warp covers 4 rows of 128 bytes with one instruction.
 STORES_PER_PASS = WARP_ROWS // 4
 
@@ -66,13 +67,6 @@ def unstage(staging, lane, store: Constexpr):
     return load_shared_v4(staging + (row * PASS_ROW_BYTES + chunk * 16))
 
 
-def activate(launch: Launch, gates, ups):
-    """silu(gate) * up, both clamped, for two columns."""
-    activated = silu_pair(*[arch.fmin(gate, launch.clamp) for gate in gates])
-    ups = [arch.fmax(arch.fmin(up, launch.clamp), -launch.clamp) for up in ups]
-    return [gate * up for gate, up in zip(activated, ups, strict=True)]
-
-
 def gate_index(slab: int) -> int:
     """Accumulator index of the gate values of output slab `slab` (8 of the tile's 128 outputs); its
     up values lie UP_INDEX on. A tile holds 64 gate columns, their 64 up columns, and so on.
@@ -81,6 +75,16 @@ def gate_index(slab: int) -> int:
 
 
 UP_INDEX = 4 * 8
+
+
+@cute.jit
+def clamp(accumulator, limit):
+    """Gates at most `limit`, ups within +-`limit`."""
+    for index in range_constexpr(cute.size(accumulator)):
+        value = arch.fmin(accumulator[index], limit)
+        if const_expr(index // UP_INDEX % 2 == 1):
+            value = arch.fmax(value, -limit)
+        accumulator[index] = value
 
 
 @cute.jit
@@ -96,23 +100,27 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
     outputs = shape.kernel.block_n // 2
     tile_bytes = outputs * shape.config.recipe.token_bytes
     slabs = outputs // 8
+    if launch.clamp < NO_CLAMP:  # a branch around the work: most layers have none
+        clamp(accumulator, launch.clamp)
     for slab in range_constexpr(slabs):
         for half in range_constexpr(2):
             index = gate_index(slab) + 2 * half
-            gates = [accumulator[index], accumulator[index + 1]]
-            ups = [accumulator[index + UP_INDEX], accumulator[index + UP_INDEX + 1]]
-            activated = activate(launch, gates, ups)
-            accumulator[index] = activated[0] * weights[half]
-            accumulator[index + 1] = activated[1] * weights[half]
-    inverses = [Float32(1.0)] * 2
+            activated = silu_pair(accumulator[index], accumulator[index + 1])
+            for q in range_constexpr(2):
+                accumulator[index + q] = activated[q] * accumulator[index + q + UP_INDEX]
+    factors = weights
     if const_expr(shape.config.recipe.scaled):
+        factors = []
         for half in range_constexpr(2):
             values = [
                 accumulator[gate_index(slab) + 2 * half + q]
                 for slab in range(slabs)
                 for q in range(2)
             ]
-            scale, inverses[half] = scale_of(largest_of_lanes(magnitude(values), 4))
+            # The largest product is the largest value times the weight.
+            amax = largest_of_lanes(magnitude(values), 4) * magnitude([weights[half]])
+            scale, inverse = scale_of(amax)
+            factors.append(inverse * weights[half])
             target = address(launch, "fc1_output_sf", pool % shape.ring)
             row = warp * WARP_ROWS + lane // 4 + 8 * half
             if lane % 4 == 0:
@@ -129,8 +137,8 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
                     lane,
                     half,
                     slab,
-                    accumulator[index] * inverses[half],
-                    accumulator[index + 1] * inverses[half],
+                    accumulator[index] * factors[half],
+                    accumulator[index + 1] * factors[half],
                     shape.config.recipe.token_bytes,
                 )
         arch.sync_warp()
