@@ -81,7 +81,8 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     pull_counts = COUNT_RECORD_BYTES * config.num_ranks
     metadata = QUEUE_SLOTS * 4 * kernel.block_m
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
-    barriers = 2 * kernel.num_stages + 4 * QUEUE_SLOTS + 1 + NUM_PULL_BUFFERS
+    barriers = 2 * kernel.num_stages + 4 * QUEUE_SLOTS + NUM_PULL_BUFFERS
+    barriers += kernel.num_math_warpgroups
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
     total = (
         kernel.num_stages * (a_stage + b_stage + sf_stage)

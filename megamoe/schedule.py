@@ -298,6 +298,15 @@ def share_of(rows, warpgroup, turn, granule, num_warpgroups):
 
 
 @dsl.jit
+def turn_barrier(turn, num_warpgroups):
+    """(number, parity) of the mbarrier that completes when the tile of `turn` has been multiplied.
+
+    One for each warpgroup that computes: a warp that waits on it has seen all its earlier phases.
+    """
+    return turn % num_warpgroups, turn // num_warpgroups % 2
+
+
+@dsl.jit
 def ring_row(pool_block, ring, block_m):
     """First row of a pool block in the ring buffers."""
     return (pool_block % ring) * block_m

@@ -46,7 +46,7 @@ TRACE_NAMES = (
 )  # fmt: skip
 TRACE_CTAS, TRACE_MARKS = 160, 16
 #: Tiles of a CTA that region `tile_trace` has room for; words of one: when it was taken, when its
-#: product was done, when it was stored and reported (ns), and what it was: phase + (pool block
+#: product was done, when it was stored (ns), and what it was: phase + (pool block
 #: << 8) + (column << 40).
 TRACE_TILES, TILE_WORDS = 1024, 4
 #: Values of `combine_arrival_count` from the last slot on.
@@ -140,17 +140,17 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("l1_arrival_count", "int32", (blocks,), LOCAL, COUNTER,
                "dispatch warps add 1 per row", "token loaders before FC1", "rows count from zero"),
         Region("fc1_done_counter", "int32", (blocks,), LOCAL, COUNTER,
-               "math warps add 1 per FC1 tile", "token loaders before FC2",
+               "report warps add 1 per FC1 tile", "token loaders before FC2",
                "tiles count from zero"),
         Region("fc2_done_counter", "int32", (blocks,), LOCAL, COUNTER,
-               "math warps add 1 per FC2 tile, the cleaner of the block 1 more",
+               "report warps add 1 per FC2 tile, the cleaner of the block 1 more",
                "the cleaner, and dispatch warps before they reuse the ring slot",
                "tiles count from zero"),
         Region("l1_topk_weights_buffer", "float32", (rows,), LOCAL, PADDING,
-               "dispatch warps; zeroed by the FC2 warp that frees the block", "FC1 epilogue",
+               "dispatch warps; zeroed by the report warp that frees the block", "FC1 epilogue",
                "a padding row must have weight 0"),
         Region("token_src_metadata", "int32", (rows,), LOCAL, PADDING,
-               "dispatch warps; zeroed by the FC2 warp that frees the block", "FC2 epilogue",
+               "dispatch warps; zeroed by the report warp that frees the block", "FC2 epilogue",
                "a padding row must have no destination"),
         Region("layer_output", recipe.output, (tokens, config.hidden_size), LOCAL, DATA,
                "the reduce", "the caller, until the next forward on this workspace",
@@ -184,7 +184,7 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         )  # fmt: skip
         table.append(
             Region("tile_trace", "int64", (TRACE_CTAS, TRACE_TILES, TILE_WORDS), LOCAL, DATA,
-                   "the first math warp of every CTA", "the host",
+                   "the first math warp of the tile", "the host",
                    "the host zeroes it before the launch that it wants to see")
         )  # fmt: skip
     return table

@@ -36,6 +36,7 @@ arch = cute.arch
 
 VECTOR_BYTES = 16
 MIN_EARLY_TOKENS = 8  # of a CTA: with fewer, polling costs more than the late reduce
+IDLE_NS = 500  # sleep of a warp that found nothing to reduce
 EARLY_WORKERS = 2  # warps of a CTA that reduce early: dispatch and report
 LOADS_IN_FLIGHT = 8  # slots that a lane loads before it adds: 32 registers
 WARP_BYTES = 32 * VECTOR_BYTES  # columns that a warp reduces with one load per lane and slot
@@ -169,35 +170,38 @@ class Reducing(NamedTuple):
     ... of the CTA's.
     """
 
-    look: Int32  # it has last looked at 32 of them from here on
+    left: Int32  # own tokens that it has not reduced; 0 as well if it had better not begin
+    look: Int32  # it looks at 32 of them from here on
     ready: Int32  # a bit for each of those whose slots are in and that is not done
     live: Int32  # live slots of the first of these
     piece: Int32  # next piece of it
-
-
-def NOTHING_IN_WORK() -> Reducing:
-    return Reducing(Int32(0), Int32(0), Int32(0), Int32(0))
+    found: Int32  # 0 after a look at the last of them that found nothing
 
 
 @cute.jit
-def reduces_early(launch: Launch) -> Int32:
-    """1 if this CTA has enough tokens to reduce some of them under the GEMMs."""
-    return Int32(own_tokens(launch) >= MIN_EARLY_TOKENS)
+def start_reducing(launch: Launch, worker) -> Reducing:
+    """Early reduce before its first step."""
+    own, zero = own_tokens(launch), Int32(0)
+    left = Int32(0)
+    if own >= MIN_EARLY_TOKENS:
+        left = ceil_div(own - worker, EARLY_WORKERS)
+    return Reducing(left, zero, zero, zero, zero, zero)
 
 
 @cute.jit
 def reduce_step(launch: Launch, state: Reducing, worker, lane) -> Reducing:
-    """One piece of a token whose slots are in; or else a look for such tokens: `ready` of the
-    result is 0 if there were none.
-    """
+    """One piece of a token whose slots are in, or else a look for such tokens."""
     own = own_tokens(launch)
-    look, ready, live, piece = state.look, state.ready, state.live, state.piece
+    left, look, ready, live, piece, found = state
+    found = Int32(1)
     if ready == 0:
-        look += 32
-        if worker + EARLY_WORKERS * look >= own:
-            look = Int32(0)
         number = worker + EARLY_WORKERS * (look + lane)
         ready = arch.vote_ballot_sync(arrivals(launch, own, number) == SLOTS_IN)
+        if ready == 0:
+            look += 32
+            if worker + EARLY_WORKERS * look >= own:
+                look = Int32(0)
+                found = Int32(0)
     else:
         number = worker + EARLY_WORKERS * (look + arch.popc((ready & -ready) - 1))
         token = launch.cta + number * launch.num_ctas
@@ -210,20 +214,20 @@ def reduce_step(launch: Launch, state: Reducing, worker, lane) -> Reducing:
         if piece == ceil_div(launch.shape.output_row_bytes, WARP_BYTES):
             arch.store(counter, Int32(SLOTS_ADDED), sem="relaxed", scope="sys")
             ready = ready & (ready - 1)
+            left -= 1
             piece = Int32(0)
-    return Reducing(look, ready, live, piece)
+    return Reducing(left, look, ready, live, piece, found)
 
 
 @cute.jit
 def reduce_early(launch: Launch, state: Reducing, flag_smem, worker, lane):
-    """Reduce own tokens as their slots come in, until the math warps take over: a token that is
-    half done then is done again.
+    """Reduce own tokens as their slots come in, until none is left or the math warps take over: a
+    token that is half done then is done again.
     """
-    if reduces_early(launch):
-        while told_to_stop(flag_smem) == 0:
-            state = reduce_step(launch, state, worker, lane)
-            if state.ready == 0:
-                nanosleep(Int32(2000))
+    while state.left > 0 and told_to_stop(flag_smem) == 0:
+        state = reduce_step(launch, state, worker, lane)
+        if state.found == 0:
+            nanosleep(Int32(IDLE_NS))
 
 
 @cute.jit

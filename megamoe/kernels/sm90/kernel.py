@@ -17,7 +17,7 @@ Pipelines (producer -> consumer, arrivals):
   queue_empty   load_tokens, report, math -> load_weights  10
   metadata_full load_tokens -> math                    32 (every lane stored some)
   stored        math -> report                         8 (as for empty)
-  multiplied    math -> the other math warpgroup       4 (warps of the one that computes alone)
+  multiplied[wg] math wg -> the other math warpgroup    4 (warps of the one that computes alone)
 
 Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and a tile
 ahead; load_tokens follows as soon as a block is complete; math computes tile i while both loaders
@@ -48,7 +48,7 @@ from megamoe.budget import (
 )
 from megamoe.config import KernelConfig, MoEConfig
 from megamoe.kernels import sync
-from megamoe.kernels.combine import EARLY_WORKERS, NOTHING_IN_WORK, combine, reduce_early
+from megamoe.kernels.combine import EARLY_WORKERS, combine, reduce_early, start_reducing
 from megamoe.kernels.dispatch import PullBuffers, count, pull
 from megamoe.kernels.launch import Launch, Shape
 from megamoe.kernels.ptx import store_shared
@@ -206,7 +206,7 @@ class MegaMoEKernel:
             stored=queue_full + 3 * QUEUE_SLOTS,
             multiplied=queue_full + 4 * QUEUE_SLOTS,
         )
-        pull_barriers = pipes.multiplied + 1
+        pull_barriers = pipes.multiplied + config.num_math_warpgroups
 
         if thread == 0:
             flags[FLAG_OK] = Int32(1)
@@ -219,12 +219,13 @@ class MegaMoEKernel:
                 arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
                 arch.mbarrier_init(pipes.metadata_full + slot, 32)
                 arch.mbarrier_init(pipes.stored + slot, config.num_math_warps)
-            arch.mbarrier_init(pipes.multiplied, 4)
+            for warpgroup in range_constexpr(config.num_math_warpgroups):
+                arch.mbarrier_init(pipes.multiplied + warpgroup, 4)
             for buffer in range_constexpr(NUM_PULL_BUFFERS):
                 arch.mbarrier_init(pull_barriers + buffer, 1)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
             store_shared(zeros + 4 * word, Int32(0))
-        # Rows of A that no fine box brings stay zero: they cost less power than stale ones.
+        # Rows of A that no box has brought yet are zero: they cost less power than stale ones.
         stages = cute.recast_ptr(smem_a.iterator, dtype=Uint8)
         for word in range(
             thread, config.num_stages * budget.a_stage_bytes // 4, config.num_threads
@@ -260,16 +261,19 @@ class MegaMoEKernel:
                 if lane == 0:
                     sync.mark(launch, "last_pull")
                 arch.sync_warp()
-                reduce_early(launch, NOTHING_IN_WORK(), flags, 0, lane)
+                reduce_early(launch, start_reducing(launch, 0), flags, 0, lane)
+                arch.sync_warp()
                 arch.barrier_arrive(
                     barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads
                 )
             elif warp == WARP_REPORT:
                 reducing = report(launch, pipes, 1, lane)
+                arch.sync_warp()
                 arch.barrier_arrive(
                     barrier_id=REPORTED_BARRIER, number_of_threads=self.reported_threads
                 )
                 reduce_early(launch, reducing, flags, 1, lane)
+                arch.sync_warp()
                 arch.barrier_arrive(
                     barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads
                 )

@@ -113,7 +113,8 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
                     lane,
                 )  # fmt: skip
                 if share.arrivals > 1 and lane == 0:
-                    arch.mbarrier_arrive(pipes.multiplied)
+                    number, _ = schedule.turn_barrier(turn, warpgroups)
+                    arch.mbarrier_arrive(pipes.multiplied + number)
                 multiplied = sync.trace_clock(launch)
                 arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
                 # The epilogue's addresses would be hoisted and fill the mainloop's registers.
@@ -138,7 +139,8 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
                     sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
             else:
                 # Only now may this warpgroup wait for stages: it has not followed their phases.
-                arch.mbarrier_wait(pipes.multiplied, turn % 2)
+                number, parity = schedule.turn_barrier(turn, warpgroups)
+                arch.mbarrier_wait(pipes.multiplied + number, parity)
             if share.arrivals > 1:
                 turn += 1
             position += k_blocks

@@ -14,7 +14,7 @@ from cutlass import Int32
 from megamoe import schedule
 from megamoe.budget import QUEUE_SLOTS
 from megamoe.kernels import sync
-from megamoe.kernels.combine import NOTHING_IN_WORK, Reducing, reduce_step, reduces_early
+from megamoe.kernels.combine import IDLE_NS, Reducing, reduce_step, start_reducing
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, nanosleep, store_global
 from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
@@ -27,14 +27,13 @@ arch = cute.arch
 def await_stored(launch: Launch, pipes: Pipes, taken, state: Reducing, worker, lane) -> Reducing:
     """Reduce until the math warps have stored tile number `taken`."""
     barrier, phase = pipes.stored + taken % QUEUE_SLOTS, taken // QUEUE_SLOTS % 2
-    if reduces_early(launch):
-        stored = Int32(0)
-        while stored == 0:
-            stored = arch.shuffle_sync(Int32(arch.mbarrier_test_wait(barrier, phase)), 0)
-            if stored == 0:
-                state = reduce_step(launch, state, worker, lane)
-                if state.ready == 0:
-                    nanosleep(Int32(500))
+    stored = Int32(0)
+    while state.left > 0 and stored == 0:
+        stored = arch.shuffle_sync(Int32(arch.mbarrier_test_wait(barrier, phase)), 0)
+        if stored == 0:
+            state = reduce_step(launch, state, worker, lane)
+            if state.found == 0:
+                nanosleep(Int32(IDLE_NS))
     arch.mbarrier_wait(barrier, phase)
     return state
 
@@ -44,7 +43,7 @@ def report(launch: Launch, pipes: Pipes, worker, lane) -> Reducing:
     """Report every tile of the CTA once its math warps have stored it. Returns how far worker
     number `worker` has come with reducing.
     """
-    state = NOTHING_IN_WORK()
+    state = start_reducing(launch, worker)
     taken = Int32(0)
     running = Int32(1)
     while running == 1:
@@ -78,6 +77,7 @@ def report_fc2(launch: Launch, lane, pool):
     before = arch.shuffle_sync(before, 0)
     if before == shape.fc2_done - 1:
         first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m)
+        arch.sync_warp()  # what lane 0 has acquired comes before what every lane does
         # Orders all rows of the block, which other warps stored and reported, before the counts.
         arch.fence_acq_rel_sys()
         for row in range(lane, shape.kernel.block_m, 32):
