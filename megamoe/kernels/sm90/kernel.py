@@ -219,8 +219,8 @@ class MegaMoEKernel:
                 arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
                 arch.mbarrier_init(pipes.metadata_full + slot, 32)
                 arch.mbarrier_init(pipes.stored + slot, config.num_math_warps)
-            for warpgroup in range_constexpr(config.num_math_warpgroups):
-                arch.mbarrier_init(pipes.multiplied + warpgroup, 4)
+            for number in range_constexpr(config.num_math_warpgroups):
+                arch.mbarrier_init(pipes.multiplied + number, 4)
             for buffer in range_constexpr(NUM_PULL_BUFFERS):
                 arch.mbarrier_init(pull_barriers + buffer, 1)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
