@@ -57,19 +57,23 @@ def loads_in_flight(hidden: int) -> int:
 
 @cute.jit
 def load_columns(launch: Launch, token, first, lane):
-    """`loads_in_flight` x 8 columns of a BF16 row per lane as Float32; zeros past the row's end."""
+    """`loads_in_flight` x 8 columns of a BF16 row per lane, as words; zeros past the row's end and
+    past the last token.
+    """
     hidden = launch.shape.config.hidden_size
     row = launch.x + Int64(token) * (2 * hidden)
     loaded = []
     for part in range_constexpr(loads_in_flight(hidden)):
         column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
-        inside = Int32(column < hidden)
+        inside = Int32(column < hidden) & Int32(token < launch.num_tokens)
         loaded.append(load_global_v4_if(row + Int64(column) * 2, inside))
-    values = []
-    for words in loaded:
-        pairs = [unpack_bf16x2(word) for word in words]
-        values.append([value for pair in pairs for value in pair])
-    return values
+    return [list(words) for words in loaded]
+
+
+def unpack(loaded):
+    """What `load_columns` returned as Float32."""
+    pairs = [[unpack_bf16x2(word) for word in words] for words in loaded]
+    return [[value for pair in part for value in pair] for part in pairs]
 
 
 @cute.jit
@@ -107,21 +111,24 @@ def quantize_input(launch: Launch, threads: Constexpr):
             for token in range(worker, launch.num_tokens, workers):
                 amax = Float32(0.0)
                 for part in range(spans):
-                    values = load_columns(launch, token, part * span, lane)
+                    values = unpack(load_columns(launch, token, part * span, lane))
                     for piece in values:
                         amax = arch.fmax(amax, magnitude(piece))
                 scale, inverse = scale_of(largest_of_lanes(amax, 32))
                 for part in range(spans):
-                    values = load_columns(launch, token, part * span, lane)
+                    values = unpack(load_columns(launch, token, part * span, lane))
                     inverses = [inverse] * len(values)
                     store_columns(launch, token, part * span, lane, values, inverses)
                 if lane == 0:
                     store_scale(launch, token, 0, scale)
         else:
             lanes = FP8_BLOCK // LANE_COLUMNS
+            loaded = load_columns(launch, worker // spans, worker % spans * span, lane)
             for item in range(worker, launch.num_tokens * spans, workers):
                 token, first = item // spans, item % spans * span
-                values = load_columns(launch, token, first, lane)
+                values = unpack(loaded)
+                ahead = item + workers  # its loads are in flight meanwhile
+                loaded = load_columns(launch, ahead // spans, ahead % spans * span, lane)
                 scales = [scale_of(largest_of_lanes(magnitude(piece), lanes)) for piece in values]
                 inverses = [inverse for _, inverse in scales]
                 store_columns(launch, token, first, lane, values, inverses)
