@@ -36,7 +36,7 @@ def over_recipes(worlds, block=(), channel=()):
     )
 
 
-@over_recipes([1, 2, 4, 8], block=[1, 2, 8], channel=[2])
+@over_recipes([1, 2, 4, 8, 16], block=[1, 2, 8, 16], channel=[2])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_hard_routings(precision, world, routing):
     layer = Layer(world, tokens=6, top_k=3, hidden=384, inner=256, precision=precision)
