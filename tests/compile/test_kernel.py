@@ -93,12 +93,12 @@ def test_remote_flags_use_system_scope(compiled_v3):
 
 
 def test_every_wait_acquires_in_its_scope(compiled_v3):
-    """Two barriers over all ranks and the slots of a token at sys scope; the grid sync, the ring
-    slot, FC1's and FC2's rows at gpu scope. The compiler must not drop one because its value is
-    unused.
+    """Two barriers over all ranks and, in three places, the slots of a token at sys scope; the grid
+    sync, the ring slot, FC1's and FC2's rows at gpu scope. The compiler must not drop one because
+    its value is unused.
     """
     ptx = re.sub(r"[ \t]+", " ", compiled_v3.ptx)
-    assert len(re.findall(r"ld\.acquire\.sys\.global", ptx)) == 3
+    assert len(re.findall(r"ld\.acquire\.sys\.global", ptx)) == 2 + 3
     assert len(re.findall(r"ld\.acquire\.gpu\.global", ptx)) == 4
 
 
