@@ -2,8 +2,8 @@
 `supports`.
 
 Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E / W local experts,
-H hidden size, I intermediate size. Both configurations are frozen and hold integers only, so they
-key caches.
+H hidden size, I intermediate size. Both configurations are frozen and hold integers and names only,
+so they key caches.
 
 Neighbours: everything reads them; this module reads only `precision`.
 """
@@ -18,6 +18,8 @@ MAX_RANKS = 72
 MAX_TOP_K = 16
 #: Signed 32-bit counters and codes must hold W * T * K slots.
 MAX_ROUTED_SLOTS = 2**30
+#: Parts of a launch that can run alone (`KernelConfig.only`).
+DISPATCH, GEMMS, COMBINE = PARTS = ("dispatch", "gemms", "combine")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class KernelConfig:
     pool_blocks: pool blocks held at once (the ring); None takes what the worst routing needs, up to
     192 in BF16 and 384 in FP8.
     trace: every CTA records when it reached the marks of `workspace.layout.TRACE_NAMES`.
+    only: a part of the launch, to time it alone, or "" for all of it. Outputs mean nothing then;
+    every part counts and passes both barriers, as the launch does. "dispatch" pulls rows, over
+    whatever the ring holds, and leaves their metadata behind. "gemms" runs the tiles of the real
+    counts on the rows that the pool holds, with router weights of 1, and stores no row of FC2 into
+    a slot. "combine" adds what the slots hold.
     """
 
     block_m: int = 128
@@ -79,6 +86,11 @@ class KernelConfig:
     lag_waves: int = 2
     pool_blocks: int | None = None
     trace: bool = False
+    only: str = ""
+
+    def runs(self, part: str) -> bool:
+        """Whether a launch does this part."""
+        return self.only in ("", part)
 
     @property
     def num_math_warpgroups(self) -> int:
@@ -188,6 +200,8 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
         )
     if kernel.block_k * config.recipe.token_bytes != 128:
         raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {config.recipe.token}")
+    if kernel.only not in ("", *PARTS):
+        raise ValueError(f"only={kernel.only!r} is no part of a launch; choose one of {PARTS}")
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     if not 1 <= kernel.group_blocks <= pool_blocks(config, kernel):
         raise ValueError(

@@ -49,7 +49,8 @@ class MegaMoE:
         num_sms: CTAs per rank, at most one per SM over all ranks of a GPU; default: all of them.
         timeout_s: seconds that a wait inside a launch may take before it ends with LaunchTimeout.
         kernel_dir: directory of kernels built ahead of time.
-        kernel_options: fields of `KernelConfig` to override.
+        kernel_options: fields of `KernelConfig` to override. With `only` a launch does a part of
+            the work, to be timed, and its outputs mean nothing.
         workspace: `workspace` of another layer of the same configuration, to share. Layers that
             share one run one after the other, and one's output is valid until the next runs.
         activation_clamp: a float c > 0: SwiGLU takes min(gate, c) and up within -c..c; default:

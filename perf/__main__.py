@@ -1,7 +1,7 @@
 """The command line, `python -m perf <command> ...`.
 
-A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`; EPILOG, if
-it has one, ends its help.
+A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`. It may
+have EPILOG, which ends its help, and KERNELS, the options of the kernels that it launches.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import accuracy, ceilings, compare, report, sweep, trace, zeroing
+from perf import ablation, accuracy, ceilings, compare, report, sweep, trace, zeroing
 from perf.options import Parser, nearest
 
 #: A new command is a new row.
@@ -20,6 +20,7 @@ COMMANDS = {
     "ceilings": ceilings,
     "accuracy": accuracy,
     "zeroing": zeroing,
+    "ablation": ablation,
     "trace": trace,
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from perf.cases import MODELS, Model
 from perf.compare import KEY
-from perf.measure import STAGING
+from perf.measure import PART_NAMES
 from perf.results import REPOSITORY
 from perf.timing import GRAPH, is_cold
 
@@ -158,7 +158,7 @@ def _curves(rows) -> list[Curve]:
             part = same[same["mode"] == mode]
             us, tflops = _column(part, "us_median"), _column(part, "tflops")
             name = f"{impl} ({mode})" if mode != GRAPH else impl
-            cold, alone = is_cold(mode), impl == STAGING
+            cold, alone = is_cold(mode), impl in PART_NAMES
             curves.append(
                 Curve(
                     name,

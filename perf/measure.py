@@ -9,7 +9,7 @@ Neighbours: `plan` says what to run, `timing` how to time it, `sweep` prints the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import hypot, inf
@@ -18,6 +18,7 @@ import torch
 
 import megamoe
 from megamoe import reference
+from megamoe.config import PARTS
 from megamoe.precision import Precision
 from perf.baselines import BASELINES
 from perf.cases import Case, Inputs, make_inputs, make_layer_weights, make_weights
@@ -31,6 +32,15 @@ from perf.timing import EAGER, Times, flush_of, measure
 MEGAMOE = "megamoe"
 #: What a forward does before its launch, alone.
 STAGING = f"{MEGAMOE}_staging"
+
+
+def part_name(part: str) -> str:
+    """The implementation that does this part of a launch alone."""
+    return f"{MEGAMOE}-{part}"
+
+
+#: Implementations that do a part of the layer's work.
+PART_NAMES = (STAGING, *map(part_name, PARTS))
 #: The layer's relative error against the oracle, which stores hidden rows in FP8 as the layer does.
 #: Above this it is no rounding: sums in another order flip codes of hidden values, 0.013 to 0.018
 #: over many tokens and up to 0.022 of a single one (H200). Rows stored in another way are 0.023 or
@@ -130,6 +140,19 @@ class Point:
             **{name: value for name, value in optional.items() if value is not None},
             config=self.config,
         )
+
+
+def medians_of(
+    points: Iterable[Point], impls: Sequence[str]
+) -> list[tuple[tuple[str, int], list[float]]]:
+    """((precision, tokens), median us of each of `impls`) where all of them have finished."""
+    us: dict[tuple[str, int], dict[str, float]] = {}
+    for point in points:
+        key = (point.case.precision, point.case.tokens)
+        us.setdefault(key, {})[point.impl] = point.times.us_median
+    return [
+        (key, [by[impl] for impl in impls]) for key, by in us.items() if by.keys() >= set(impls)
+    ]
 
 
 def layer_bound(recipe: Precision) -> float:

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 MAX_TOKENS = 1 << 20
 
@@ -53,6 +54,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """ValueError, naming the option, unless a file can be written there."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{option} {path} cannot be written: it is a directory, or in none")
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from perf import routings
 from perf.baselines import BASELINES
 from perf.cases import MODELS, Case, Model
 from perf.ceilings import ceilings_of
-from perf.options import MAX_TOKENS, checked, integer, names, one_of, token_counts
+from perf.options import MAX_TOKENS, check_writable, checked, integer, names, one_of, token_counts
 from perf.processes import Place
 from perf.roofline import DEFAULTS as DEFAULT_CEILINGS
 from perf.roofline import Ceilings, Roofline, Work, roofline_of
@@ -183,6 +184,16 @@ def add_options(
     add("--csv", metavar="PATH", text="append a result row per measurement")
 
 
+def add_list_configs(parser: argparse.ArgumentParser) -> None:
+    """The option of `list_configs`."""
+    parser.add_argument(
+        "--list-configs",
+        type=Path,
+        metavar="PATH",
+        help="write what `python -m megamoe.compile --list` needs for this command, and stop",
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """A sweep with every default filled in; `case` is its point of the first token count.
@@ -275,6 +286,25 @@ def case_of(
     supports(case.config(max_tokens))
     case.check_routing(max(tokens))
     return case, tokens, max_tokens
+
+
+def kernels_of(
+    args: argparse.Namespace, gpus: int = 1, kernels: Sequence[dict[str, object]] = ({},)
+) -> list[dict]:
+    """Entries for `python -m megamoe.compile --list`: a kernel per precision and options."""
+    entries = []
+    for precision in args.precision:
+        case, _, max_tokens = case_of(args, gpus, precision)
+        fields = dataclasses.asdict(case.config(max_tokens))
+        entries += [fields | ({"kernel": options} if options else {}) for options in kernels]
+    return entries
+
+
+def list_configs(args: argparse.Namespace, kernels: Sequence[dict[str, object]]) -> int:
+    """Write these entries to the file that was asked for; 0."""
+    check_writable("--list-configs", args.list_configs)
+    args.list_configs.write_text(json.dumps(kernels_of(args, kernels=kernels)))
+    return 0
 
 
 def plan_of(

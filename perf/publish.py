@@ -1,6 +1,6 @@
 """The measurements that are published, in one go on a GPU machine.
 
-`python -m perf.publish DIR`. Each step is one sweep, or one `accuracy`, in its own process with a
+`python -m perf.publish DIR`. Each step is one sweep, or another command, in its own process with a
 time limit, so that a hang, a crash or a lost CUDA context costs that step only. A step appends its
 rows, one at a time and with token counts ascending, to the file of its table, DIR/<table>.csv:
 sweeps of one precision and one number of GPUs share a file. The most wanted figures come first. On
@@ -10,7 +10,6 @@ GPUs that it has, then those of fewer; else the steps of one GPU. Exit status: 1
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -21,10 +20,11 @@ from pathlib import Path
 
 import torch
 
+from perf.__main__ import COMMANDS
 from perf.__main__ import parser as command_line
 from perf.baselines import BASELINE_OF
 from perf.options import Parser, integer, nearest
-from perf.plan import case_of
+from perf.plan import kernels_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: Seconds that torchrun gets to end its ranks when a step has used up its time.
@@ -33,7 +33,7 @@ GRACE_S = 45
 #: Table of the steps that only show that everything works.
 SMOKE = "smoke"
 #: Commands that steps run.
-SWEEP, ACCURACY = "sweep", "accuracy"
+SWEEP, ACCURACY, ABLATION = "sweep", "accuracy", "ablation"
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ def _errors(name: str, options: str, precision: str, gpus: int = 1) -> Step:
     return Step(name, options, ACCURACY, precision, gpus=gpus, command=ACCURACY)
 
 
+def _ablation(name: str, options: str, gpus: int = 1) -> Step:
+    options = f"{options} {_ROOM} --tokens 128,2048,8192"
+    return Step(name, options, ABLATION, "fp8_block", gpus=gpus, command=ABLATION)
+
+
 def _fp8(name: str, options: str, gpus: int = 1) -> Step:
     """The sweep in FP8 with the scales of DeepSeek-V3."""
     return Step(f"{name}_fp8", options, precision="fp8_block", gpus=gpus)
@@ -117,6 +122,7 @@ STEPS = (
     _errors("pro_errors_fp8_spread", f"{_PRO_ERRORS} --spread 16", "fp8_block"),
     _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),
     _errors("pro_errors", _PRO_ERRORS, "bf16"),
+    _ablation("pro_ablation_fp8", f"{_ONE['pro']} --graph"),
 )
 
 
@@ -164,8 +170,10 @@ EP_STEPS = (
         gpus=4,
     ),
     *(step for both in _skewed(4) for step in both),
+    _ablation("pro_ablation_ep4_fp8", _EP["pro"], 4),
     Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
     *_both("pro_ep2", f"{_EP2['pro']} {_SOME_TOKENS}", 2),
+    _ablation("pro_ablation_ep2_fp8", _EP2["pro"], 2),
     *_both("flash_ep2", f"{_EP2['flash']} {_SOME_TOKENS}", 2),
     *_both("v3_ep2", f"{_EP2['v3']} {_SOME_TOKENS}", 2),
     Step("pro_ep2_skewed", f"{_EP2['pro']} --routing skewed {_SKEWED}", gpus=2),
@@ -181,15 +189,12 @@ def steps_for(gpus: int) -> list[Step]:
 
 
 def configs_of(steps: Sequence[Step]) -> list[dict]:
-    """Fields of every configuration that `steps` run, for `python -m megamoe.compile --list`."""
+    """Every kernel that `steps` run, for `python -m megamoe.compile --list`."""
     options, configs = command_line(), []
     for step in steps:
         args = options.parse_args([step.command, *step.arguments])
-        for precision in args.precision:
-            case, _, max_tokens = case_of(args, step.gpus, precision)
-            fields = dataclasses.asdict(case.config(max_tokens))
-            if fields not in configs:
-                configs.append(fields)
+        kernels = getattr(COMMANDS[step.command], "KERNELS", ({},))
+        configs += [c for c in kernels_of(args, step.gpus, kernels) if c not in configs]
     return configs
 
 
@@ -252,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--limit", type=integer(1), metavar="SECONDS", help="start no step after this long"
     )
-    parser.add_argument("--reps", metavar="N", help="passed on to every sweep")
+    parser.add_argument("--reps", metavar="N", help="passed on to every step that times")
     parser.add_argument("--num-sms", metavar="N", help="passed on to every step")
     parser.add_argument("--kernel-dir", metavar="DIR", help="passed on to every step")
     parser.add_argument(
@@ -269,7 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = steps or steps_for(args.gpus or torch.cuda.device_count())
 
     passed_on = {"--num-sms": args.num_sms, "--kernel-dir": args.kernel_dir}
-    extra = {ACCURACY: passed_on, SWEEP: passed_on | {"--reps": args.reps}}
+    timed = passed_on | {"--reps": args.reps}
+    extra = {ACCURACY: passed_on, SWEEP: timed, ABLATION: timed}
     directory = args.directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
     if args.list_configs:

@@ -32,8 +32,16 @@ from perf.measure import (
     oracle,
     outputs_of,
 )
+from perf.options import check_writable
 from perf.phases import PhaseRow, phases_of
-from perf.plan import Plan, add_launch_options, case_of, check_here, plan_of
+from perf.plan import (
+    Plan,
+    add_launch_options,
+    add_list_configs,
+    check_here,
+    list_configs,
+    plan_of,
+)
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, joined, place_of
 from perf.results import ResultsFile, environment
@@ -78,12 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the file, which is overwritten (default: trace.json)",
     )
-    parser.add_argument(
-        "--list-configs",
-        type=Path,
-        metavar="PATH",
-        help="write what `python -m megamoe.compile --list` needs for this launch, and stop",
-    )
+    add_list_configs(parser)
     parser.add_argument(
         "--phases", metavar="CSV", help="append a row: where the time of the launch went, on a GPU"
     )
@@ -98,13 +101,9 @@ def run(args: argparse.Namespace) -> int:
     for option, values in (("--tokens", args.tokens), ("--precision", args.precision)):
         if len(values) > 1:
             raise ValueError(f"{option} {','.join(map(str, values))}: one launch has one of them")
-    option, path = "--out", args.out
     if args.list_configs:
-        option, path = "--list-configs", args.list_configs
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{option} {path} cannot be written: it is a directory, or in none")
-    if args.list_configs:
-        return list_configs(args)
+        return list_configs(args, [TRACED])
+    check_writable("--out", args.out)
     if args.phases and args.device == "cpu":
         raise ValueError(f"--phases {args.phases}: the emulator has an order of steps, no times")
     phases = ResultsFile(args.phases, PhaseRow) if args.phases else None
@@ -117,14 +116,6 @@ def run(args: argparse.Namespace) -> int:
         return record(plan, args.out, phases)
     with joined(place) as job:
         return record(plan, args.out, phases, job)
-
-
-def list_configs(args: argparse.Namespace) -> int:
-    """Write the configuration of the kernel that records; 0."""
-    case, _, max_tokens = case_of(args)
-    fields = dataclasses.asdict(case.config(max_tokens))
-    args.list_configs.write_text(json.dumps([fields | {"kernel": TRACED}]))
-    return 0
 
 
 def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job | None = None) -> int:

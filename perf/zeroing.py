@@ -22,7 +22,15 @@ import torch
 import megamoe
 from perf import plan
 from perf.cases import Inputs
-from perf.measure import MEGAMOE, Contender, Point, Runner, layer_arguments, layer_bound
+from perf.measure import (
+    MEGAMOE,
+    Contender,
+    Point,
+    Runner,
+    layer_arguments,
+    layer_bound,
+    medians_of,
+)
 from perf.process_runner import ProcessRunner
 from perf.routings import may_mask
 from perf.sweep import run_plans
@@ -110,14 +118,11 @@ class ZeroingProcessRunner(ProcessRunner):
 
 def ratios(points: Iterable[Point]) -> list[tuple[str, int, float, float, float]]:
     """(precision, tokens, us of the layer, zeroing / layer, sum / layer) of finished points."""
-    us: dict[tuple[str, int], dict[str, float]] = {}
-    for point in points:
-        key = (point.case.precision, point.case.tokens)
-        us.setdefault(key, {})[point.impl] = point.times.us_median
     return [
-        (*key, by[MEGAMOE], by[FULL_ZEROING] / by[MEGAMOE], by[SEPARATE_SUM] / by[MEGAMOE])
-        for key, by in us.items()
-        if len(by) == 3
+        (*key, layer, zeroing / layer, summing / layer)
+        for key, (layer, zeroing, summing) in medians_of(
+            points, (MEGAMOE, FULL_ZEROING, SEPARATE_SUM)
+        )
     ]
 
 

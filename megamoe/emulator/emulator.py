@@ -46,6 +46,8 @@ class Emulator:
     ):
         self.layout = workspace.layout
         self.config, self.kernel = self.layout.config, self.layout.kernel
+        if self.kernel.only:
+            raise ValueError(f"only={self.kernel.only!r} needs a GPU; the emulator runs all parts")
         if workspace.local_ranks != list(range(self.config.num_ranks)):
             raise ValueError(
                 f"workspace holds ranks {workspace.local_ranks}; the emulator needs all of them"

@@ -12,10 +12,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults
 from megamoe.budget import FLAG_OK, FLAG_STOP
+from megamoe.config import COMBINE
 from megamoe.kernels import sync
 from megamoe.kernels.dispatch import read_expert
 from megamoe.kernels.launch import Launch, address
@@ -72,8 +73,9 @@ def combine(
     if flag_smem[FLAG_OK] == 1:
         clean_up(launch, thread, epoch, threads)
     sync.cta_barrier(handover_id, handover_threads)  # nobody else reduces any more
-    if flag_smem[FLAG_OK] == 1:
-        reduce_rest(launch, thread, threads)
+    if const_expr(launch.shape.kernel.runs(COMBINE)):
+        if flag_smem[FLAG_OK] == 1:
+            reduce_rest(launch, thread, threads)
     if thread == 0:
         sync.mark(launch, "end")
         sync.mark_cycles(launch, "end_cycles")
@@ -153,9 +155,12 @@ def arrivals(launch: Launch, own, number) -> Int32:
     """State of own token number `number`: below SLOTS_IN while slots are missing."""
     state = Int32(SLOTS_ADDED)
     if number < own:
-        token = launch.cta + number * launch.num_ctas
-        counter = global_ptr(address(launch, "combine_arrival_count", token))
-        state = arch.load(counter, Int32, sem="relaxed", scope="sys")
+        if const_expr(launch.shape.kernel.only == COMBINE):
+            state = Int32(SLOTS_IN)  # nobody fills slots: what they hold is added
+        else:
+            token = launch.cta + number * launch.num_ctas
+            counter = global_ptr(address(launch, "combine_arrival_count", token))
+            state = arch.load(counter, Int32, sem="relaxed", scope="sys")
     return state
 
 
@@ -183,8 +188,9 @@ def start_reducing(launch: Launch, worker) -> Reducing:
     """Early reduce before its first step."""
     own, zero = own_tokens(launch), Int32(0)
     left = Int32(0)
-    if own >= MIN_EARLY_TOKENS:
-        left = ceil_div(own - worker, EARLY_WORKERS)
+    if const_expr(launch.shape.kernel.only == ""):
+        if own >= MIN_EARLY_TOKENS:
+            left = ceil_div(own - worker, EARLY_WORKERS)
     return Reducing(left, zero, zero, zero, zero, zero)
 
 

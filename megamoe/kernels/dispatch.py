@@ -15,6 +15,7 @@ from cutlass import Constexpr, Int16, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
 from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
+from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import (
@@ -290,6 +291,7 @@ def pull(
     pieces = row_bytes // piece_bytes
     zero_bytes = buffers.zero_bytes
     free = shape.slot_free
+    slots_are_freed = shape.kernel.runs(GEMMS)  # by tiles; else rows overwrite what a slot holds
 
     state = Pulling(Int32(0), Int32(0), Int64(0), Int32(-1), Int64(0))
     unpublished = Int32(-1)  # pool block of a row that is stored but not published, or -1
@@ -318,22 +320,22 @@ def pull(
         row_in_block = index % block_m
         ring_row = schedule.ring_row(block, shape.ring, block_m) + row_in_block
 
-        if block >= shape.ring:
-            freed = global_ptr(address(launch, "fc2_done_counter", block - shape.ring))
-            done = arch.shuffle_sync(arch.load(freed, Int32, sem="relaxed", scope="gpu"), 0)
-            if done < free:
-                unpublished = finish_store(launch, unpublished, lane)
-                if state.loading == 1:
-                    store_piece(launch, buffers, state, lane)
-                    unpublished = finish_store(launch, state.completes, lane)
-                    state = Pulling(
-                        state.piece, Int32(0), state.target, state.completes, state.scales
-                    )
-            sync.wait_for(
-                launch, "fc2_done_counter", block - shape.ring, 0, free, faults.ROLE_DISPATCH, "gpu"
-            )
-            arch.sync_warp()
-            arch.fence_proxy("async.global")  # the slot's old rows were read by TMA
+        if const_expr(slots_are_freed):
+            if block >= shape.ring:
+                freed = global_ptr(address(launch, "fc2_done_counter", block - shape.ring))
+                done = arch.shuffle_sync(arch.load(freed, Int32, sem="relaxed", scope="gpu"), 0)
+                if done < free:
+                    unpublished = finish_store(launch, unpublished, lane)
+                    if state.loading == 1:
+                        store_piece(launch, buffers, state, lane)
+                        unpublished = finish_store(launch, state.completes, lane)
+                        state = Pulling(
+                            state.piece, Int32(0), state.target, state.completes, state.scales
+                        )
+                role = faults.ROLE_DISPATCH
+                sync.wait_for(launch, "fc2_done_counter", block - shape.ring, 0, free, role, "gpu")
+                arch.sync_warp()
+                arch.fence_proxy("async.global")  # the slot's old rows were read by TMA
 
         if lane == 0:
             store_global(address(launch, "l1_topk_weights_buffer", ring_row), weight)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megamoe.config import MoEConfig, select
+from megamoe.config import DISPATCH, GEMMS, PARTS, MoEConfig, select
 from tests.compile.sass import compile_kernel
 from tests.gpu.configs import CONFIGS
 
@@ -78,6 +78,38 @@ def test_variant(config, kernel, tmp_path, capfd):
     # FC1 and FC2: two boxes of A or three fine ones, and one of B.
     assert built.count("UTMALDG") == 2 * (2 + 3 + 1)
     assert built.count("UBLKCP") >= 2  # bulk pull and bulk store
+
+
+#: Bulk copies of a kernel without dispatch: scales of rows, in boxes of both sizes and two phases,
+#: and of weights in two phases.
+SCALE_COPIES = {"bf16": 0, "fp8_block": 6}
+
+
+@pytest.mark.parametrize("only", PARTS)
+@pytest.mark.parametrize("precision", SCALE_COPIES)
+def test_a_part_alone(precision, only, tmp_path, capfd):
+    config = replace(MODELS["flash_ep4"], precision=precision)
+    built = compile_kernel(config, select(config, only=only), tmp_path)
+    remarks = "".join(capfd.readouterr())
+    assert "0 bytes spill stores, 0 bytes spill loads" in remarks
+    assert not re.search(r"C75\d\d|serializ", remarks)
+    assert built.count("STL") == built.count("LDL") == 0
+    multiplies = only == GEMMS
+    assert built.count("HGMMA") + built.count("QGMMA") == multiplies * WGMMA[precision][1]
+    assert built.count("UTMALDG") == multiplies * 2 * (2 + 3 + 1)
+    assert built.count("USETMAXREG") == multiplies * 2
+    to_shared, to_global = (
+        len(re.findall(rf"UBLKCP\.{way}", built.sass)) for way in ("S.G", "G.S")
+    )
+    assert to_shared + to_global == built.count("UBLKCP")
+    if only == DISPATCH:
+        assert to_shared and to_global
+    else:
+        assert (to_shared, to_global) == (multiplies * SCALE_COPIES[precision], 0)
+    # Nobody waits for what no role of this kernel does: rows, and free ring slots.
+    ptx = re.sub(r"[ \t]+", " ", built.ptx)
+    assert len(re.findall(r"ld\.acquire\.gpu\.global", ptx)) == 1 + multiplies
+    assert len(re.findall(r"ld\.acquire\.sys\.global", ptx)) == 2
 
 
 def test_remote_flags_use_system_scope(compiled_v3):

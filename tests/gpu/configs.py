@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 
-from megamoe.config import MoEConfig
+from megamoe.config import PARTS, MoEConfig
 
 
 def _fields(
@@ -45,7 +45,15 @@ SCALED = {**_scaled("block", "fp8_block"), **_scaled("channel", "fp8_channel")}
 STRESS["block_stress8"] = _fields(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
 #: 1.6 GB of weights: some 0.4 ms on H200, long beside what timing adds, whatever the clocks do.
 TIMED = {"timed1": _fields(32, 8, 4096, 2048, 64, 1)}
-CONFIGS = {**SMALL, **EDGE, **SCALED, **STRESS, **TIMED}
+#: Every part alone, of a layer whose ring holds all rows.
+ALONE = {
+    f"{only}_{precision}": _fields(16, 4, 512, 256, 256, 2, precision, only=only)
+    for only in PARTS
+    for precision in ("bf16", "fp8_block", "fp8_channel")
+}
+#: Dispatch alone over a ring that is too small: nobody frees its slots.
+ALONE["dispatch_ring"] = _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")
+CONFIGS = {**SMALL, **EDGE, **SCALED, **STRESS, **TIMED, **ALONE}
 
 if (
     __name__ == "__main__"

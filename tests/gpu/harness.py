@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
 from megamoe import MegaMoE, quantize_weights, reference
 from tests.gpu.configs import CONFIGS
 from tests.routing import make_routing
+from workspace.layout import RESET_KINDS
 
 #: The kernel's error against exact arithmetic may be this multiple of the error of the same
 #: rounding points alone.
@@ -160,13 +162,13 @@ def assert_correct(moe: MegaMoE, outputs, xs, ids, weights) -> None:
             assert error <= FP8_MAX_ERROR, seen
 
 
-def assert_at_rest(moe: MegaMoE) -> None:
-    """Everything that resets is zero, and every barrier word holds the same epoch."""
+def assert_at_rest(moe: MegaMoE, kinds: Sequence[str] = RESET_KINDS) -> None:
+    """Every region of these kinds is zero, and every barrier word holds the same epoch."""
     for rank in moe.workspace.local_ranks:
-        assert not moe.workspace.reset_view(rank).any(), (
-            f"rank {rank} left counters or padding metadata behind"
-        )
         views = moe.workspace.regions(rank)
+        for name, region in moe.layout.regions.items():
+            if region.kind in kinds:
+                assert not views[name].any(), f"rank {rank} left something in {name}"
         epoch = views["nvlink_barrier_counter"][0]
         assert (views["nvlink_barrier_signal"][:, 0] == epoch).all()
         assert not views["abort_flag"].any()

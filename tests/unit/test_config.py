@@ -13,6 +13,7 @@ from megamoe.config import (
     MAX_RANKS,
     MAX_ROUTED_SLOTS,
     MAX_TOP_K,
+    PARTS,
     KernelConfig,
     MoEConfig,
     max_pool_blocks,
@@ -101,6 +102,9 @@ BAD_KERNELS = [
     ("group_blocks", 0),
     ("group_blocks", -1),
     ("group_blocks", 100),
+    ("only", "GEMMs"),
+    ("only", "reduce"),
+    ("only", None),
 ]
 
 
@@ -108,7 +112,16 @@ BAD_KERNELS = [
 def test_bad_kernel_field_is_named_with_its_value(field, value):
     with pytest.raises(ValueError) as error:
         supports(GOOD, dataclasses.replace(select(GOOD), **{field: value}))
-    assert f"{field}={value}" in str(error.value)
+    shown = value if isinstance(value, int) else repr(value)
+    assert f"{field}={shown}" in str(error.value)
+
+
+def test_a_part_of_a_launch_may_run_alone():
+    for part in PARTS:
+        kernel = select(GOOD, only=part)
+        supports(GOOD, kernel)
+        assert [name for name in PARTS if kernel.runs(name)] == [part]
+    assert all(select(GOOD).runs(name) for name in PARTS)
 
 
 def test_precision_message_lists_the_choices():

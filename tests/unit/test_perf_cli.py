@@ -442,7 +442,7 @@ def test_every_command_has_help(command, capsys):
 def test_every_published_step_is_a_valid_command(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for step in publish.STEPS:
-        reps = {"sweep": 3, "accuracy": 1}[step.command]
+        reps = {"sweep": 3, "ablation": 3, "accuracy": 1}[step.command]
         command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
         assert command[1:4] == ["-m", "perf", step.command]
         args = parser().parse_args(command[3:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamoe import compile
 from perf import publish
 from perf.__main__ import parser
+from perf.ablation import PARTS
 from perf.cases import MODELS
 from perf.plan import plan_of
 from perf.processes import place_of
@@ -29,7 +32,7 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
         assert steps == [step for size in sizes for step in publish.EP_STEPS if step.gpus == size]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for step in publish.EP_STEPS:
-        reps = {"sweep": 3, "accuracy": 1}[step.command]
+        reps = {"sweep": 3, "ablation": 3, "accuracy": 1}[step.command]
         command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
         head = f"-m torch.distributed.run --standalone --nproc-per-node {step.gpus} -m perf"
         head += f" {step.command}"
@@ -38,7 +41,10 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
             parser().parse_args(command[8:]), place_of({**RANK_1, "WORLD_SIZE": str(step.gpus)})
         )
         assert plan.reps == reps and plan.case.num_gpus == step.gpus
-        (config,) = publish.configs_of([step])
+        config, *parts = publish.configs_of([step])
+        only = [part.pop("kernel")["only"] for part in parts]
+        assert only == (list(PARTS) if step.command == "ablation" else [])
+        assert all(part == config for part in parts)
         assert config == dataclasses.asdict(plan.case.config(plan.max_tokens))
         assert config["num_ranks"] == step.gpus
     names = {step.name for step in publish.EP_STEPS}
@@ -77,6 +83,7 @@ def test_a_file_holds_one_kind_of_rows():
     for step in [*publish.STEPS, *publish.EP_STEPS]:
         files.setdefault(step.file, set()).add((step.precision, step.gpus))
     files.pop("smoke.csv")
+    assert files.pop("ablation.csv") == {("fp8_block", 1), ("fp8_block", 2), ("fp8_block", 4)}
     assert files.pop("accuracy.csv") == {
         ("fp8_block", 1), ("fp8_channel", 1), ("bf16", 1), ("fp8_block", 4), ("fp8_block", 8)
     }  # fmt: skip
@@ -105,6 +112,10 @@ def test_listing_configs_needs_no_gpu(tmp_path):
     assert publish.main([str(tmp_path), "--list-configs", "--only", only]) == 0
     listed = json.loads((tmp_path / "configs.json").read_text())
     assert [config["precision"] for config in listed] == ["fp8_block", "fp8_channel"]
+    both = "pro_ep4_fp8,pro_ablation_ep4_fp8"  # which share the kernel of the whole
+    assert publish.main([str(tmp_path), "--list-configs", "--only", both]) == 0
+    listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
+    assert [kernel.only for _, kernel in listed] == ["", *PARTS]
 
 
 def test_a_step_of_several_processes_is_ended_politely(tmp_path):

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Float32, Int16, Int32, Int64, Uint8, range_constexpr
+from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.memory import SmemAllocator
 
 from megamoe.budget import (
@@ -46,7 +46,7 @@ from megamoe.budget import (
     QUEUE_WORDS,
     check,
 )
-from megamoe.config import KernelConfig, MoEConfig
+from megamoe.config import DISPATCH, GEMMS, KernelConfig, MoEConfig
 from megamoe.kernels import sync
 from megamoe.kernels.combine import EARLY_WORKERS, combine, reduce_early, start_reducing
 from megamoe.kernels.dispatch import PullBuffers, count, pull
@@ -61,7 +61,7 @@ from workspace.layout import layout_of
 arch = cute.arch
 
 # Named barriers; 0 is the CTA. The math warpgroups wait at all of them; at REPORTED the report warp
-# arrives, at HANDOVER whoever reduces early.
+# arrives (and the dispatch warp of a kernel without tiles), at HANDOVER whoever reduces early.
 MATH_BARRIER, REPORTED_BARRIER, HANDOVER_BARRIER = 1, 2, 3
 WARP_DISPATCH, WARP_REPORT, WARP_LOAD_WEIGHTS, WARP_LOAD_TOKENS = range(4)
 
@@ -75,7 +75,9 @@ class MegaMoEKernel:
         self.budget = check(config, kernel)
         self.shape = Shape(config, kernel, layout_of(config, kernel))
         math_threads = 128 * kernel.num_math_warpgroups
-        self.reported_threads = 32 + math_threads
+        # Without tiles nobody waits for pulled rows, so the dispatch warp tells when it has done.
+        self.pulls_end_alone = not kernel.runs(GEMMS)
+        self.reported_threads = 32 * (1 + self.pulls_end_alone) + math_threads
         self.handover_threads = 32 * EARLY_WORKERS + math_threads
         self.dtype = operands.DTYPES[config.recipe.token]
         # Columns of one WGMMA: with scales per K block a partial sum needs registers of its own.
@@ -247,7 +249,8 @@ class MegaMoEKernel:
         if thread == 0:
             sync.mark(launch, "dispatched")
         if warpgroup == 0:
-            arch.setmaxregister_decrease(config.frontend_registers)
+            if const_expr(config.runs(GEMMS)):
+                arch.setmaxregister_decrease(config.frontend_registers)
             if warp == WARP_DISPATCH:
                 pulling = PullBuffers(
                     rows=buffers,
@@ -257,10 +260,17 @@ class MegaMoEKernel:
                     piece_bytes=budget.piece_bytes,
                     zero_bytes=budget.zero_bytes,
                 )
-                pull(launch, received, expert_ids, num_live, pulling, zeros, cta, num_ctas, lane)
+                if const_expr(config.runs(DISPATCH)):
+                    pull(
+                        launch, received, expert_ids, num_live, pulling, zeros, cta, num_ctas, lane
+                    )
                 if lane == 0:
                     sync.mark(launch, "last_pull")
                 arch.sync_warp()
+                if const_expr(self.pulls_end_alone):
+                    arch.barrier_arrive(
+                        barrier_id=REPORTED_BARRIER, number_of_threads=self.reported_threads
+                    )
                 reduce_early(launch, start_reducing(launch, 0), flags, 0, lane)
                 arch.sync_warp()
                 arch.barrier_arrive(
@@ -285,7 +295,8 @@ class MegaMoEKernel:
             elif warp == WARP_LOAD_TOKENS:
                 load_tokens(launch, budget, tokens, hiddens, smem_a, pipes, lane)
         else:
-            arch.setmaxregister_increase(config.math_registers)
+            if const_expr(config.runs(GEMMS)):
+                arch.setmaxregister_increase(config.math_registers)
             math(launch, mma, smem_a, smem_b, staging, pipes, warp - 4, lane)
             threads = 128 * config.num_math_warpgroups
             sync.cta_barrier(REPORTED_BARRIER, self.reported_threads)

@@ -10,6 +10,7 @@ from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
 from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SF_BYTES, Budget
+from megamoe.config import DISPATCH, GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address
 from megamoe.kernels.ptx import bulk_load, global_ptr, store_shared
@@ -23,6 +24,8 @@ from megamoe.kernels.sm90.operands import (
 )
 
 arch = cute.arch
+
+ONE = 0x3F800000  # 1.0 as a word
 
 
 class Pipes(NamedTuple):
@@ -168,7 +171,7 @@ def load_weights(
     walk = schedule.start_walk(received, num_live)
     position = Int32(0)
     handed = Int32(0)
-    running = Int32(1)
+    running = Int32(kernel.runs(GEMMS))
     while running == 1:
         ticket = Int32(0)
         if lane == 0:
@@ -219,6 +222,8 @@ def load_metadata(launch: Launch, pipes, name, block, slot, lane):
         arch.load(source + (lane + first), Int32, sem="relaxed", scope="gpu")
         for first in range(0, rows, 32)
     ]
+    if const_expr(launch.shape.kernel.only == GEMMS and name == "l1_topk_weights_buffer"):
+        words = [Int32(ONE)] * len(words)  # no row came with a weight, and 0 would save FC2 power
     for part in range_constexpr(len(words)):
         store_shared(pipes.metadata + (slot * rows + lane + 32 * part), words[part])
     arch.mbarrier_arrive(pipes.metadata_full + slot)
@@ -279,9 +284,10 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
     """Wait until a tile's rows are ready, then load them."""
     shape, role = launch.shape, faults.ROLE_LOAD_TOKENS
     recipe = shape.config.recipe
+    rows_arrive = shape.kernel.runs(DISPATCH)
     position = Int32(0)
     taken = Int32(0)
-    running = Int32(1)
+    running = Int32(shape.kernel.runs(GEMMS))
     waited_tokens, waited_hidden = Int64(0), Int64(0)  # ns, if the kernel is built to trace
     while running == 1:
         tile = take_tile(pipes, taken)
@@ -290,7 +296,8 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
         began = sync.trace_clock(launch)
         slot = taken % QUEUE_SLOTS
         if tile.phase == schedule.PHASE_FC1:
-            sync.wait_for(launch, "l1_arrival_count", tile.pool, 0, tile.rows, role, "gpu")
+            if const_expr(rows_arrive):
+                sync.wait_for(launch, "l1_arrival_count", tile.pool, 0, tile.rows, role, "gpu")
             waited_tokens += sync.trace_clock(launch) - began
             if taken == 0:
                 sync.mark(launch, "first_tile")

@@ -9,6 +9,7 @@ from cutlass import Float32, Int32, const_expr
 
 from megamoe import schedule
 from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, WARP_ROWS, WARPGROUP_ROWS
+from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import opaque
@@ -93,7 +94,7 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
     position = Int32(0)
     taken = Int32(0)
     turn = Int32(0)
-    running = Int32(1)
+    running = Int32(shape.kernel.runs(GEMMS))
     while running == 1:
         tile = take_tile(pipes, taken)
         begin = sync.trace_clock(launch)

@@ -13,6 +13,7 @@ from cutlass import Int32
 
 from megamoe import schedule
 from megamoe.budget import QUEUE_SLOTS
+from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.combine import IDLE_NS, Reducing, reduce_step, start_reducing
 from megamoe.kernels.launch import Launch, address, peer_address
@@ -45,7 +46,7 @@ def report(launch: Launch, pipes: Pipes, worker, lane) -> Reducing:
     """
     state = start_reducing(launch, worker)
     taken = Int32(0)
-    running = Int32(1)
+    running = Int32(launch.shape.kernel.runs(GEMMS))
     while running == 1:
         tile = take_tile(pipes, taken)
         if tile.phase == schedule.PHASE_DONE:

@@ -1,0 +1,153 @@
+"""The command `ablation`: a layer for each part, what it works on, the table, what is refused."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+import megamoe
+from megamoe import compile, reference
+from megamoe.precision import PRECISIONS
+from perf import ablation
+from perf.__main__ import main, parser
+from perf.ablation import PARTS, AblationRunner, contenders_of, fill_pool, fill_slots
+from perf.cases import MODELS, Case
+from perf.measure import MEGAMOE, PART_NAMES, STAGING, Point, layer_of, part_name
+from perf.plan import check_here, plan_of
+from perf.results import environment
+from perf.roofline import Work
+from perf.timing import EAGER, Times
+from tests.unit.test_perf_cli import error_line
+
+RANKS = 2
+
+
+def plan_for(*options: str):
+    small = ["--tokens", "3", "--ranks", str(RANKS), "--num-experts", "8", "--reps", "2"]
+    return plan_of(parser().parse_args(["ablation", *small, *options]))
+
+
+@pytest.fixture
+def made(monkeypatch, one_thread):
+    """The kernel options of every layer; the emulator runs whole launches whatever they say."""
+    made, real = [], megamoe.MegaMoE
+
+    def make(**arguments):
+        made.append(arguments.pop("kernel_options"))
+        return real(**arguments)
+
+    monkeypatch.setattr(megamoe, "MegaMoE", make)
+    return made
+
+
+def test_every_part_is_timed_with_a_workspace_of_its_own(made):
+    runner = AblationRunner(plan_for())
+    assert made == list(ablation.KERNELS)
+    points = list(runner.points(3))
+    assert [point.impl for point in points] == [MEGAMOE, *map(part_name, PARTS)]
+    assert points[0].error is not None and not any(point.problem for point in points)
+    assert {part_name(part) for part in PARTS} | {STAGING} == set(PART_NAMES)
+    for point in points[1:]:
+        row = point.row(environment("cpu"))
+        assert row.error_rel == row.roofline_us == row.tflops == "" and row.us_median > 0
+        assert "num_stages=" in row.config and len(point.times.us) == 2
+    layers = {id(moe.workspace): moe for moe in map(layer_in, runner.contenders)}
+    assert len(layers) == 3 and id(runner.moe.workspace) not in layers
+    assert all(moe._weights_loaded for moe in layers.values())
+
+
+def layer_in(contender) -> megamoe.MegaMoE:
+    """The layer that a contender calls."""
+    return contender.prepare([]).args[0]
+
+
+def test_a_process_makes_its_parts_in_its_group(made, monkeypatch):
+    plan, given = plan_for(), []
+    runner = AblationRunner(plan)
+    monkeypatch.setattr(
+        ablation,
+        "layer_of",
+        lambda plan, **ranks: given.append((plan.kernel_options, ranks)) or runner.moe,
+    )
+    contenders_of(runner, group="all")
+    assert given == [({"only": part}, {"group": "all"}) for part in PARTS]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_pool_and_slots_hold_normal_numbers(precision, one_thread):
+    moe = layer_of(plan_for("--precision", precision), world=RANKS)
+    fill_pool(moe)
+    fill_slots(moe)
+    for rank in moe.local_ranks:
+        regions = moe.workspace.regions(rank)
+        rows = regions["l1_token_buffer"].double()
+        if moe.config.recipe.scaled:
+            scales = regions["l1_sf_buffer"].transpose(1, 2).reshape(len(rows), -1)
+            assert regions["l1_token_buffer"].float().abs().max() == 448
+            rows = reference.dequantize(regions["l1_token_buffer"], scales)
+        for values in (rows, regions["combine_output"].double()):
+            assert abs(values.mean()) < 0.1 and abs(values.std() - 1) < 0.1
+            assert (values.flatten(1).std(dim=1) > 0.5).all()
+
+
+def point(impl: str, tokens: int, us: float) -> Point:
+    case = Case(MODELS["emulated"], num_ranks=RANKS, tokens=tokens)
+    return Point(case, EAGER, impl, Times((us,)), Work((1,), (1,), (0,)), None, None)
+
+
+def test_the_table_says_what_overlap_saves():
+    us = (1000.0, 900.0, 250.0, 150.5)
+    names = (MEGAMOE, *map(part_name, PARTS))
+    points = [point(name, 4, time) for name, time in zip(names, us, strict=True)]
+    points += [point(MEGAMOE, 8, 2000.0), point(names[1], 8, 1800.0)]  # stopped here
+    title, *lines = ablation.table(points).splitlines()
+    assert title.split() == [
+        "precision", "tokens/rank", "all", "gemms", "dispatch", "combine", "sum", "-", "all"
+    ]  # fmt: skip
+    assert [line.split() for line in lines] == [
+        ["bf16", "4", "1,000.0", "900.0", "250.0", "150.5", "300.5"]
+    ]
+    assert len(lines[0]) == len(title)
+
+
+def test_what_to_build_is_listed_without_a_gpu(tmp_path):
+    path = tmp_path / "configs.json"
+    options = ["--device", "cuda", "--model", "pro", "--ranks", "4", "--precision"]
+    options += ["bf16,fp8_block", "--list-configs", str(path)]
+    assert main(["ablation", *options]) == 0
+    listed = compile._configs_of(argparse.Namespace(list=path))
+    assert [(config.precision, kernel.only) for config, kernel in listed] == [
+        (precision, only) for precision in ("bf16", "fp8_block") for only in ("", *PARTS)
+    ]
+    assert {config.max_tokens_per_rank for config, _ in listed} == {8192}
+
+
+def test_room_and_kernels_of_all_parts_are_checked(monkeypatch):
+    checked = []
+    monkeypatch.setattr(ablation.plan, "check_here", lambda plans: checked.extend(plans))
+    whole = plan_for()
+    ablation.check_memory_and_kernels([whole])
+    assert [plan.kernel_options for plan in checked] == [{"only": part} for part in PARTS]
+    assert {plan.workspace_bytes for plan in checked} == {4 * whole.workspace_bytes}
+    check_here(checked)  # the emulator needs nothing
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "an ablation needs --device cuda"),
+        (["--baseline", "torch_bf16"], "unknown argument --baseline"),
+        (["--list-configs", "/nowhere/a.json"], "--list-configs /nowhere/a.json cannot be"),
+        (["--tokens", "x"], "'x' is not an integer"),
+    ],
+)
+def test_wrong_arguments_are_one_line(argv, message, capsys):
+    assert message in error_line(["ablation", *argv], capsys)
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("would run")
+    assert "no CUDA device is available" in error_line(["ablation", "--device", "cuda"], capsys)
