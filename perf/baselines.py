@@ -6,7 +6,7 @@ and no shape depends on the routing, so a CUDA graph can capture it unless the e
 needs the host. With a process per GPU (PROCESS_BASELINES) all-to-alls bring rows to their experts
 and back; the host reads how many, so it runs eagerly. `experts` has the arithmetic: BF16 rounds as
 the oracle does, and FC1 and silu(gate) to bf16 as well; FP8 rounds tokens, weights and hidden rows
-to FP8, and sends tokens in FP8. All run on the CPU too.
+to FP8, and sends tokens in FP8. All run on the CPU too. `deepep` is made of other libraries.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from perf import deepep
 from perf.experts import Bf16Experts, Fp8Experts, Packed
 
 
@@ -23,10 +24,12 @@ class LocalTorch:
     `scales`: of w13 and w2, if they are quantised already (`megamoe.reference.Weights`); FP8 only.
     `masked` says whether topk_idx may hold -1; without masks a few small launches are saved.
     Attributes that a measurement reads: `capturable`, a CUDA graph can hold it; `max_error`, the
-    largest relative error against the oracle; `config`, what a result row says of its form.
+    largest relative error against the oracle; `config`, what a result row says of its form;
+    `quantised`, it takes the layer's quantised weights and scales instead of bf16 weights.
     """
 
     arithmetic: type = Bf16Experts
+    quantised = False
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class ExchangedTorch:
 
     arithmetic: type = Bf16Experts
     capturable = False
+    quantised = False
 
     def __init__(
         self,
@@ -166,6 +170,10 @@ class ExchangedTorchFp8(ExchangedTorch):
 
 
 BASELINES = {"torch_bf16": TorchBf16, "torch_fp8": TorchFp8}
-PROCESS_BASELINES = {"torch_bf16": ExchangedTorchBf16, "torch_fp8": ExchangedTorchFp8}
+PROCESS_BASELINES = {
+    "torch_bf16": ExchangedTorchBf16,
+    "torch_fp8": ExchangedTorchFp8,
+    deepep.NAME: deepep.DeepEpDeepGemm,
+}
 #: The baseline of a precision: torch with operands of the same width.
 BASELINE_OF = {"bf16": "torch_bf16", "fp8_block": "torch_fp8", "fp8_channel": "torch_fp8"}

@@ -30,9 +30,15 @@ ROW_MULTIPLE = 4
 Packed = tuple[torch.Tensor, ...]
 
 
-def _hidden(gate_up_R2I: torch.Tensor, weights_R: torch.Tensor | None) -> torch.Tensor:
-    """SwiGLU, and the router weight if there is one: [R, I]."""
+def hidden_rows(
+    gate_up_R2I: torch.Tensor, weights_R: torch.Tensor | None, clamp: float | None = None
+) -> torch.Tensor:
+    """SwiGLU, clamped as `megamoe.reference.swiglu` does, and the router weight if there is one:
+    [R, I].
+    """
     gate, up = gate_up_R2I.chunk(2, dim=1)
+    if clamp is not None:
+        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
     hidden_RI = F.silu(gate).mul_(up)
     return hidden_RI if weights_R is None else hidden_RI.mul_(weights_R.unsqueeze(1))
 
@@ -56,7 +62,9 @@ class Bf16Experts:
         undefined.
         """
         (rows_RH,) = rows
-        hidden_RI = _hidden(torch._grouped_mm(rows_RH, self.w13_eH2I, offs=offsets_e), weights_R)
+        hidden_RI = hidden_rows(
+            torch._grouped_mm(rows_RH, self.w13_eH2I, offs=offsets_e), weights_R
+        )
         return torch._grouped_mm(hidden_RI, self.w2_eIH, offs=offsets_e)
 
 
@@ -146,7 +154,7 @@ class Fp8Experts:
         """[R, H] bf16; see `Bf16Experts`."""
         data_RH, scale = rows
         gate_up_R2I = self._product(data_RH.view(FP8), scale, *self.w13, offsets_e)
-        hidden = quantise_rows(_hidden(gate_up_R2I, weights_R), self.columns)
+        hidden = quantise_rows(hidden_rows(gate_up_R2I, weights_R), self.columns)
         return self._product(*hidden, *self.w2, offsets_e)
 
     def _product(

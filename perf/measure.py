@@ -214,20 +214,27 @@ def baseline_contenders(
     plan: Plan, table: dict, weights: reference.Weights, experts: range | None = None, **ranks
 ) -> list[Contender]:
     """The plan's baselines, made by the classes of `table`; for one rank, with these `experts`, or
-    for all ranks of the job, whose tokens become one batch. They take bf16 weights: the layer's if
-    it has such, else the same drawn once more. Where the oracle itself rounds to FP8, its error
-    comes on top of the baseline's, independent of it.
+    for all ranks of the job, whose tokens become one batch. They take the layer's quantised weights
+    if they say so, else bf16 weights: the layer's if it has such, else the same drawn once more.
+    Where the oracle itself rounds these to FP8, its error comes on top of the baseline's,
+    independent of it.
     """
     if not plan.baselines:
         return []
     masked, scaled = may_mask(plan.case.routing), plan.case.recipe.scaled
-    oracle_error = MAX_FP8_ERROR if scaled else 0.0
-    matrices = make_weights(plan.case, plan.device, experts) if scaled else weights[:2]
+    matrices = weights[:2]
+    if scaled and not all(table[name].quantised for name in plan.baselines):
+        matrices = make_weights(plan.case, plan.device, experts)
 
     def contender(name: str) -> Contender:
-        layer = table[name](*matrices, **ranks, masked=masked)
+        kind = table[name]
+        if kind.quantised:
+            layer = kind(*weights[:2], **ranks, masked=masked, scales=weights[2:])
+        else:
+            layer = kind(*matrices, **ranks, masked=masked)
         mode = plan.mode if layer.capturable else EAGER
-        bound = hypot(layer.max_error, oracle_error)
+        own_rounding = scaled and not kind.quantised
+        bound = hypot(layer.max_error, MAX_FP8_ERROR if own_rounding else 0.0)
         return Contender(name, one_batch(layer), mode, bound, layer.config)
 
     return [contender(name) for name in plan.baselines]

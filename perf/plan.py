@@ -20,8 +20,8 @@ from megamoe import compile, dsl
 from megamoe.config import select, supports
 from megamoe.module import MegaMoE
 from megamoe.precision import ITEM_BYTES, PRECISIONS
-from perf import routings
-from perf.baselines import BASELINES
+from perf import deepep, routings
+from perf.baselines import PROCESS_BASELINES
 from perf.cases import MODELS, Case, Model
 from perf.ceilings import ceilings_of
 from perf.options import MAX_TOKENS, check_writable, checked, integer, names, one_of, token_counts
@@ -170,9 +170,10 @@ def add_options(
         add(
             "--baseline",
             default=(),
-            type=names(BASELINES),
+            type=names(PROCESS_BASELINES),
             metavar="LIST",
-            text=f"measure beside it one or several of {', '.join(BASELINES)}",
+            text=f"measure beside it one or several of {', '.join(PROCESS_BASELINES)} "
+            f"(the last only under torchrun, in {deepep.PRECISION})",
         )
         add(
             "--staging",
@@ -333,6 +334,9 @@ def plan_of(
         device = torch.device("cuda", place.local_rank)
     case, tokens, max_tokens = case_of(args, place.size if place else 1, precision)
     kernel_options = getattr(args, "kernel_options", {})
+    baselines = getattr(args, "baseline", ())
+    if deepep.NAME in baselines:
+        deepep.check_available(case.precision, place is not None, args.verify)
     return Plan(
         case=case,
         device=device,
@@ -343,7 +347,7 @@ def plan_of(
         warmup=default.warmup,
         num_sms=args.num_sms,
         kernel_dir=args.kernel_dir,
-        baselines=getattr(args, "baseline", ()),
+        baselines=baselines,
         verify=args.verify,
         workspace_bytes=_workspace_bytes(case, max_tokens, kernel_options),
         ceilings=_ceilings(args, device, case),

@@ -21,6 +21,7 @@ from typing import TextIO
 import torch
 
 from megamoe.faults import MegaMoEError
+from perf import deepep
 from perf.cases import Case
 from perf.measure import STAGING, Point, Runner, WrongResult
 from perf.plan import Plan, add_options, check_here, plans_of
@@ -106,9 +107,11 @@ def heading(plan: Plan, gpu: str, columns) -> str:
         lines.append("CPU emulation of every rank: the times are those of a CPU, not GPU figures.")
     elif case.num_gpus > 1:
         lines.append(f"{case.num_gpus} x {gpu}, a process and a rank on each; times: slowest rank")
-        if plan.baselines:
-            names = ", ".join(plan.baselines)
+        names = ", ".join(name for name in plan.baselines if name != deepep.NAME)
+        if names:
             lines.append(f"{names}: eager, NCCL all-to-all with counts read by the host")
+        if deepep.NAME in plan.baselines:
+            lines.append(f"{deepep.NAME}: eager, counts read by the host, torch between them")
     else:
         lines.append(f"{gpu}, which holds {case.ranks_per_gpu} rank(s)")
     if plan.staging and not plan.stages:
