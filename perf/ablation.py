@@ -40,7 +40,7 @@ from perf.measure import (
 from perf.plan import Plan
 from perf.process_runner import ProcessRunner
 from perf.processes import place_of
-from perf.sweep import run_plans
+from perf.sweep import run_table
 
 SUMMARY = "time GEMMs, dispatch and combine of a launch alone, beside the whole (needs a GPU)"
 EPILOG = (
@@ -161,9 +161,5 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cpu":
         raise ValueError("an ablation needs --device cuda: the emulator runs whole launches")
     check_memory_and_kernels(plan.plans_of(args, place_of(os.environ)))
-    points: list[Point] = []
-    status = run_plans(args, AblationRunner, AblationProcessRunner, points.append)
-    if points:
-        print("microseconds of all and of each part alone, and what overlap saves:")
-        print(table(points))
-    return status
+    title = "microseconds of all and of each part alone, and what overlap saves:"
+    return run_table(args, AblationRunner, AblationProcessRunner, title, table)

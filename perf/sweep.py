@@ -165,6 +165,22 @@ def run_plans(
         return measure_all(plans, file, lambda plan: many(plan, job), job, seen, listing)
 
 
+def run_table(
+    args: argparse.Namespace,
+    one: type[Runner],
+    many: type[ProcessRunner],
+    title: str,
+    table: Callable[[Sequence[Point]], str],
+) -> int:
+    """`run_plans`, then a table of what was measured, under its title; the exit status."""
+    points: list[Point] = []
+    status = run_plans(args, one, many, points.append)
+    if points:
+        print(title)
+        print(table(points))
+    return status
+
+
 def measure_all(
     plans: Sequence[Plan],
     file: ResultsFile | None,

@@ -33,7 +33,7 @@ from perf.measure import (
 )
 from perf.process_runner import ProcessRunner
 from perf.routings import may_mask
-from perf.sweep import run_plans
+from perf.sweep import run_table
 from workspace.layout import LOCAL, SYMMETRIC
 from workspace.views import Workspace
 
@@ -150,9 +150,5 @@ def run(args: argparse.Namespace) -> int:
             f"--routing {args.routing} masks slots, which a plain sum cannot leave out"
         )
     args.tokens = args.tokens or TOKENS[args.device]
-    points: list[Point] = []
-    status = run_plans(args, ZeroingRunner, ZeroingProcessRunner, points.append)
-    if points:
-        print("time as a multiple of the layer's:")
-        print(table(points))
-    return status
+    title = "time as a multiple of the layer's:"
+    return run_table(args, ZeroingRunner, ZeroingProcessRunner, title, table)
