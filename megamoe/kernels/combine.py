@@ -180,7 +180,6 @@ class Reducing(NamedTuple):
     ready: Int32  # a bit for each of those whose slots are in and that is not done
     live: Int32  # live slots of the first of these
     piece: Int32  # next piece of it
-    found: Int32  # 0 after a look at the last of them that found nothing
 
 
 @cute.jit
@@ -191,15 +190,16 @@ def start_reducing(launch: Launch, worker) -> Reducing:
     if const_expr(launch.shape.kernel.only == ""):
         if own >= MIN_EARLY_TOKENS:
             left = ceil_div(own - worker, EARLY_WORKERS)
-    return Reducing(left, zero, zero, zero, zero, zero)
+    return Reducing(left, zero, zero, zero, zero)
 
 
 @cute.jit
 def reduce_step(launch: Launch, state: Reducing, worker, lane) -> Reducing:
-    """One piece of a token whose slots are in, or else a look for such tokens."""
+    """One piece of a token whose slots are in, or else a look for such tokens, and a pause if the
+    last of them are not in either.
+    """
     own = own_tokens(launch)
-    left, look, ready, live, piece, found = state
-    found = Int32(1)
+    left, look, ready, live, piece = state
     if ready == 0:
         number = worker + EARLY_WORKERS * (look + lane)
         ready = arch.vote_ballot_sync(arrivals(launch, own, number) == SLOTS_IN)
@@ -207,7 +207,7 @@ def reduce_step(launch: Launch, state: Reducing, worker, lane) -> Reducing:
             look += 32
             if worker + EARLY_WORKERS * look >= own:
                 look = Int32(0)
-                found = Int32(0)
+                nanosleep(Int32(IDLE_NS))
     else:
         number = worker + EARLY_WORKERS * (look + arch.popc((ready & -ready) - 1))
         token = launch.cta + number * launch.num_ctas
@@ -222,7 +222,7 @@ def reduce_step(launch: Launch, state: Reducing, worker, lane) -> Reducing:
             ready = ready & (ready - 1)
             left -= 1
             piece = Int32(0)
-    return Reducing(left, look, ready, live, piece, found)
+    return Reducing(left, look, ready, live, piece)
 
 
 @cute.jit
@@ -232,8 +232,6 @@ def reduce_early(launch: Launch, state: Reducing, flag_smem, worker, lane):
     """
     while state.left > 0 and told_to_stop(flag_smem) == 0:
         state = reduce_step(launch, state, worker, lane)
-        if state.found == 0:
-            nanosleep(Int32(IDLE_NS))
 
 
 @cute.jit

@@ -145,6 +145,16 @@ def test_every_tma_read_follows_a_proxy_fence(compiled_v3):
     assert len(re.findall(r"fence\.proxy\.async\.global", compiled_v3.ptx)) >= 3
 
 
+def test_global_memory_is_left_alone_until_the_kernel_before_has_ended(compiled_v3):
+    """The launch may begin beside it (programmatic dependent launch)."""
+    ptx = re.sub(r"[ \t]+", " ", compiled_v3.ptx)
+    (wait,) = re.finditer(r"griddepcontrol\.wait", ptx)
+    touching = re.finditer(r"\b(ld|st|red|atom|cp)\.[a-z0-9_.]*global|ldgsts", ptx)
+    first = next(touching)
+    assert wait.start() < first.start(), first.group()
+    assert len(re.findall(r"griddepcontrol\.launch_dependents", ptx)) == 1
+
+
 def test_no_multicast(compiled_v3):
     assert "multimem" not in compiled_v3.ptx
     assert "multicast" not in compiled_v3.ptx

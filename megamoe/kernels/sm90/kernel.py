@@ -130,6 +130,7 @@ class MegaMoEKernel:
             grid=(num_ctas, 1, 1),
             block=(kernel.num_threads, 1, 1),
             min_blocks_per_mp=1,
+            use_pdl=True,
             stream=stream,
         )  # fmt: skip
 
@@ -237,6 +238,8 @@ class MegaMoEKernel:
         arch.mbarrier_init_fence()
         arch.sync_threads()
 
+        # Nothing before touches global memory: it may run beside the end of the previous kernel.
+        arch.griddepcontrol_wait()
         sync.report_unrecovered(launch)
         if thread == 0:
             sync.mark(launch, "start")
@@ -245,6 +248,7 @@ class MegaMoEKernel:
         scratch = cute.recast_ptr(staging, dtype=Int32)
         count(launch, scratch, received, expert_ids, flags, epoch, config.num_threads)
         num_live = flags[FLAG_LIVE]
+        arch.griddepcontrol_launch_dependents()
 
         if thread == 0:
             sync.mark(launch, "dispatched")

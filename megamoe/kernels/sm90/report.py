@@ -15,9 +15,9 @@ from megamoe import schedule
 from megamoe.budget import QUEUE_SLOTS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
-from megamoe.kernels.combine import IDLE_NS, Reducing, reduce_step, start_reducing
+from megamoe.kernels.combine import Reducing, reduce_step, start_reducing
 from megamoe.kernels.launch import Launch, address, peer_address
-from megamoe.kernels.ptx import global_ptr, nanosleep, store_global
+from megamoe.kernels.ptx import global_ptr, store_global
 from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
 from workspace import wire
 
@@ -33,8 +33,6 @@ def await_stored(launch: Launch, pipes: Pipes, taken, state: Reducing, worker, l
         stored = arch.shuffle_sync(Int32(arch.mbarrier_test_wait(barrier, phase)), 0)
         if stored == 0:
             state = reduce_step(launch, state, worker, lane)
-            if state.found == 0:
-                nanosleep(Int32(IDLE_NS))
     arch.mbarrier_wait(barrier, phase)
     return state
 
