@@ -52,6 +52,34 @@ def test_replay_equals_eager_with_other_contents(name):
         assert_at_rest(moe)
 
 
+@pytest.mark.parametrize("name", ["small1", "block1"])
+def test_a_launch_waits_for_the_kernel_before_though_it_may_begin_beside_it(name):
+    """Layers one after the other, each on the output of the one before, with nothing in between."""
+    moe = shared_moe(name)
+    (first,), (ids,), (weights,) = inputs_of(moe, "uniform", seed=4, tokens=100)
+    outputs = [torch.empty_like(first) for _ in range(6)]
+
+    def chain(between):
+        x = first
+        for out in outputs:
+            x = moe(x, ids, weights, out=out)
+            between()
+
+    chain(moe.synchronize)
+    expected = [out.clone() for out in outputs]
+    assert all(out.float().abs().max() > 0 for out in expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(lambda: None)
+    for run in (lambda: chain(lambda: None), graph.replay):
+        for _ in range(20):
+            for out in outputs:
+                out.fill_(float("nan"))
+            run()
+            moe.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(expected, outputs, strict=True))
+
+
 @pytest.mark.parametrize("name,stored", [("small4", False), ("block4", False), ("block4", True)])
 def test_forward_allocates_nothing(name, stored):
     """Neither with an input that the launch quantises, nor (`stored`) with a quantised one."""
