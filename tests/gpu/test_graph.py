@@ -57,7 +57,7 @@ def test_a_launch_waits_for_the_kernel_before_though_it_may_begin_beside_it(name
     """Layers one after the other, each on the output of the one before, with nothing in between."""
     moe = shared_moe(name)
     (first,), (ids,), (weights,) = inputs_of(moe, "uniform", seed=4, tokens=100)
-    outputs = [torch.empty_like(first) for _ in range(6)]
+    outputs = [torch.empty_like(first) for _ in range(3)]  # more would vanish: SwiGLU squares
 
     def chain(between):
         x = first
