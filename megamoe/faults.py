@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from workspace.layout import Layout
 
-#: Roles of the kernel, numbered by position.
-ROLES = ("count", "dispatch", "load_weights", "load_tokens", "math", "combine")
-ROLE_COUNT, ROLE_DISPATCH, ROLE_LOAD_WEIGHTS, ROLE_LOAD_TOKENS, ROLE_MATH, ROLE_COMBINE = range(
-    len(ROLES)
-)
+#: Roles of the kernel that wait for other CTAs or ranks, numbered by position.
+ROLES = ("count", "dispatch", "load_tokens", "combine")
+ROLE_COUNT, ROLE_DISPATCH, ROLE_LOAD_TOKENS, ROLE_COMBINE = range(len(ROLES))
 
-#: Words of a record.
-STATUS, RANK, ROLE, REGION, INDEX, EXPECTED, SEEN, CTA, PEER = range(9)
+#: Words of a record. SEEN_HIGH: upper half of an expert id of 64 bits.
+STATUS, RANK, ROLE, REGION, INDEX, EXPECTED, SEEN, CTA, PEER, SEEN_HIGH = range(10)
 RECORD_WORDS = 16
 
 #: Values of STATUS. PEER_FAILED: a wait ended because another rank gave up. NOT_RECOVERED: a launch
@@ -60,8 +58,9 @@ def error_of(record: list[int], layout: Layout) -> MegaMoEError | None:
         return None
     if record[STATUS] == BAD_EXPERT:
         token, slot = divmod(record[INDEX], layout.config.top_k)
+        value = (record[SEEN_HIGH] << 32) + (record[SEEN] & 0xFFFFFFFF)
         return InvalidExpertError(
-            describe_invalid_expert(record[RANK], token, slot, record[SEEN], record[EXPECTED])
+            describe_invalid_expert(record[RANK], token, slot, value, record[EXPECTED])
             + "; the slot was treated as masked"
         )
     if record[STATUS] == NOT_RECOVERED:

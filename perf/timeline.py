@@ -19,12 +19,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megamoe.schedule import PHASE_FC1, PHASE_FC2
+from workspace import wire
 from workspace.layout import TRACE_NAMES
-
-#: A tile's code is its phase, its pool block and its tile column, from these bits on.
-BLOCK_SHIFT, COLUMN_SHIFT = 8, 40
-PHASE_MASK, BLOCK_MASK = (1 << BLOCK_SHIFT) - 1, (1 << (COLUMN_SHIFT - BLOCK_SHIFT)) - 1
-TILE_WORDS = 4
 
 COUNT, TILES, BARRIER, COMBINE = "count", "tiles", "barrier", "combine"
 EPILOGUE = "epilogue"
@@ -80,14 +76,9 @@ class Clock:
 GPU_CLOCK = Clock("us", 1000, "microseconds of the GPU's global timer")
 
 
-def encode_tile(phase: int, block: int, column: int) -> int:
-    return phase | block << BLOCK_SHIFT | column << COLUMN_SHIFT
-
-
 def decode_tile(words: Sequence[int]) -> TileTimes:
     begin, multiplied, end, code = words
-    block, column = code >> BLOCK_SHIFT & BLOCK_MASK, code >> COLUMN_SHIFT
-    return TileTimes(code & PHASE_MASK, block, column, begin, multiplied, end)
+    return TileTimes(*wire.decode_tile(code), begin, multiplied, end)
 
 
 def decode(

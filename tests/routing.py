@@ -7,11 +7,17 @@ the arguments alone.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import torch
 
 MASKED = -1
+
+
+def seed_of(*parts: str) -> int:
+    """The same in every process, unlike `hash`."""
+    return zlib.crc32("/".join(parts).encode()) % 1000
 
 
 def _distinct(num_tokens: int, top_k: int, probability_E: torch.Tensor, rng) -> torch.Tensor:

@@ -46,8 +46,7 @@ TRACE_NAMES = (
 )  # fmt: skip
 TRACE_CTAS, TRACE_MARKS = 160, 16
 #: Tiles of a CTA that region `tile_trace` has room for; words of one: when it was taken, when its
-#: product was done, when it was stored (ns), and what it was: phase + (pool block
-#: << 8) + (column << 40).
+#: product was done, when it was stored (ns), and what it was (`wire.encode_tile`).
 TRACE_TILES, TILE_WORDS = 1024, 4
 #: Values of `combine_arrival_count` from the last slot on.
 SLOTS_IN, SLOTS_ADDED = 0, 1

@@ -1,4 +1,4 @@
-"""The bytes that cross between ranks, beside the token rows themselves.
+"""The bytes that cross between ranks, beside the token rows themselves, and to the host.
 
 - routed record (8 bytes, source -> owner): ``slot`` int32 = token * K + k on the source, ``weight``
   float32.
@@ -9,6 +9,7 @@
 - scales of a token row (float32, `input_sf_buffer`): padded with whole words to 16 bytes, what a
   bulk copy moves.
 - combine row: H outputs at `combine_output[token][k]` of the source rank, addressed by the slot.
+- tile code (int64, `tile_trace`): phase in 8 bits, pool block in 32, tile column above.
 
 Owns these encodings; the kernel and the emulator call the same functions.
 """
@@ -43,3 +44,13 @@ def source_rank(code, max_slots):
 @dsl.jit
 def source_slot(code, max_slots):
     return (code - 1) % max_slots
+
+
+@dsl.jit
+def encode_tile(phase, pool, column):
+    return phase + (pool << 8) + (column << 40)
+
+
+def decode_tile(code: int) -> tuple[int, int, int]:
+    """(phase, pool block, tile column)."""
+    return code & 0xFF, code >> 8 & 0xFFFFFFFF, code >> 40

@@ -56,21 +56,22 @@ def read_expert(launch: Launch, entry, report: Constexpr) -> Int32:
     """
     experts = launch.shape.config.num_experts
     expert = Int32(0)
+    high = Int32(0)  # the other half of an invalid int64
     valid = Int32(1)
     if launch.wide_idx == 1:
         wide = global_ptr(launch.topk_idx + Int64(entry) * 8, Int64, 8)[0]
         expert = Int32(wide)
+        high = Int32(wide >> 32)
         if wide < -1 or wide >= experts:
             valid = Int32(0)
     else:
         expert = global_ptr(launch.topk_idx + Int64(entry) * 4)[0]
+        high = expert >> 31
         if expert < -1 or expert >= experts:
             valid = Int32(0)
     if valid == 0:
         if const_expr(report):
-            if sync.claim(launch, sync.REPORTED_WORD):
-                bad = Int32(faults.BAD_EXPERT)
-                sync.write_record(launch, bad, ROLE, 0, entry, Int32(experts), expert, Int32(0))
+            sync.report_expert(launch, ROLE, entry, expert, high)
         expert = Int32(-1)
     return expert
 
@@ -104,18 +105,20 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
     have rows: their number in `flag_smem[FLAG_LIVE]`, their rows in `received`, their ids in
     `expert_ids`.
 
-    `scratch` is shared memory for 3 * E words. If the barrier fails, there are none, so that every
-    role of the CTA agrees that there is nothing to do.
+    `scratch` is shared memory for 3 * E words. If the barrier fails, or a launch before this one
+    has failed and nobody has recovered, there are none, so that every role of the CTA agrees that
+    there is nothing to do.
     """
     shape = launch.shape
-    experts, local = shape.config.num_experts, shape.experts
-    top_k, ranks = shape.config.top_k, shape.config.num_ranks
-    histogram, base, offsets = scratch, scratch + experts, scratch + 2 * experts
-    totals = global_ptr(address(launch, "expert_send_count"))
-    entries = launch.num_tokens * top_k
+    experts, local, ranks = shape.config.num_experts, shape.experts, shape.config.num_ranks
+    histogram = scratch
+    entries = launch.num_tokens * shape.config.top_k
     first = launch.cta * threads + launch.thread
     stride = launch.num_ctas * threads
 
+    aborted = Int32(0)  # on its way during what follows
+    if launch.thread == 0:
+        aborted = sync.abort_word(launch, sync.ABORT_WORD)
     if const_expr(shape.config.recipe.scaled):
         quantize_input(launch, threads)
     for expert in range(launch.thread, experts, threads):
@@ -125,7 +128,44 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
         expert = read_expert(launch, entry, True)
         if expert >= 0:
             arch.atomic_add(histogram + expert, Int32(1))
+    if aborted != 0:
+        flag_smem[FLAG_OK] = Int32(0)
+        sync.report_unrecovered(launch)
     arch.sync_threads()
+    if flag_smem[FLAG_OK] == 1:
+        publish(launch, scratch, flag_smem, threads)
+
+    sync.nvlink_barrier(
+        launch, flag_smem, launch.thread, GRID_DISPATCHED, epoch + 1, ROLE, 0, threads
+    )
+    counts = global_ptr(address(launch, "expert_recv_count"))
+    for expert in range(launch.thread, local, threads):
+        total = Int32(0)
+        if flag_smem[FLAG_OK] == 1:
+            for rank in range(ranks):
+                total += counts[(rank * local + expert) * 2]
+        received[expert] = total
+        if launch.cta == 0 and launch.expert_counts != 0:
+            statistics = global_ptr(launch.expert_counts + Int64(expert) * 4)
+            arch.red(statistics, total, op="add", dtype="s32", sem="relaxed", scope="gpu")
+    arch.sync_threads()
+    if launch.thread < 32:
+        leave_out_empty(launch, received, expert_ids, flag_smem)
+    arch.sync_threads()
+
+
+@cute.jit
+def publish(launch: Launch, scratch, flag_smem, threads: Constexpr):
+    """Whole CTA, with the histogram of its entries in `scratch`: reserve room in every expert's
+    rows, then write the routed records and, on the first CTA, the count records.
+    """
+    shape = launch.shape
+    experts, local, top_k = shape.config.num_experts, shape.experts, shape.config.top_k
+    histogram, base, offsets = scratch, scratch + experts, scratch + 2 * experts
+    totals = global_ptr(address(launch, "expert_send_count"))
+    first = launch.cta * threads + launch.thread
+    stride = launch.num_ctas * threads
+
     for expert in range(launch.thread, experts, threads):
         mine = histogram[expert]
         reserved = Int32(0)
@@ -148,7 +188,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
                 live += 1
         awaited = global_ptr(address(launch, "combine_arrival_count", token))
         arch.store(awaited, -live, sem="relaxed", scope="gpu")
-    for entry in range(first, entries, stride):
+    for entry in range(first, launch.num_tokens * top_k, stride):
         expert = read_expert(launch, entry, False)
         if expert >= 0:
             owner = expert // local
@@ -167,24 +207,6 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
             record = peer_address(launch, "expert_recv_count", owner, launch.rank)
             record += Int64(expert % local) * wire.COUNT_RECORD_BYTES
             store_global_v2(record, total, offsets[expert] - offsets[owner * local])
-
-    sync.nvlink_barrier(
-        launch, flag_smem, launch.thread, GRID_DISPATCHED, epoch + 1, ROLE, 0, threads
-    )
-    counts = global_ptr(address(launch, "expert_recv_count"))
-    for expert in range(launch.thread, local, threads):
-        total = Int32(0)
-        if flag_smem[FLAG_OK] == 1:
-            for rank in range(ranks):
-                total += counts[(rank * local + expert) * 2]
-        received[expert] = total
-        if launch.cta == 0 and launch.expert_counts != 0:
-            statistics = global_ptr(launch.expert_counts + Int64(expert) * 4)
-            arch.red(statistics, total, op="add", dtype="s32", sem="relaxed", scope="gpu")
-    arch.sync_threads()
-    if launch.thread < 32:
-        leave_out_empty(launch, received, expert_ids, flag_smem)
-    arch.sync_threads()
 
 
 @cute.jit

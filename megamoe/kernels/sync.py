@@ -23,6 +23,7 @@ from megamoe import faults
 from megamoe.budget import FLAG_LAST, FLAG_OK
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
+from workspace import wire
 from workspace.layout import TILE_WORDS, TRACE_NAMES, TRACE_TILES
 
 arch = cute.arch
@@ -36,9 +37,11 @@ ABORT_WORD, REPORTED_WORD, PEER_WORD = 0, 1, 2
 
 @cute.jit
 def write_record(
-    launch: Launch, status, role: Constexpr, region: Constexpr, index, expected, seen, peer
+    launch: Launch, status, role: Constexpr, region: Constexpr, index, expected, seen, peer, high=0
 ):
-    """Write the host-visible record, status last."""
+    """Write the host-visible record, status last. `high`: upper half of a value seen that has 64
+    bits.
+    """
     fields = {
         faults.RANK: launch.rank,
         faults.ROLE: Int32(role),
@@ -48,6 +51,7 @@ def write_record(
         faults.SEEN: seen,
         faults.CTA: launch.cta,
         faults.PEER: peer,
+        faults.SEEN_HIGH: high,
     }
     for word in fields:
         arch.store(
@@ -92,13 +96,24 @@ def give_up(launch: Launch, role: Constexpr, region: Constexpr, index, expected,
 
 @cute.jit
 def report_unrecovered(launch: Launch):
-    """At the start of a launch: report the state that a failed launch left, unless reported."""
-    if launch.cta == 0 and launch.thread == 0:
-        if abort_word(launch, ABORT_WORD) != 0:
-            status = global_ptr(launch.record + 4 * faults.STATUS)
-            if arch.load(status, Int32, sem="relaxed", scope="sys") == faults.OK:
-                zero = Int32(0)
-                write_record(launch, Int32(faults.NOT_RECOVERED), 0, 0, zero, zero, zero, zero)
+    """One thread of a CTA that met the state of a failed launch: report it, unless reported."""
+    if launch.cta == 0:
+        status = global_ptr(launch.record + 4 * faults.STATUS)
+        if arch.load(status, Int32, sem="relaxed", scope="sys") == faults.OK:
+            zero = Int32(0)
+            write_record(launch, Int32(faults.NOT_RECOVERED), 0, 0, zero, zero, zero, zero)
+
+
+@cute.jit
+def report_expert(launch: Launch, role: Constexpr, entry, low, high):
+    """Report an invalid expert id of 64 bits, the first of a launch; but not over the record of a
+    launch that has failed.
+    """
+    if claim(launch, REPORTED_WORD):
+        if abort_word(launch, ABORT_WORD) == 0:
+            experts = Int32(launch.shape.config.num_experts)
+            bad = Int32(faults.BAD_EXPERT)
+            write_record(launch, bad, role, 0, entry, experts, low, Int32(0), high)
 
 
 @cute.jit
@@ -160,7 +175,7 @@ def record_tile(launch: Launch, number, phase, pool, column, times: Constexpr):
     """
     if const_expr(launch.shape.kernel.trace):
         if number < TRACE_TILES:
-            code = Int64(phase) + (Int64(pool) << 8) + (Int64(column) << 40)
+            code = wire.encode_tile(Int64(phase), Int64(pool), Int64(column))
             row = address(launch, "tile_trace", launch.cta) + Int64(number) * (8 * TILE_WORDS)
             words = [*times, code]
             for word in range_constexpr(TILE_WORDS):
@@ -255,6 +270,8 @@ def nvlink_barrier(
                 arrived = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
                 if arrived == launch.num_ctas - 1:
                     last = Int32(1)
+            else:  # its waits may all be satisfied
+                flag_smem[FLAG_OK] = Int32(0)
         flag_smem[FLAG_LAST] = last
     cta_barrier(barrier_id, threads)
     if thread < ranks:

@@ -52,17 +52,22 @@ def test_replay_equals_eager_with_other_contents(name):
         assert_at_rest(moe)
 
 
-@pytest.mark.parametrize("name", ["small1", "block1"])
+@pytest.mark.parametrize("name", ["small1", "block1", "small4", "block4"])
 def test_a_launch_waits_for_the_kernel_before_though_it_may_begin_beside_it(name):
     """Layers one after the other, each on the output of the one before, with nothing in between."""
     moe = shared_moe(name)
-    (first,), (ids,), (weights,) = inputs_of(moe, "uniform", seed=4, tokens=100)
-    outputs = [torch.empty_like(first) for _ in range(3)]  # more would vanish: SwiGLU squares
+    first, ids, weights = inputs_of(moe, "uniform", seed=4, tokens=100)
+    layers = [[torch.empty_like(x) for x in first] for _ in range(3)]  # SwiGLU squares: few
+    outputs = [out for layer in layers for out in layer]
 
     def chain(between):
-        x = first
-        for out in outputs:
-            x = moe(x, ids, weights, out=out)
+        xs = first
+        for outs in layers:
+            if moe.num_ranks == 1:
+                moe(xs[0], ids[0], weights[0], out=outs[0])
+            else:
+                moe(xs, ids, weights, out=outs)
+            xs = outs
             between()
 
     chain(moe.synchronize)

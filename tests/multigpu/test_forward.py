@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy
 import pytest
 
 from tests.multigpu import jobs as work
 from tests.multigpu.configs import WORLDS
-from tests.routing import ROUTINGS
+from tests.routing import ROUTINGS, seed_of
 
 pytestmark = pytest.mark.gpu
 
 VARIANTS = ("", "_ring", "_odd", "_stress", "_block", "_channel")
 LARGE_ROUTINGS = ("uniform", "skewed", "all_to_one_rank", "ragged")
 worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
-
-
-def seed_of(*parts: str) -> int:
-    """The same in every process, unlike `hash`."""
-    return zlib.crc32("/".join(parts).encode()) % 1000
 
 
 @worlds

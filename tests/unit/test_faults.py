@@ -46,10 +46,16 @@ def test_timeout_names_everything(role, region):
 
 @pytest.mark.parametrize("token", [0, 1, 63])
 @pytest.mark.parametrize("slot", range(4))
-@pytest.mark.parametrize("value", [-2, 32, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("value", [-2, 32, 2**31 - 1, -(2**31), 2**32 + 1, -(2**32) - 1, 2**62])
 def test_bad_expert_names_the_entry(token, slot, value):
+    low = (value + 2**31) % 2**32 - 2**31  # as the kernel cuts an int64 in two
     words = record(
-        status=faults.BAD_EXPERT, rank=2, index=token * 4 + slot, expected=32, seen=value
+        status=faults.BAD_EXPERT,
+        rank=2,
+        index=token * 4 + slot,
+        expected=32,
+        seen=low,
+        seen_high=value >> 32,
     )
     error = faults.error_of(words, LAYOUT)
     assert type(error) is faults.InvalidExpertError
@@ -71,7 +77,18 @@ def test_roles_are_numbered_by_position():
 
 
 def test_words_of_a_record_are_distinct():
-    fields = ("STATUS", "RANK", "ROLE", "REGION", "INDEX", "EXPECTED", "SEEN", "CTA")
+    fields = [
+        "STATUS",
+        "RANK",
+        "ROLE",
+        "REGION",
+        "INDEX",
+        "EXPECTED",
+        "SEEN",
+        "CTA",
+        "PEER",
+        "SEEN_HIGH",
+    ]
     words = [getattr(faults, name) for name in fields]
     assert len(set(words)) == len(words) and max(words) < faults.RECORD_WORDS
     assert faults.OK == 0, "a zeroed record reports no error"

@@ -27,7 +27,7 @@ from perf.plan import plan_of
 from perf.results import ResultsFile, environment, load
 from perf.roofline import routed_counts
 from perf.timeline import CtaTrace, TileTimes, decode, events_of, shifted, shifts_of, slices_of
-from workspace import Workspace, layout_of
+from workspace import Workspace, layout_of, wire
 from workspace.layout import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES
 
 RANKS, EXPERTS, CTAS = 2, 8, 2
@@ -154,7 +154,7 @@ def test_recording_does_not_change_a_launch(one_thread):
 
 @pytest.mark.parametrize("tile", [(PHASE_FC1, 0, 0), (PHASE_FC2, 2**31, 2**20), (1, 123_456, 55)])
 def test_the_code_of_a_tile(tile):
-    code = timeline.encode_tile(*tile)
+    code = wire.encode_tile(*tile)
     assert timeline.decode_tile([5, 6, 7, code]) == TileTimes(*tile, 5, 6, 7)
     assert 0 < code < 2**63
 
@@ -162,8 +162,8 @@ def test_the_code_of_a_tile(tile):
 def test_regions_are_decoded():
     marks = rows_of(marks_of(10_000), marks_of(10_500, first_tile=0))
     tiles = torch.zeros(TRACE_CTAS, 6, 4, dtype=torch.int64)
-    tiles[0, 0] = torch.tensor([13_600, 15_000, 15_500, timeline.encode_tile(PHASE_FC1, 7, 3)])
-    tiles[0, 1] = torch.tensor([15_600, 16_000, 18_500, timeline.encode_tile(PHASE_FC2, 7, 4)])
+    tiles[0, 0] = torch.tensor([13_600, 15_000, 15_500, wire.encode_tile(PHASE_FC1, 7, 3)])
+    tiles[0, 1] = torch.tensor([15_600, 16_000, 18_500, wire.encode_tile(PHASE_FC2, 7, 4)])
     first, second = decode(3, marks, 2, tiles)
     assert (first.rank, first.cta, second.cta) == (3, 0, 1)
     assert first.marks == marks_of(10_000) and "first_tile" not in second.marks

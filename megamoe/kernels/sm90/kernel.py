@@ -11,13 +11,13 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
   4-11   math          math       products, epilogues, combine (math, mainloop, epilogue, combine)
 
 Pipelines (producer -> consumer, arrivals):
-  full[stage]   load_tokens + load_weights -> math     2 arrivals + bytes of A, its scales, B
-  empty[stage]  math -> both loaders                   8 (one per warp, or two of one warpgroup's)
-  queue_full    load_weights -> load_tokens, math      1 + bytes of the weights' block scales
-  queue_empty   load_tokens, report, math -> load_weights  10
-  metadata_full load_tokens -> math                    32 (every lane stored some)
-  stored        math -> report                         8 (as for empty)
-  multiplied[wg] math wg -> the other math warpgroup    4 (warps of the one that computes alone)
+  full[stage]    load_tokens + load_weights -> math        2 arrivals + bytes of A, its scales, B
+  empty[stage]   math -> both loaders                      8 (one per warp, or two of one warpgroup's)
+  queue_full     load_weights -> load_tokens, report, math 1 + bytes of the weights' block scales
+  queue_empty    load_tokens, report, math -> load_weights 10
+  metadata_full  load_tokens -> math                       32 (every lane stored some)
+  stored         math -> report                            8 (as for empty)
+  multiplied[wg] math wg -> the other math warpgroup       4 (warps of the one that computes alone)
 
 Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and a tile
 ahead; load_tokens follows as soon as a block is complete; math computes tile i while both loaders
@@ -240,7 +240,6 @@ class MegaMoEKernel:
 
         # Nothing before touches global memory: it may run beside the end of the previous kernel.
         arch.griddepcontrol_wait()
-        sync.report_unrecovered(launch)
         if thread == 0:
             sync.mark(launch, "start")
             sync.mark_cycles(launch, "start_cycles")
