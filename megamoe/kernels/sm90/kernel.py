@@ -12,7 +12,7 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
 
 Pipelines (producer -> consumer, arrivals):
   full[stage]    load_tokens + load_weights -> math        2 arrivals + bytes of A, its scales, B
-  empty[stage]   math -> both loaders                      8 (one per warp, or two of one warpgroup's)
+  empty[stage]   math -> both loaders                      8 (one per warp, or two each of four)
   queue_full     load_weights -> load_tokens, report, math 1 + bytes of the weights' block scales
   queue_empty    load_tokens, report, math -> load_weights 10
   metadata_full  load_tokens -> math                       32 (every lane stored some)
