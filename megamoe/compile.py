@@ -156,6 +156,18 @@ def _runtime_archive() -> str:
     )
 
 
+def _link(compiler: str, objects: list[str], library: Path) -> None:
+    """Link a shared library; KernelNotFound with the last words of the compiler if it fails."""
+    command = [compiler, "-O2", "-fPIC", "-shared", "-s", "-o", str(library), *objects]
+    command += ["-ldl", "-lrt", "-lpthread"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise KernelNotFound(
+            f"{compiler} failed with status {done.returncode} to link {library.name}: {said[-1]}"
+        )
+
+
 def build(
     config: MoEConfig, kernel: KernelConfig, out_dir: Path | str, arch: str = "sm_90a"
 ) -> Path:
@@ -180,23 +192,7 @@ def build(
         entry = re.search(rf"void (_mlir_{PREFIX}__mlir_ciface_\w+)\(", header).group(1)
         library = Path(scratch) / f"{name}.so"
         objects = [str(Path(scratch) / f"{PREFIX}.o"), _runtime_archive()]
-        subprocess.run(
-            [
-                compiler,
-                "-O2",
-                "-fPIC",
-                "-shared",
-                "-s",
-                "-o",
-                str(library),
-                *objects,
-                "-ldl",
-                "-lrt",
-                "-lpthread",
-            ],
-            check=True,
-            capture_output=True,
-        )
+        _link(compiler, objects, library)
         described = {
             "entry": entry,
             "arch": arch,
@@ -335,6 +331,8 @@ def load(
 def _configs_of(arguments: argparse.Namespace) -> list[tuple[MoEConfig, KernelConfig]]:
     if arguments.list:
         entries = json.loads(Path(arguments.list).read_text())
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"--list {arguments.list} must hold a JSON list of objects")
     else:
         fields = {field.name for field in dataclasses.fields(MoEConfig)}
         entries = [
@@ -375,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
             if not path.exists():
                 build(config, kernel, arguments.out, arguments.arch)
             print(f"{path}  {config}", flush=True)
-    except (TypeError, ValueError, KernelNotFound) as error:
+    except (TypeError, ValueError, OSError, KernelNotFound) as error:
         print(
             f"megamoe.compile: {error}".replace("MoEConfig.__init__()", "configuration"),
             file=sys.stderr,

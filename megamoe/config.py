@@ -10,7 +10,9 @@ Neighbours: everything reads them; this module reads only `precision`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 
 from megamoe.precision import Precision, precision_of
 
@@ -117,15 +119,21 @@ SCALED_DEFAULTS = {
     "frontend_registers": 56,
     "math_registers": 224,
 }
-#: Smallest legal value of the integer fields of `KernelConfig` that have no stricter rule.
+#: Smallest legal value of the integer fields of `KernelConfig`.
 KERNEL_MINIMA = {
+    "block_m": 1,
+    "block_n": 1,
+    "block_k": 1,
     "num_stages": 2,
     "pull_chunk_bytes": 16,
+    "weight_run": 1,
     "frontend_registers": 24,
     "math_registers": 24,
     "group_blocks": 1,
     "lag_waves": 0,
 }
+#: What setmaxnreg takes: multiples of 8 up to this.
+MAX_REGISTERS = 256
 
 
 def _check_integer(name: str, value: object, low: int, high: int | None = None) -> None:
@@ -145,31 +153,14 @@ def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
 
 def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
     """Blocks of the pool ring (R)."""
-    if kernel.pool_blocks is not None:
-        _check_integer("pool_blocks", kernel.pool_blocks, 1)
     worst = max_pool_blocks(config, kernel)
     default = DEFAULT_POOL_BLOCK_BYTES // config.recipe.token_bytes
     return min(worst, kernel.pool_blocks or default)
 
 
-def select(config: MoEConfig, **overrides) -> KernelConfig:
-    """The kernel configuration for `config`: the defaults of its recipe and `overrides`, then a
-    group that fits the ring and a run that fits the stages.
-    """
-    recipe = {} if not config.recipe.scaled else SCALED_DEFAULTS
-    kernel = replace(KernelConfig(), **(recipe | overrides))
-    ring = pool_blocks(config, kernel)
-    return replace(
-        kernel,
-        group_blocks=min(kernel.group_blocks, ring),
-        weight_run=max(1, min(kernel.weight_run, kernel.num_stages - 1)),
-    )
-
-
-def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
-    """Raise ValueError, naming field and value, unless the layer can run with this
-    configuration.
-    """
+def _check_problem(config: MoEConfig) -> None:
+    if not isinstance(config.precision, str):
+        raise ValueError(f"precision={config.precision!r} must be a string")
     precision_of(config.precision)
     _check_integer("num_ranks", config.num_ranks, 1, MAX_RANKS)
     _check_integer("num_experts", config.num_experts, 1)
@@ -189,10 +180,64 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
             f"max_tokens_per_rank={config.max_tokens_per_rank} is too large: "
             f"num_ranks * max_tokens_per_rank * top_k must be <= {MAX_ROUTED_SLOTS}"
         )
-    kernel = kernel or select(config)
-    pool_blocks(config, kernel)
+
+
+def _check_kernel_fields(kernel: KernelConfig) -> None:
+    """Each field by itself; how they fit each other and the problem is for `supports`."""
     for field, low in KERNEL_MINIMA.items():
         _check_integer(field, getattr(kernel, field), low)
+    for field in ("frontend_registers", "math_registers"):
+        value = getattr(kernel, field)
+        if value % 8 or value > MAX_REGISTERS:
+            low = KERNEL_MINIMA[field]
+            raise ValueError(
+                f"{field}={value} must be a multiple of 8 in {low}..{MAX_REGISTERS}, for setmaxnreg"
+            )
+    if kernel.pool_blocks is not None:
+        _check_integer("pool_blocks", kernel.pool_blocks, 1)
+    if not isinstance(kernel.trace, bool):
+        raise ValueError(f"trace={kernel.trace!r} must be True or False")
+    if kernel.only not in ("", *PARTS):
+        raise ValueError(f"only={kernel.only!r} is no part of a launch; choose one of {PARTS}")
+
+
+def _check_known(names: Iterable[str]) -> None:
+    known = [field.name for field in fields(KernelConfig)]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {near[0]!r}?" if near else ";"
+            raise ValueError(
+                f"kernel_options has no field {name!r}{hint} fields: {', '.join(known)}"
+            )
+
+
+def select(config: MoEConfig, **overrides) -> KernelConfig:
+    """The kernel configuration for `config`: the defaults of its recipe and `overrides`, then a
+    group that fits the ring and a run that fits the stages.
+
+    Raises ValueError for a problem that is not supported, an unknown field, and a value that no
+    problem could have; `supports` checks the rest.
+    """
+    _check_problem(config)
+    _check_known(overrides)
+    recipe = {} if not config.recipe.scaled else SCALED_DEFAULTS
+    kernel = replace(KernelConfig(), **(recipe | overrides))
+    _check_kernel_fields(kernel)
+    return replace(
+        kernel,
+        group_blocks=min(kernel.group_blocks, pool_blocks(config, kernel)),
+        weight_run=min(kernel.weight_run, kernel.num_stages - 1),
+    )
+
+
+def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
+    """Raise ValueError, naming field and value, unless the layer can run with this
+    configuration.
+    """
+    _check_problem(config)
+    kernel = kernel or select(config)
+    _check_kernel_fields(kernel)
     if kernel.block_m != 128 or kernel.block_n != 256:
         raise ValueError(
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
@@ -200,11 +245,7 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
         )
     if kernel.block_k * config.recipe.token_bytes != 128:
         raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {config.recipe.token}")
-    if kernel.only not in ("", *PARTS):
-        raise ValueError(f"only={kernel.only!r} is no part of a launch; choose one of {PARTS}")
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
-    if not 1 <= kernel.group_blocks <= pool_blocks(config, kernel):
-        raise ValueError(
-            f"group_blocks={kernel.group_blocks} must be in "
-            f"1..{pool_blocks(config, kernel)} (the pool ring)"
-        )
+    ring = pool_blocks(config, kernel)
+    if kernel.group_blocks > ring:
+        raise ValueError(f"group_blocks={kernel.group_blocks} must be in 1..{ring} (the pool ring)")

@@ -21,11 +21,12 @@ from megamoe.config import KernelConfig, MoEConfig, select, supports
 from megamoe.group import Group, where
 from megamoe.precision import num_scales
 from megamoe.reference import Weights
-from megamoe.weights import check_tensor, check_weights
-from workspace.layout import layout_of
+from megamoe.weights import ALIGNMENT, check_tensor, check_weights
+from workspace.layout import Layout, layout_of
 from workspace.views import Workspace
 
 INDEX_DTYPES = (torch.int64, torch.int32)
+MAX_TIMEOUT_S = 24 * 60 * 60.0
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
@@ -47,7 +48,8 @@ class MegaMoE:
         device: "cuda", "cuda:1", "cpu" (emulated) or a torch.device; default is the current GPU if
             there is one.
         num_sms: CTAs per rank, at most one per SM over all ranks of a GPU; default: all of them.
-        timeout_s: seconds that a wait inside a launch may take before it ends with LaunchTimeout.
+        timeout_s: seconds that a wait inside a launch may take before it ends with LaunchTimeout;
+            above 0 and at most a day.
         kernel_dir: directory of kernels built ahead of time.
         kernel_options: fields of `KernelConfig` to override. With `only` a launch does a part of
             the work, to be timed, and its outputs mean nothing.
@@ -125,20 +127,16 @@ class MegaMoE:
         supports(self.config)
         self.kernel_config = _kernel_config(self.config, kernel_options)
         self.layout = layout_of(self.config, self.kernel_config)
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s={self.timeout_s} must be > 0")
-        clamp = self.activation_clamp
-        number = isinstance(clamp, (int, float)) and not isinstance(clamp, bool)
-        if clamp is not None and not (number and 0 < clamp < math.inf):
+        timeout_s, clamp = self.timeout_s, self.activation_clamp
+        if not (_is_positive(timeout_s) and timeout_s <= MAX_TIMEOUT_S):
+            raise ValueError(
+                f"timeout_s={timeout_s!r} must be > 0 and at most {MAX_TIMEOUT_S:.0f} seconds"
+            )
+        if clamp is not None and not _is_positive(clamp):
             raise ValueError(f"activation_clamp={clamp!r} must be a finite number > 0, or None")
         self.device = _resolve_device(device)
-        if workspace is not None and (
-            workspace.layout != self.layout or workspace.device != self.device
-        ):
-            raise ValueError(
-                f"workspace on {workspace.device} is for {workspace.layout.config}, "
-                f"this layer on {self.device} is {self.config}"
-            )
+        if workspace is not None:
+            _check_shared(workspace, self.layout, self.device)
         if self.device.type == "cpu":
             if self.group is not None:
                 raise ValueError("group needs one GPU per process; on a CPU use world")
@@ -151,8 +149,7 @@ class MegaMoE:
         """What all ranks of a job must have in common."""
         facts = {"error": None if error is None else str(error), "gpu": None, "host": None}
         if error is None:
-            facts |= dataclasses.asdict(self.config) | where(self.device)
-            facts |= {f"kernel.{k}": v for k, v in dataclasses.asdict(self.kernel_config).items()}
+            facts |= where(self.device) | _fields(self.layout)
             facts["activation_clamp"] = self.activation_clamp
             facts |= {"megamoe version": compile.source_digest(), "torch": torch.__version__}
         return facts
@@ -222,8 +219,9 @@ class MegaMoE:
         [n, H]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W
         with a process per rank (its experts are number rank * e and following).
 
-        All are contiguous and on the device. Weights are not copied: they must start at a multiple
-        of 16 bytes, stay alive and unchanged. Raises ValueError, naming the tensor, otherwise.
+        All are contiguous and on the device, and start at a multiple of 16 bytes. Raises
+        ValueError, naming the tensor, otherwise. Weights are not copied: they must stay alive, and
+        a forward reads what they hold then; only scales of weight blocks are laid out anew here.
         """
         weights = Weights(w13, w2, w13_scale, w2_scale)
         local, ranks = self.config.experts_per_rank, len(self.local_ranks)
@@ -249,19 +247,20 @@ class MegaMoE:
         with x_scale: float32 [T, H/128], for "fp8_channel" [T, 1]. topk_idx: [T, K] int64 or int32,
         -1 masks a slot. topk_weights: [T, K] float32. out: [T, H] bfloat16, or None. expert_counts:
         int32 [e], or None; the rows that each expert of the rank receives are added to it.
-        Returns [T, H] per rank: `out`, or a buffer of the workspace that the next forward on it
-        overwrites.
+        All are contiguous; x and out start at a multiple of 16 bytes. Returns [T, H] per rank:
+        `out`, or a buffer of the workspace that the next forward on it overwrites.
 
         Raises ValueError for wrong input. On a GPU nothing waits for the launch, so an expert id
         that is out of range (InvalidExpertError, a ValueError) or a wait that timed out
         (LaunchTimeout) is raised by `synchronize`, or by a later forward.
         """
         single = isinstance(x, torch.Tensor)
-        arguments = (x, topk_idx, topk_weights)
-        xs, ids, weights = ([item] if single else list(item) for item in arguments)
+        arguments = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
+        xs, ids, weights = (_by_rank(name, item, single) for name, item in arguments.items())
+        optional = {"x_scale": x_scale, "out": out, "expert_counts": expert_counts}
         scales, outs, counts = (
-            [None] * len(xs) if item is None else [item] if single else list(item)
-            for item in (x_scale, out, expert_counts)
+            [None] * len(xs) if item is None else _by_rank(name, item, single)
+            for name, item in optional.items()
         )
         self._check_inputs(xs, ids, weights, scales, outs, counts)
         outputs = self.backend.forward(xs, ids, weights, scales, outs, counts)
@@ -285,7 +284,7 @@ class MegaMoE:
 
     def input_buffer(self, rank: int | None = None) -> torch.Tensor:
         """[max_tokens_per_rank, H] in symmetric memory, of the dtype that tokens travel in: an x of
-        that dtype that starts there is not copied.
+        that dtype that starts there is not copied. Raises ValueError for a rank of another process.
         """
         return self._region("input_token_buffer", rank)
 
@@ -299,6 +298,8 @@ class MegaMoE:
 
     def _region(self, name: str, rank: int | None) -> torch.Tensor:
         rank = self.local_ranks[0] if rank is None else rank
+        if rank not in self.local_ranks:
+            raise ValueError(f"rank={rank!r} is none of this process, which has {self.local_ranks}")
         return self.workspace.regions(rank)[name]
 
     @property
@@ -335,13 +336,13 @@ class MegaMoE:
             token = torch.bfloat16
             if scale is not None or x.dtype == torch.float8_e4m3fn:
                 token = self._check_scale(x, scale, i, where)
-            check_tensor(f"x{where}", x, rows, token, self.device)
+            check_tensor(f"x{where}", x, rows, token, self.device, ALIGNMENT)
             check_tensor(f"topk_weights{where}", weight, slots, torch.float32, self.device)
             wide = getattr(idx, "dtype", None) not in INDEX_DTYPES
             dtype = torch.int64 if wide else idx.dtype
             check_tensor(f"topk_idx{where}", idx, slots, dtype, self.device)
             if out is not None:
-                check_tensor(f"out{where}", out, rows, output, self.device)
+                check_tensor(f"out{where}", out, rows, output, self.device, ALIGNMENT)
             if count is not None:
                 local = (config.experts_per_rank,)
                 check_tensor(f"expert_counts{where}", count, local, torch.int32, self.device)
@@ -374,20 +375,60 @@ class MegaMoE:
 
 def _kernel_config(config: MoEConfig, options: dict | None) -> KernelConfig:
     """The kernel's configuration with `options`; ValueError if it is not legal or does not fit."""
-    known = [field.name for field in dataclasses.fields(KernelConfig)]
-    for name in options or {}:
-        if name not in known:
-            raise ValueError(f"kernel_options has no field {name!r}; fields: {', '.join(known)}")
-    kernel = select(config, **(options or {}))
+    options = {} if options is None else options
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"kernel_options={options!r} must be a dict with names of fields as keys")
+    kernel = select(config, **options)
     supports(config, kernel)
     budget.check(config, kernel)
     return kernel
 
 
+def _is_positive(value: object) -> bool:
+    """True for a finite number above 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf
+
+
+def _by_rank(name: str, value: object, single: bool) -> list:
+    """An argument of a forward as a list with one item per rank."""
+    if single:
+        return [value]
+    try:
+        return list(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a tensor, or a list of one for each rank, got {type(value).__name__}"
+        ) from None
+
+
+def _fields(layout: Layout) -> dict[str, object]:
+    """Every field of the two configurations."""
+    kernel = dataclasses.asdict(layout.kernel)
+    return dataclasses.asdict(layout.config) | {f"kernel.{k}": v for k, v in kernel.items()}
+
+
+def _check_shared(workspace: Workspace, layout: Layout, device: torch.device) -> None:
+    """Raise ValueError, naming the fields that differ, unless the workspace is one of this layout
+    on this device.
+    """
+    has = _fields(workspace.layout) | {"device": str(workspace.device)}
+    needed = _fields(layout) | {"device": str(device)}
+    differ = [name for name in needed if has[name] != needed[name]]
+    if differ:
+        raise ValueError(
+            "workspace is of another layer: "
+            + ", ".join(f"{name}={has[name]!r}, not {needed[name]!r}" for name in differ)
+        )
+
+
 def _resolve_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is no device of torch: use 'cuda' or 'cpu'") from error
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
@@ -398,6 +439,8 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
         )
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
     return device
 
 

@@ -13,7 +13,7 @@ from megamoe.config import MoEConfig
 from megamoe.precision import WHOLE_ROW, Precision, precision_of
 from megamoe.reference import Weights, quantize
 
-ALIGNMENT = 16  # bytes: what TMA and vector loads ask of an address
+ALIGNMENT = 16  # bytes: what TMA and vector accesses of the kernel ask of an address
 
 
 def _scale_shape(block: tuple[int, int], experts: int, rows: int, columns: int) -> tuple[int, ...]:
@@ -140,15 +140,17 @@ def check_weights(
                 f"{name} has dtype {tensor.dtype}, expected {dtype}; "
                 f"megamoe.quantize_weights(w13, w2, {precision!r}) returns weights and scales"
             )
-        check_tensor(name, tensor, shape, dtype, device)
         read_as_it_is = dtype != torch.float32 or recipe.weight_block[1] == WHOLE_ROW
-        if read_as_it_is and tensor.data_ptr() % ALIGNMENT:
-            raise ValueError(
-                f"{name} starts at address {tensor.data_ptr():#x}, not a multiple of {ALIGNMENT}"
-            )
+        check_tensor(name, tensor, shape, dtype, device, ALIGNMENT if read_as_it_is else 1)
 
 
-def fits(tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+def fits(
+    tensor: object,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    alignment: int = 1,
+) -> bool:
     """True if `tensor` passes `check_tensor`, in about a microsecond: every forward asks."""
     return (
         isinstance(tensor, torch.Tensor)
@@ -156,16 +158,23 @@ def fits(tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: tor
         and tensor.dtype == dtype
         and tensor.device == device
         and tensor.is_contiguous()
+        and not (tensor.data_ptr() % max(alignment, dtype.itemsize) and tensor.numel())
     )
 
 
 def check_tensor(
-    name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    name: str,
+    tensor: object,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    alignment: int = 1,
 ) -> None:
-    """Raise ValueError, naming field and value, unless `tensor` has this shape, dtype and device
-    and is contiguous.
+    """Raise ValueError, naming field and value, unless `tensor` has this shape, dtype and device,
+    is contiguous and, if it holds anything, starts at a multiple of `alignment` bytes and of its
+    items.
     """
-    if fits(tensor, shape, dtype, device):
+    if fits(tensor, shape, dtype, device, alignment):
         return
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -179,3 +188,8 @@ def check_tensor(
         raise ValueError(f"{name} is on device {tensor.device}, expected {device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} with strides {list(tensor.stride())} is not contiguous")
+    alignment = max(alignment, dtype.itemsize)
+    if tensor.data_ptr() % alignment and tensor.numel():
+        raise ValueError(
+            f"{name} starts at address {tensor.data_ptr():#x}, not a multiple of {alignment}"
+        )

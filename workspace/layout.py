@@ -179,7 +179,9 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
     if kernel.trace:
         table.append(
             Region("trace", "int64", (TRACE_CTAS, TRACE_MARKS), LOCAL, DATA,
-                   "every CTA at its marks", "the host", "every mark is written in every launch")
+                   "every CTA at its marks", "the host",
+                   "the host zeroes it before the launch that it wants to see: a CTA may pass no "
+                   "first_tile")
         )  # fmt: skip
         table.append(
             Region("tile_trace", "int64", (TRACE_CTAS, TRACE_TILES, TILE_WORDS), LOCAL, DATA,

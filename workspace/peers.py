@@ -1,4 +1,4 @@
-"""Peer addressing: one table of symmetric base addresses, one operation `map(rank, region)`.
+"""Peer addressing: one table of symmetric base addresses.
 
 Regions lie at the same offset on every rank, so a peer's address is its base plus the region's
 offset.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from workspace.layout import SYMMETRIC, Layout
+from workspace.layout import SYMMETRIC
 from workspace.symmetric import Allocation
 
 
@@ -18,11 +18,3 @@ def peer_table(allocation: Allocation, device: torch.device) -> torch.Tensor:
     """
     bases = [allocation.base(rank, SYMMETRIC) for rank in range(allocation.num_ranks)]
     return torch.tensor(bases, dtype=torch.int64, device=device)
-
-
-def map_region(allocation: Allocation, layout: Layout, rank: int, name: str) -> int:
-    """Address of symmetric region `name` on `rank`, valid in this process."""
-    region = layout[name]
-    if region.space != SYMMETRIC:
-        raise ValueError(f"region {name!r} is local: peers cannot address it")
-    return allocation.base(rank, SYMMETRIC) + region.offset

@@ -1,9 +1,9 @@
 """Where a workspace's memory comes from, behind one small interface.
 
 `Allocation` holds, for every rank that lives in this process, one byte tensor per space, and for
-every rank of the job the base address of its symmetric space, valid in this process. Three forms:
-plain CPU memory, which the emulator runs on; virtual ranks, all of them in this process on one or
-more GPUs; and one process per GPU over torch symmetric memory.
+every rank of the job the base address of its symmetric space, valid in this process. Two forms: all
+ranks in this process, in CPU memory, which the emulator runs on, or as virtual ranks on one GPU;
+and one process per GPU over torch symmetric memory.
 
 All memory is zeroed once, at allocation and before any peer may signal: barrier words and counters
 must be zero on first use. The symmetric space is one allocation with one lifetime.
@@ -54,34 +54,13 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     return raw[skip : skip + num_bytes]
 
 
-def _in_process(layout: Layout, devices: list[torch.device]) -> Allocation:
+def in_process(layout: Layout, device: torch.device) -> Allocation:
+    """Every rank of the job in this process, on one device."""
     spaces = {
         rank: {space: _zeros(layout.num_bytes(space), device) for space in SPACES}
-        for rank, device in enumerate(devices)
+        for rank in range(layout.config.num_ranks)
     }
     return Allocation(spaces, tuple(space[SYMMETRIC].data_ptr() for space in spaces.values()))
-
-
-def cpu_memory(layout: Layout) -> Allocation:
-    """Every rank of the job in plain CPU memory."""
-    return _in_process(layout, [torch.device("cpu")] * layout.config.num_ranks)
-
-
-def virtual_ranks(layout: Layout, devices: list[torch.device]) -> Allocation:
-    """Every rank of the job in this process; rank r lives on ``devices[r % len(devices)]``.
-
-    With several devices peer access between them must be possible; it is switched on by the first
-    peer copy.
-    """
-    for a in devices:
-        for b in devices:
-            if a != b:
-                if not torch.cuda.can_device_access_peer(a, b):
-                    raise ValueError(f"device {a} cannot access the memory of {b}")
-                torch.empty(1, device=a).copy_(torch.empty(1, device=b))
-    return _in_process(
-        layout, [devices[rank % len(devices)] for rank in range(layout.config.num_ranks)]
-    )
 
 
 def torch_symmetric(layout: Layout, device: torch.device, group: dist.ProcessGroup) -> Allocation:
@@ -121,4 +100,4 @@ def allocate(
     """All ranks of `layout` on one device, or with `group` the one rank of this process."""
     if group is not None:
         return torch_symmetric(layout, device, group)
-    return cpu_memory(layout) if device.type == "cpu" else virtual_ranks(layout, [device])
+    return in_process(layout, device)

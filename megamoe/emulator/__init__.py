@@ -1,7 +1,7 @@
 """The launch protocol on a CPU: roles as coroutines over the real workspace, and a memory model.
 
 - `emulator`: the launch as the host sees it; the one class that others need.
-- `prologue`, `roles`: what each role does, in protocol order.
+- `prologue`, `roles`, `report`, `combine`: what each role does, in protocol order.
 - `operations`: every wait, release, fence and barrier by label.
 - `runtime`: who runs next. `memory`: what is ordered and visible.
 - `state`: regions and shared memory as such memory.

@@ -48,6 +48,8 @@ class Emulator:
         self.config, self.kernel = self.layout.config, self.layout.kernel
         if self.kernel.only:
             raise ValueError(f"only={self.kernel.only!r} needs a GPU; the emulator runs all parts")
+        if self.kernel.trace:
+            raise ValueError("trace=True needs a GPU; the emulator leaves no marks")
         if workspace.local_ranks != list(range(self.config.num_ranks)):
             raise ValueError(
                 f"workspace holds ranks {workspace.local_ranks}; the emulator needs all of them"
@@ -89,7 +91,9 @@ class Emulator:
             state.experts = experts
 
     def load_weights(self, weights: list[Weights]) -> None:
-        """Weights of the local experts by rank, in checkpoint layout."""
+        """Weights of the local experts by rank, in checkpoint layout. A launch reads what they hold
+        then; only scales of weight blocks are copied, as for the kernel.
+        """
         if len(weights) != self.config.num_ranks:
             raise ValueError(
                 f"weights are given for {len(weights)} ranks, expected {self.config.num_ranks}"
@@ -97,7 +101,7 @@ class Emulator:
         for rank in weights:
             check_weights(self.config, self.config.experts_per_rank, torch.device("cpu"), rank)
         experts = range(self.config.experts_per_rank)
-        self._weights = [[_widened(rank.of(expert)) for expert in experts] for rank in weights]
+        self._weights = [[_by_channel(rank.of(expert)) for expert in experts] for rank in weights]
         self._install_weights()
 
     def launch(
@@ -275,12 +279,12 @@ class Emulator:
             raise NotAtRest("; ".join(problems))
 
 
-def _widened(expert: Weights) -> Weights:
-    """Weights of one expert in float32, with scales by output channel."""
+def _by_channel(expert: Weights) -> Weights:
+    """Weights of one expert, scales by output channel: those of blocks are copied for it."""
+
+    def rows(scale: torch.Tensor | None, channels: int) -> torch.Tensor | None:
+        per_channel = scale is not None and scale.dim() == 1
+        return scale.unsqueeze(1) if per_channel else scale_rows(scale, channels)
+
     w13, w2, w13_scale, w2_scale = expert
-    return Weights(
-        w13.float(),
-        w2.float(),
-        scale_rows(w13_scale, w13.shape[0]),
-        scale_rows(w2_scale, w2.shape[0]),
-    )
+    return Weights(w13, w2, rows(w13_scale, w13.shape[0]), rows(w2_scale, w2.shape[0]))

@@ -276,11 +276,11 @@ def load_tokens(cta: Cta) -> Role:
         number += 1
 
 
-def _tile_weights(shape: Shape, state: RankState, tile: list[int]) -> tuple:
-    """(weights, their scales or None, first and last output column) of a tile: for FC1 the gate
-    rows and then the up rows of as many columns, for FC2 the rows of the columns.
+def _tile_weights(shape: Shape, state: RankState, words: list[int]) -> tuple:
+    """(weights in float32, their scales or None) of a tile: for FC1 the gate rows and then the up
+    rows of as many columns, for FC2 the rows of the columns.
     """
-    phase, expert, _, _, column, _ = tile
+    phase, expert, _, _, column, _ = words
     weights = state.experts[expert]
     if phase == PHASE_FC1:
         width, groups = shape.kernel.block_n // 2, 2
@@ -288,12 +288,12 @@ def _tile_weights(shape: Shape, state: RankState, tile: list[int]) -> tuple:
     else:
         width, groups = shape.kernel.block_n, 1
         matrix, scales = weights.w2, weights.w2_scale
-    columns = (column * width, min((column + 1) * width, matrix.shape[0] // groups))
+    columns = slice(column * width, (column + 1) * width)
 
     def pick(rows: torch.Tensor) -> torch.Tensor:
-        return rows.view(groups, -1, rows.shape[1])[:, slice(*columns)].flatten(0, 1)
+        return rows.view(groups, -1, rows.shape[1])[:, columns].float().flatten(0, 1)
 
-    return pick(matrix), None if scales is None else pick(scales), columns
+    return pick(matrix), None if scales is None else pick(scales)
 
 
 def math(cta: Cta, warp: int) -> Role:
@@ -317,12 +317,14 @@ def math(cta: Cta, warp: int) -> Role:
         full = shared.stage_full[stage]
         yield from runtime.wait(leader, full, pass_ + 1, "math.stage_full", also=(lanes,))
         shared.stage.read(leader, stage)
-        weights, scales, columns = _tile_weights(shape, state, words)
+        tile = shared.tiles[stage]
         place = share.half * WARPGROUP_ROWS + rank * shape.warp_rows
         own = slice(place, place + shape.warp_rows)
         real = max(0, min(rows - own.start, shape.warp_rows))
-        product = shared.tiles[stage].times(weights, scales)[own] if real else None
-        metadata = shared.tiles[stage].metadata[own]
+        if real and tile.product is None:
+            tile.multiply(*_tile_weights(shape, state, words))
+        product = tile.product[own] if real else None
+        metadata = tile.metadata[own]
         yield from runtime.add(
             leader, shared.stage_empty[stage], "math.stage_empty", share.arrivals, release=True
         )
@@ -333,7 +335,7 @@ def math(cta: Cta, warp: int) -> Role:
             )
         else:
             yield from _fc2_epilogue(
-                cta, shape, lanes, product, metadata, first, real, block, columns
+                cta, shape, lanes, product, metadata, first, real, block, column
             )
         runtime.hand_over([leader, lanes], "math.warp_sync")
         yield from runtime.add(leader, stored, "math.stored", share.arrivals, release=True)
@@ -369,8 +371,9 @@ def _fc1_epilogue(
 
 
 def _fc2_epilogue(
-    cta: Cta, shape: Shape, lanes: Agent, product, codes, first: int, real: int, block: int, columns
-) -> Role:
+    cta: Cta, shape: Shape, lanes: Agent, product, codes, first: int, real: int, block: int,
+    column: int,
+) -> Role:  # fmt: skip
     """Store real rows to their sources."""
     config = cta.config
     wrong = np.flatnonzero((codes != PADDING) != (np.arange(shape.warp_rows) < real))
@@ -384,9 +387,10 @@ def _fc2_epilogue(
         values = as_bits(product.to(getattr(torch, config.recipe.output)))
         ranks = source_rank(codes[:real].astype(np.int64), config.max_slots_per_rank)
         slots = source_slot(codes[:real].astype(np.int64), config.max_slots_per_rank)
+        begin, width = column * shape.kernel.block_n, values.shape[1]
+        columns = (begin, begin + width)
         for rank in np.unique(ranks).tolist():
             mine = np.flatnonzero(ranks == rank)
             yield
             cta.ranks[rank].data["combine_output"].write(lanes, slots[mine], values[mine], columns)
-            width = columns[1] - columns[0]
             cta.traffic.count(cta.rank, rank, len(mine) * width * config.recipe.output_bytes)

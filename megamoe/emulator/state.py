@@ -31,7 +31,7 @@ PIECE_COLUMNS = 64
 NUM_CTA_THREADS = 2
 #: Stages of token tiles in a CTA; a stage holds a whole tile here. Fewer than tiles in the queue.
 NUM_TILE_STAGES = 1
-TILE_WORDS = 6  # phase, expert, block in expert, pool block, column, rows
+TILE_FIELDS = 6  # phase, expert, block in expert, pool block, column, rows
 
 #: Data regions of words that are used atomically.
 ATOMIC_DATA = ("combine_arrival_count",)
@@ -114,7 +114,7 @@ class RankState:
         self.cta_agents: list[CtaAgents] = []
         self.number = 0  # launches begun
         self.launch: Launch
-        self.experts: list[Weights] = []  # float32, scales by output channel
+        self.experts: list[Weights] = []  # scales by output channel
         self._words: dict[tuple[str, int], Word] = {}
         self._flat: dict[str, np.ndarray] = {}
         self.data: dict[str, Data] = {}
@@ -264,7 +264,7 @@ class Shared:
         self.total = data("total", num_experts)
         self.offset = data("offset", num_experts)
         self.counts = data("counts", experts_per_rank)
-        self.queue = data("queue", QUEUE_SLOTS, TILE_WORDS)
+        self.queue = data("queue", QUEUE_SLOTS, TILE_FIELDS)
         self.queue_full = words("queue_full", QUEUE_SLOTS)
         self.queue_empty = words("queue_empty", QUEUE_SLOTS)
         self.stage = Data(
@@ -291,10 +291,8 @@ class Tile:
     metadata: np.ndarray
     product: torch.Tensor | None = None
 
-    def times(self, weights: torch.Tensor, weight_scales: torch.Tensor | None) -> torch.Tensor:
-        if self.product is None:
-            self.product = reference.product(self.rows, weights, self.scales, weight_scales)
-        return self.product
+    def multiply(self, weights: torch.Tensor, weight_scales: torch.Tensor | None) -> None:
+        self.product = reference.product(self.rows, weights, self.scales, weight_scales)
 
 
 def pool_blocks_used(counts: list[int], block_m: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +67,9 @@ def test_without_the_dsl_the_error_says_what_to_do(monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         ("--num-experts 9 --num-ranks 2", "num_experts=9 is not divisible by num_ranks=2"),
+        ("--num-experts 8 --num-ranks 0", "num_ranks=0"),
         ("--num-experts 8 --hidden-size 100", "hidden_size=100"),
+        ("--list /no/such.json", "'/no/such.json'"),
         ("--num-experts 8 --arch sm_70", "arch='sm_70'"),
         ("--num-experts 2048", "num_experts=2048 is too large"),
     ],
@@ -80,6 +83,73 @@ def test_bad_arguments_end_in_one_line(arguments, message, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+ENTRY = {
+    "num_experts": 8,
+    "top_k": 2,
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "max_tokens_per_rank": 64,
+    "num_ranks": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps(ENTRY), "must hold a JSON list of objects"),
+        ("[8]", "must hold a JSON list of objects"),
+        ("{", "Expecting property name"),
+        (json.dumps([ENTRY | {"top_k": "2"}]), "top_k='2' must be an integer"),
+        (json.dumps([ENTRY | {"kernel": {"block_m": 0}}]), "block_m=0"),
+        (json.dumps([ENTRY | {"kernel": {"stages": 3}}]), "no field 'stages', did you mean 'num_"),
+    ],
+)
+def test_a_bad_list_ends_in_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "list.json").write_text(text)
+    assert compile.main(["--out", str(tmp_path), "--list", str(tmp_path / "list.json")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def fake_compiler(directory: Path, monkeypatch, script: str) -> Path:
+    """The C compiler from now on."""
+    path = directory / "cc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(directory), prepend=":")
+    return path
+
+
+def test_a_place_that_is_no_directory_ends_in_one_line(tmp_path, monkeypatch, capsys):
+    fake_compiler(tmp_path, monkeypatch, "exit 0")
+    (tmp_path / "list.json").write_text(json.dumps([ENTRY]))
+    assert compile.main(["--out", "/dev/null", "--list", str(tmp_path / "list.json")]) == 2
+    error = capsys.readouterr().err
+    assert "'/dev/null'" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("last", ["echo 'ld: file format not recognized' >&2; ", ""])
+def test_a_linker_that_fails_ends_in_one_line(last, tmp_path, monkeypatch, capsys):
+    class Compiled:
+        def export_to_c(self, file_path, file_name, function_prefix):
+            header = f"void _mlir_{file_name}__mlir_ciface_entry(void **);"
+            (Path(file_path) / f"{file_name}.h").write_text(header)
+
+    linker = fake_compiler(tmp_path, monkeypatch, f"echo more >&2; {last}exit 3")
+    monkeypatch.setattr(compile, "trace", lambda *_: Compiled())
+    monkeypatch.setattr(compile, "_runtime_archive", lambda: "runtime.a")
+    (tmp_path / "list.json").write_text(json.dumps([ENTRY]))
+    out = tmp_path / "out"
+    assert compile.main(["--out", str(out), "--list", str(tmp_path / "list.json")]) == 2
+    error = capsys.readouterr().err
+    assert f"{linker} failed with status 3" in error
+    assert error.endswith(": ld: file format not recognized\n" if last else ": more\n")
+    assert error.count("\n") == 1
+    assert not list(out.iterdir())
+
+
 def test_missing_arguments_are_named(tmp_path, capsys):
     assert compile.main(["--out", str(tmp_path), "--num-experts", "8"]) == 2
     assert "top_k" in capsys.readouterr().err
@@ -88,15 +158,7 @@ def test_missing_arguments_are_named(tmp_path, capsys):
 @pytest.mark.compile
 @pytest.mark.slow
 def test_build_from_a_list_then_find_it(tmp_path, capsys):
-    entry = {
-        "num_experts": 8,
-        "top_k": 2,
-        "hidden_size": 256,
-        "intermediate_size": 128,
-        "max_tokens_per_rank": 64,
-        "num_ranks": 2,
-        "kernel": {"pool_blocks": 4, "group_blocks": 2},
-    }
+    entry = ENTRY | {"kernel": {"pool_blocks": 4, "group_blocks": 2}}
     (tmp_path / "list.json").write_text(json.dumps([entry]))
     command = ["--out", str(tmp_path), "--list", str(tmp_path / "list.json")]
     assert compile.main(command) == 0

@@ -50,6 +50,11 @@ def test_a_part_of_a_launch_needs_a_gpu():
         Layer(1, overrides={"only": "gemms"})
 
 
+def test_a_trace_needs_a_gpu():
+    with pytest.raises(ValueError, match="trace=True needs a GPU"):
+        Layer(1, overrides={"trace": True})
+
+
 @over_recipes([1, 2, 4, 8], block=[4], channel=[2])
 def test_many_interleavings(precision, world):
     """52 seeds on one workspace, each with another routing than the launch before."""

@@ -8,6 +8,7 @@ import torch
 from megamoe import MegaMoE, quantize_weights, reference
 from megamoe.precision import PRECISIONS
 from tests.routing import make_routing
+from workspace import Workspace
 
 E, K, H, I, T, W = 8, 2, 256, 128, 12, 2  # noqa: E741
 FP8_RECIPES = ("fp8_block", "fp8_channel")
@@ -26,8 +27,8 @@ def make(**changes) -> MegaMoE:
     return MegaMoE(**(arguments | changes))
 
 
-def weights(precision: str = "bf16") -> reference.Weights:
-    rng = torch.Generator().manual_seed(1)
+def weights(precision: str = "bf16", seed: int = 1) -> reference.Weights:
+    rng = torch.Generator().manual_seed(seed)
     w13 = (torch.randn(E, 2 * I, H, generator=rng) * H**-0.5).bfloat16()
     w2 = (torch.randn(E, H, I, generator=rng) * I**-0.5).bfloat16()
     return (
@@ -63,10 +64,11 @@ def scaled_layer(request) -> MegaMoE:
     return loaded(request.param)
 
 
-def check(outputs, xs, ids, router, precision="bf16", clamp=None) -> None:
+def check(outputs, xs, ids, router, precision="bf16", clamp=None, given=None) -> None:
+    given = given or weights(precision)
     for y, x, idx, weight in zip(outputs, xs, ids, router, strict=True):
         expected = reference.moe_forward(
-            x, idx, weight.nan_to_num(), *weights(precision), precision=precision, clamp=clamp
+            x, idx, weight.nan_to_num(), *given, precision=precision, clamp=clamp
         )
         assert reference.relative_error(y, expected) <= 2**-8
 
@@ -135,14 +137,29 @@ def test_input_buffers_have_the_dtype_that_tokens_travel_in(any_layer):
     assert scales.data_ptr() == any_layer.workspace.regions(1)["input_sf_buffer"].data_ptr()
 
 
-def test_weights_are_not_copied(any_layer):
-    """They must stay alive and unchanged, as the docstring says."""
-    given = weights(any_layer.config.precision)
-    before = given.w13.clone()
-    any_layer.load_weights(*given)
-    assert torch.equal(given.w13.view(torch.uint8), before.view(torch.uint8))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_are_not_copied(precision):
+    """A forward reads what they hold then, as a launch on a GPU does."""
     arguments = inputs()
-    check(any_layer(*arguments), *arguments, any_layer.config.precision)
+    given, other = weights(precision), weights(precision, seed=2)
+    moe = make(precision=precision)
+    moe.load_weights(*given)
+    check(moe(*arguments), *arguments, precision)
+    copied = ("w13_scale", "w2_scale") if precision == "fp8_block" else ()
+    for name, tensor in given._asdict().items():
+        if tensor is not None and name not in copied:
+            tensor.copy_(getattr(other, name))
+    check(moe(*arguments), *arguments, precision, given=given)
+
+
+def test_scales_of_blocks_are_those_of_the_load():
+    """They are laid out anew for the kernel when they are loaded; the emulator does the same."""
+    arguments, given = inputs(), weights("fp8_block")
+    moe = make(precision="fp8_block")
+    moe.load_weights(*given)
+    ys = [y.clone() for y in moe(*arguments)]
+    given.w13_scale.zero_()
+    assert same(moe(*arguments), ys)
 
 
 def test_expert_counts_are_added_up(any_layer):
@@ -184,8 +201,16 @@ def test_layers_share_a_workspace(layer):
 
 
 def test_a_workspace_of_another_shape_is_refused(layer):
-    with pytest.raises(ValueError, match="workspace on cpu is for"):
+    with pytest.raises(ValueError, match="workspace is of another layer: top_k=2, not 1$"):
         make(workspace=layer.workspace, top_k=1)
+    with pytest.raises(ValueError, match=r": kernel.lag_waves=2, not 3, kernel.trace=False, not T"):
+        make(workspace=layer.workspace, kernel_options={"lag_waves": 3, "trace": True})
+
+
+def test_a_workspace_on_another_device_is_refused(layer):
+    elsewhere = Workspace(layer.layout, "meta", allocation=layer.workspace.allocation)
+    with pytest.raises(ValueError, match="workspace is of another layer: device='meta', not 'cpu'"):
+        make(workspace=elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +222,18 @@ def test_a_workspace_of_another_shape_is_refused(layer):
         ({"intermediate_size": 64}, "intermediate_size=64"),
         ({"max_tokens_per_rank": 0}, "max_tokens_per_rank=0"),
         ({"precision": "fp3"}, "precision='fp3'"),
+        ({"precision": []}, r"precision=\[\]"),
         ({"device": "meta"}, "device='meta'"),
-        ({"timeout_s": 0}, "timeout_s=0"),
+        ({"device": "bogus"}, "device='bogus'"),
+        ({"device": 1.5}, "device=1.5"),
+        ({"timeout_s": 0}, "timeout_s=0 must be > 0 and at most 86400 seconds"),
+        ({"timeout_s": -1.0}, "timeout_s=-1.0 must be"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan must be"),
+        ({"timeout_s": float("inf")}, "timeout_s=inf must be"),
+        ({"timeout_s": 86401}, "timeout_s=86401 must be"),
+        ({"timeout_s": None}, "timeout_s=None must be"),
+        ({"timeout_s": "a"}, "timeout_s='a' must be"),
+        ({"timeout_s": True}, "timeout_s=True must be"),
         ({"activation_clamp": 0.0}, "activation_clamp=0.0 must be"),
         ({"activation_clamp": -1}, "activation_clamp=-1 must be"),
         ({"activation_clamp": float("inf")}, "activation_clamp=inf must be"),
@@ -207,6 +242,13 @@ def test_a_workspace_of_another_shape_is_refused(layer):
         ({"kernel_options": {"colour": 1}}, "kernel_options has no field 'colour'"),
         ({"kernel_options": {"num_stages": 9}}, "num_stages=9"),
         ({"kernel_options": {"math_registers": 240}}, "math_registers=240"),
+        ({"kernel_options": {"math_registers": 201}}, "math_registers=201"),
+        ({"kernel_options": {"block_m": 0}}, "block_m=0"),
+        ({"kernel_options": {"block_m": "a"}}, "block_m='a'"),
+        ({"kernel_options": {"num_stages": "4"}}, "num_stages='4'"),
+        ({"kernel_options": {"trace": True}}, "trace=True needs a GPU"),
+        ({"kernel_options": {1: 2}}, r"kernel_options={1: 2} must be a dict"),
+        ({"kernel_options": ["trace"]}, r"kernel_options=\['trace'\] must be a dict"),
     ],
 )
 def test_bad_configuration_names_field_and_value(change, message):
@@ -214,10 +256,21 @@ def test_bad_configuration_names_field_and_value(change, message):
         make(**change)
 
 
+def test_a_timeout_may_be_a_day():
+    assert make(timeout_s=86400).timeout_s == 86400
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="device='cuda', but torch sees no GPU"):
         make(device="cuda")
+
+
+def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device='cuda:2', but torch sees 2 GPUs"):
+        make(device="cuda:2")
 
 
 def test_forward_needs_weights():
@@ -284,6 +337,75 @@ def test_bad_input_is_named_before_any_launch(layer, argument, broken, message):
         layer(*arguments)
     good = inputs()
     check(layer(*good), *good)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        (0, None, "x must be a tensor, or a list of one for each rank, got NoneType"),
+        (0, 5, "x must be a tensor, or a list of one for each rank, got int"),
+        (1, None, "topk_idx must be a tensor"),
+        (2, 1.0, "topk_weights must be a tensor"),
+        (3, 1, "x_scale must be a tensor"),
+        (4, True, "out must be a tensor"),
+        (5, 1, "expert_counts must be a tensor"),
+    ],
+)
+def test_an_argument_that_holds_no_tensors_is_named(layer, argument, value, message):
+    arguments = [*inputs(), None, None, None]
+    arguments[argument] = value
+    with pytest.raises(ValueError, match=message):
+        layer(*arguments)
+
+
+def moved(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one item past a multiple of 16 bytes."""
+    raw = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+    return raw[1:].view(tensor.shape).copy_(tensor)
+
+
+def test_misaligned_input_and_output_are_refused(any_layer):
+    xs, ids, router = inputs()
+    message = r"\[1\] starts at address .*, not a multiple of 16"
+    with pytest.raises(ValueError, match="x" + message):
+        any_layer([xs[0], moved(xs[1])], ids, router)
+    with pytest.raises(ValueError, match="out" + message):
+        any_layer(xs, ids, router, out=[xs[0].clone(), moved(xs[1])])
+    if any_layer.config.recipe.scaled:
+        stored, scales = quantized(any_layer, xs)
+        with pytest.raises(ValueError, match="x" + message):
+            any_layer([stored[0], moved(stored[1])], ids, router, scales)
+
+
+def test_the_rest_of_the_input_may_start_at_any_item(any_layer):
+    xs, ids, router = inputs()
+    counts = [torch.zeros(E // W, dtype=torch.int32) for _ in range(W)]
+    ys = [y.clone() for y in any_layer(xs, ids, router, expert_counts=counts)]
+    others = [moved(torch.zeros_like(count)) for count in counts]
+    narrow = [moved(idx.int()) for idx in ids]
+    assert same(any_layer(xs, narrow, list(map(moved, router)), expert_counts=others), ys)
+    assert same(others, counts)
+    if any_layer.config.recipe.scaled:
+        stored, scales = quantized(any_layer, xs)
+        assert same(any_layer(stored, ids, router, list(map(moved, scales))), ys)
+
+
+def test_an_empty_tensor_may_start_anywhere(layer):
+    xs, ids, router = inputs()
+    empty = moved(xs[1])[:0]
+    ys = layer(
+        [xs[0], empty], [ids[0], ids[1][:0]], [router[0], router[1][:0]], out=[xs[0].clone(), empty]
+    )
+    assert ys[1] is empty
+
+
+def test_the_buffers_of_a_rank_elsewhere_are_refused(scaled_layer):
+    for rank in (W, -1, "0"):
+        for buffer in (scaled_layer.input_buffer, scaled_layer.input_scale_buffer):
+            with pytest.raises(
+                ValueError, match=rf"rank={rank!r} is none of this process.*\[0, 1\]"
+            ):
+                buffer(rank)
 
 
 def test_bad_out_is_named(layer):

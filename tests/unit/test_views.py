@@ -8,8 +8,8 @@ import torch
 from megamoe.config import MoEConfig, select
 from workspace import Workspace, layout_of
 from workspace.layout import ALIGNMENT, BARRIER, DATA, LOCAL, SPACES, SPAN_ALIGNMENT, SYMMETRIC
-from workspace.peers import map_region, peer_table
-from workspace.symmetric import allocate, cpu_memory, virtual_ranks
+from workspace.peers import peer_table
+from workspace.symmetric import allocate
 from workspace.views import view_of
 
 CONFIGS = {
@@ -142,20 +142,6 @@ def test_peer_table_holds_the_symmetric_bases(workspace):
         assert own.tolist() == bases
 
 
-def test_map_region_is_the_view_of_the_peer(workspace):
-    for rank in workspace.local_ranks:
-        for region in workspace.layout.of_space(SYMMETRIC):
-            address = map_region(workspace.allocation, workspace.layout, rank, region.name)
-            assert address == workspace.regions(rank)[region.name].data_ptr()
-
-
-@pytest.mark.parametrize("name", [r.name for r in layout_of(CONFIGS["one rank"]).of_space(LOCAL)])
-def test_local_regions_cannot_be_mapped(name):
-    workspace = Workspace(layout_of(CONFIGS["one rank"]))
-    with pytest.raises(ValueError, match=f"'{name}' is local"):
-        map_region(workspace.allocation, workspace.layout, 0, name)
-
-
 def test_unknown_rank():
     workspace = Workspace(layout_of(CONFIGS["two ranks"]))
     with pytest.raises(KeyError):
@@ -164,25 +150,16 @@ def test_unknown_rank():
 
 def test_given_allocation_is_used():
     layout = layout_of(CONFIGS["two ranks"])
-    allocation = cpu_memory(layout)
+    allocation = allocate(layout, torch.device("cpu"))
     workspace = Workspace(layout, allocation=allocation)
     workspace.regions(1)["abort_flag"].fill_(7)
     assert workspace.allocation is allocation
     assert allocation.spaces[1][SYMMETRIC].any() and not allocation.spaces[0][SYMMETRIC].any()
 
 
-def allocate_on_cpu(layout):
-    return allocate(layout, torch.device("cpu"))
-
-
-def virtual_ranks_on_cpu(layout):
-    return virtual_ranks(layout, [torch.device("cpu")])
-
-
-@pytest.mark.parametrize("make", [allocate_on_cpu, cpu_memory, virtual_ranks_on_cpu])
-def test_allocators_hold_all_ranks(make):
+def test_one_process_holds_all_ranks():
     layout = layout_of(CONFIGS["eight ranks"])
-    allocation = make(layout)
+    allocation = allocate(layout, torch.device("cpu"))
     assert allocation.local_ranks == list(range(8)) and allocation.num_ranks == 8
     for rank in range(8):
         for space in SPACES:

@@ -239,6 +239,36 @@ def test_bad_tensor_is_named(tensor, words):
         assert word in str(error.value)
 
 
+def shifted(count, dtype, by):
+    """`count` items that start `by` bytes past a multiple of 16."""
+    raw = bytearray(count * dtype.itemsize + 32)
+    skip = -torch.frombuffer(raw, dtype=torch.uint8).data_ptr() % 16
+    return torch.frombuffer(raw, dtype=dtype, count=count, offset=skip + by)
+
+
+@pytest.mark.parametrize(
+    "dtype,by,alignment,passes",
+    [
+        (torch.bfloat16, 2, 1, True),
+        (torch.bfloat16, 2, 16, False),
+        (torch.bfloat16, 16, 16, True),
+        (torch.bfloat16, 1, 1, False),
+        (torch.int64, 8, 1, True),
+        (torch.int64, 4, 1, False),
+        (torch.int32, 4, 1, True),
+    ],
+)
+def test_an_address_is_a_multiple_of_the_alignment_and_of_the_items(dtype, by, alignment, passes):
+    tensor = shifted(6, dtype, by)
+    if passes:
+        check_tensor("x", tensor, (6,), dtype, CPU, alignment)
+    else:
+        asked = max(alignment, dtype.itemsize)
+        with pytest.raises(ValueError, match=f"x starts at address .* a multiple of {asked}"):
+            check_tensor("x", tensor, (6,), dtype, CPU, alignment)
+    check_tensor("x", tensor[:0], (0,), dtype, CPU, alignment)
+
+
 def test_good_tensor_passes():
     check_tensor("topk_idx", torch.zeros(2, 3, dtype=torch.int64), (2, 3), torch.int64, CPU)
     check_tensor("x", torch.zeros(0, 3), (0, 3), torch.float32, CPU)
