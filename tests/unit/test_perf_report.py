@@ -279,7 +279,7 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit) as stop:
         main(["report", write(tmp_path / "rows.csv"), "-o", str(tmp_path / "page.html")])
     assert stop.value.code == 2
-    assert "pip install 'megamoe[report]'" in capsys.readouterr().err
+    assert "pip install -e '.[report]'" in capsys.readouterr().err
 
 
 def test_the_published_files_can_be_drawn():
