@@ -23,8 +23,9 @@ import torch
 from perf.__main__ import COMMANDS
 from perf.__main__ import parser as command_line
 from perf.baselines import BASELINE_OF
-from perf.options import Parser, integer, nearest
+from perf.options import Parser, check_writable, integer, nearest
 from perf.plan import kernels_of
+from perf.processes import ONE_LINE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: Seconds that torchrun gets to end its ranks when a step has used up its time.
@@ -277,10 +278,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     timed = passed_on | {"--reps": args.reps}
     extra = {ACCURACY: passed_on, SWEEP: timed, ABLATION: timed}
     directory = args.directory.resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    if args.list_configs:
-        (directory / "configs.json").write_text(json.dumps(configs_of(steps)))
-        return 0
+    try:
+        check_writable("directory", directory, parents=True, directory=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        if args.list_configs:
+            (directory / "configs.json").write_text(json.dumps(configs_of(steps)))
+            return 0
+    except ONE_LINE as error:
+        parser.error(str(error))
     begin, outcomes = time.monotonic(), {}
     for step in steps:
         spent = time.monotonic() - begin

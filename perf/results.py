@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from perf.options import check_writable
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: What stands in `gpu` where the emulator ran.
 EMULATION = "cpu emulation"
@@ -88,26 +90,30 @@ def _cell(value: object) -> str:
 
 
 class ResultsFile:
-    """A CSV file that rows of one kind, a dataclass, are appended to; ValueError if `path` has
-    another header than its fields.
+    """A CSV file that rows of one kind, a dataclass, are appended to; ValueError if `path` cannot
+    be written or has another header than its fields.
     """
 
     def __init__(self, path: str | Path, kind: type = Row):
         self.path = Path(path)
         self.columns = tuple(field.name for field in fields(kind))
-        if self.path.is_dir():
-            raise ValueError(f"{self.path} is a directory, expected a CSV file")
+        check_writable("the CSV file", self.path, parents=True)
         if self.path.exists() and self.path.stat().st_size:
             check_header(self.path, self.columns)
 
     def append(self, row: Row) -> None:
-        """Write one row, with the header first in a new file, and close the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(self.columns)
-            writer.writerow([_cell(getattr(row, column)) for column in self.columns])
+        """Write one row, with the header first in a new file, and close the file. An OSError names
+        it.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writerow(self.columns)
+                writer.writerow([_cell(getattr(row, column)) for column in self.columns])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
