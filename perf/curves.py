@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perf.cases import MODELS, Model
-from perf.compare import KEY
 from perf.measure import MEGAMOE, PART_NAMES
-from perf.results import REPOSITORY
+from perf.results import KEY, REPOSITORY
 from perf.timing import GRAPH, is_cold
 
 #: Measured figures of other implementations: balanced routing, a rank per GPU, slowest rank.

@@ -18,7 +18,7 @@ from pathlib import Path
 from perf.curves import PEERS, Curve, Group, groups_of, load_peers, memory_of
 from perf.options import check_writable
 from perf.phases import COLUMNS as PHASE_COLUMNS
-from perf.phases import sections_of
+from perf.phases import PhaseRow, sections_of
 from perf.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
 from perf.results import load, result_files
 
@@ -260,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     if not len(frame):
         raise ValueError(f"no result rows in {' '.join(args.files)}")
     groups = groups_of(frame, load_peers(args.peers))
-    launches = load(*recorded, columns=PHASE_COLUMNS)
+    launches = load(*recorded, kind=PhaseRow)
     memory = memory_sections(groups)
     pictures = {
         slug: draw(title, slug, parts)

@@ -22,7 +22,6 @@ from perf.__main__ import main, parser
 from perf.cases import MODELS, Case, make_inputs, make_weights
 from perf.emulated_trace import Recorder, stream_of
 from perf.measure import layer_arguments
-from perf.phases import COLUMNS as PHASE_COLUMNS
 from perf.phases import PhaseRow, phases_of
 from perf.plan import plan_of
 from perf.results import ResultsFile, environment, load
@@ -356,7 +355,7 @@ def test_a_row_of_phases_is_appended(tmp_path, monkeypatch):
     file = ResultsFile(tmp_path / "phases.csv", PhaseRow)
     for _ in range(2):
         trace.write(plan, traces, None, tmp_path / "trace.json", file)
-    frame = load(file.path, columns=PHASE_COLUMNS)
+    frame = load(file.path, kind=PhaseRow)
     assert frame.tokens.tolist() == [3, 3] and frame.num_ranks.tolist() == [RANKS] * 2
     assert frame.count_us.tolist() == [3, 3]
     facts = json.loads((tmp_path / "trace.json").read_text())["otherData"]
