@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from perf import ablation, accuracy, ceilings, compare, report, sweep, trace, zeroing
 from perf.options import Parser, nearest
+from perf.processes import ONE_LINE
 
 #: A new command is a new row.
 COMMANDS = {
@@ -38,8 +39,8 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status, 130 after an interrupt. Bad arguments: one line on stderr,
-    SystemExit(2).
+    """Run one command; its exit status, 130 after an interrupt. Bad arguments and the rest of
+    `processes.ONE_LINE`: one line on stderr, SystemExit(2).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = parser()
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = top.parse_args(argv)
     try:
         return args.run(args)
-    except ValueError as error:
+    except ONE_LINE as error:
         args.fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

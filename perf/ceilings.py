@@ -195,8 +195,8 @@ def keep(file: ResultsFile | None, rows: Iterator[CeilingRow]) -> int:
     try:
         for row in rows:
             if file:
-                file.append(row)
                 print(table([row]), flush=True)
+                file.append(row)
                 count += 1
     except KeyboardInterrupt:
         print(f"interrupted: {count} finished row(s) kept", file=sys.stderr)

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perf.cases import MODELS, Model
-from perf.compare import KEY
-from perf.measure import PART_NAMES
-from perf.results import REPOSITORY
+from perf.measure import MEGAMOE, PART_NAMES
+from perf.results import KEY, REPOSITORY
 from perf.timing import GRAPH, is_cold
 
 #: Measured figures of other implementations: balanced routing, a rank per GPU, slowest rank.
 PEERS = REPOSITORY / "perf" / "results" / "peers.csv"
 PEER_COLUMNS = ("source", "gpu", "num_ranks", "model", "tokens", "us", "date", "precision")
 
-OURS = "megamoe"
 GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode", "impl"))
 
 
@@ -165,7 +163,7 @@ def _curves(rows) -> list[Curve]:
                     precision,
                     us,
                     tflops,
-                    ours=impl == OURS,
+                    ours=impl == MEGAMOE,
                     drawn=place == 0 and not alone,
                     cold=cold,
                     part=alone,

@@ -52,6 +52,12 @@ class WrongResult(RuntimeError):
     """A contender is wrong, so there is nothing to compare with."""
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the host has no memory left; for the host's torch has no class of error."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 @dataclass(frozen=True)
 class Contender:
     """What is measured beside the layer.

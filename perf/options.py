@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,10 +57,26 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def check_writable(option: str, path: Path) -> None:
-    """ValueError, naming the option, unless a file can be written there."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{option} {path} cannot be written: it is a directory, or in none")
+def check_writable(
+    option: str, path: str | Path, parents: bool = False, directory: bool = False
+) -> None:
+    """ValueError, naming the option, unless a file can be written there, or files into it if it is
+    a `directory`. With `parents` directories that do not exist will be made.
+    """
+    place = full = Path(path).absolute()
+    if not directory and not place.exists():
+        place = place.parent
+    while parents and not place.exists():
+        place = place.parent
+    problem = ""
+    if directory or place != full:
+        problem = "" if place.is_dir() else f"{place} is no directory"
+    elif place.is_dir():
+        problem = "it is a directory"
+    if not problem and not os.access(place, os.W_OK):
+        problem = f"no permission to write {place}"
+    if problem:
+        raise ValueError(f"{option} {path} cannot be written: {problem}")
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from perf.compare import KEY
-from perf.results import Launched
+from perf.results import KEY, Launched
 from perf.timeline import BARRIER, COMBINE, COUNT, EPILOGUE, PHASE_NAMES, Slice
 
 #: Field and name of each phase; the wait between tiles is what the others leave of the launch.

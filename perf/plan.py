@@ -401,13 +401,16 @@ def check_here(plans: Sequence[Plan]) -> None:
                 f"{case.model.name} in {case.precision} needs at least {needed / 2**30:.0f} GiB on "
                 f"a GPU, {gpu.name} has {gpu.total_memory / 2**30:.0f}; try fewer --num-experts"
             )
-        if plan.kernel_dir and not dsl.HAVE_DSL:
+        if not dsl.HAVE_DSL:
             config = case.config(plan.max_tokens)
             kernel = select(config, **plan.kernel_options)
             file = f"{compile.kernel_name(config, kernel)}.so"
-            places = (Path(plan.kernel_dir), compile.cache_dir())
+            places = [Path(place) for place in (plan.kernel_dir, compile.cache_dir()) if place]
             if not any((directory / file).exists() for directory in places):
                 special = f" with {plan.kernel_options}" if plan.kernel_options else ""
+                where = f"--kernel-dir {plan.kernel_dir}" if plan.kernel_dir else f"{places[0]}"
                 raise ValueError(
-                    f"--kernel-dir {plan.kernel_dir} has no {file} for {config}{special}"
+                    f"{where} has no {file} for {config}{special}, and without nvidia-cutlass-dsl "
+                    "it cannot be built here; build it with python -m megamoe.compile and pass "
+                    "--kernel-dir"
                 )

@@ -51,7 +51,7 @@ def _subplots(*args, **kwargs):
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ValueError(f"plots need {error.name}: pip install 'megamoe[report]'") from None
+        raise ValueError(f"plots need {error.name}: pip install -e '.[report]'") from None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -19,8 +19,13 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from megamoe.compile import KernelNotFound
+
 #: Nothing here needs NVLink multicast, and on a shared host it can put GPUs out of service.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+#: What ends a command, or a rank, in one line: a wrong argument, a file that cannot be written, a
+#: kernel that is not there.
+ONE_LINE = (ValueError, OSError, KernelNotFound)
 #: Seconds between a rank's last line and its end: torchrun then ends the others, who may have the
 #: better explanation.
 LAST_WORDS_S = 2.0
@@ -93,7 +98,7 @@ class Job:
 @contextmanager
 def joined(place: Place) -> Iterator[Job]:
     """The job over NCCL, each process on the GPU of its local rank. Whoever leaves with an
-    exception ends its process: status 2 for a ValueError, which is one line, else 1.
+    exception ends its process: status 2 for one of ONE_LINE, else 1.
     """
     for name, value in NO_MULTICAST.items():
         os.environ.setdefault(name, value)
@@ -106,7 +111,7 @@ def joined(place: Place) -> Iterator[Job]:
         torch.cuda.synchronize()
         yield job
         dist.barrier()
-    except ValueError as error:
+    except ONE_LINE as error:
         job.abort(f"error: {error}", 2)
     except BaseException:
         job.abort(traceback.format_exc(), 1)

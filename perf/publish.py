@@ -23,8 +23,9 @@ import torch
 from perf.__main__ import COMMANDS
 from perf.__main__ import parser as command_line
 from perf.baselines import BASELINE_OF
-from perf.options import Parser, integer, nearest
+from perf.options import Parser, check_writable, integer, nearest
 from perf.plan import kernels_of
+from perf.processes import ONE_LINE
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: Seconds that torchrun gets to end its ranks when a step has used up its time.
@@ -115,7 +116,7 @@ STEPS = (
     Step("tiny", "--model tiny --ranks 1 --tokens 1:4096 --graph"),
     Step("tiny_ranks8", "--model tiny --ranks 8 --tokens 1:512 --graph"),
     Step("v3_eager", f"{_ONE['v3']} --eager {_SOME_TOKENS}"),
-    Step("v3_skewed", f"{_V3} --ranks 4 --routing skewed --tokens 64,1024"),
+    Step("v3_skewed", f"{_V3} --ranks 4 --routing zipf --tokens 64,1024"),
     Step("v3_hot_expert", f"{_V3} --ranks 4 --routing hot-expert --tokens 64,1024"),
     Step("v3_hot_rank", f"{_V3} --ranks 4 --routing hot-rank --tokens 64,1024"),
     _errors("pro_errors_fp8", _PRO_ERRORS, "fp8_block"),
@@ -138,7 +139,7 @@ _EP2 = {
 def _skewed(gpus: int) -> Iterator[tuple[Step, Step]]:
     """Routings of Pro that load some experts or ranks more than others."""
     for name, routing in {
-        "skewed": "skewed",
+        "skewed": "zipf",
         "hot_expert": "hot-expert:0.3",
         "hot_rank": "hot-rank:0.6",
     }.items():
@@ -176,7 +177,7 @@ EP_STEPS = (
     _ablation("pro_ablation_ep2_fp8", _EP2["pro"], 2),
     *_both("flash_ep2", f"{_EP2['flash']} {_SOME_TOKENS}", 2),
     *_both("v3_ep2", f"{_EP2['v3']} {_SOME_TOKENS}", 2),
-    Step("pro_ep2_skewed", f"{_EP2['pro']} --routing skewed {_SKEWED}", gpus=2),
+    Step("pro_ep2_skewed", f"{_EP2['pro']} --routing zipf {_SKEWED}", gpus=2),
 )
 
 
@@ -277,10 +278,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     timed = passed_on | {"--reps": args.reps}
     extra = {ACCURACY: passed_on, SWEEP: timed, ABLATION: timed}
     directory = args.directory.resolve()
-    directory.mkdir(parents=True, exist_ok=True)
-    if args.list_configs:
-        (directory / "configs.json").write_text(json.dumps(configs_of(steps)))
-        return 0
+    try:
+        check_writable("directory", directory, parents=True, directory=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        if args.list_configs:
+            (directory / "configs.json").write_text(json.dumps(configs_of(steps)))
+            return 0
+    except ONE_LINE as error:
+        parser.error(str(error))
     begin, outcomes = time.monotonic(), {}
     for step in steps:
         spent = time.monotonic() - begin

@@ -16,8 +16,9 @@ from html import escape
 from pathlib import Path
 
 from perf.curves import PEERS, Curve, Group, groups_of, load_peers, memory_of
+from perf.options import check_writable
 from perf.phases import COLUMNS as PHASE_COLUMNS
-from perf.phases import sections_of
+from perf.phases import PhaseRow, sections_of
 from perf.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
 from perf.results import load, result_files
 
@@ -246,7 +247,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and the pictures; 0. ValueError for files that cannot be drawn."""
+    """Write the page and the pictures; 0. ValueError for files that cannot be drawn or written."""
+    check_writable("--output", args.output, parents=True)
+    if args.pictures:
+        check_writable("--pictures", args.pictures, parents=True, directory=True)
     rows, others = result_files(args.files)
     recorded, others = result_files(others, PHASE_COLUMNS)
     if others:
@@ -256,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
     if not len(frame):
         raise ValueError(f"no result rows in {' '.join(args.files)}")
     groups = groups_of(frame, load_peers(args.peers))
-    launches = load(*recorded, columns=PHASE_COLUMNS)
+    launches = load(*recorded, kind=PhaseRow)
     memory = memory_sections(groups)
     pictures = {
         slug: draw(title, slug, parts)

@@ -12,11 +12,15 @@ import importlib.metadata
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from datetime import UTC, datetime
+from math import inf, nan
 from pathlib import Path
 
 import torch
+
+from perf.options import check_writable
+from perf.routings import ALIASES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 #: What stands in `gpu` where the emulator ran.
@@ -81,6 +85,11 @@ class Row(Launched):
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+#: Columns that say what was measured; the others say when, with what source and with what outcome.
+KEY = (
+    "gpu", "num_ranks", "ranks_per_gpu", "model", "hidden", "intermediate", "num_experts", "top_k",
+    "tokens", "precision", "routing", "mode", "impl",
+)  # fmt: skip
 
 
 def _cell(value: object) -> str:
@@ -88,26 +97,30 @@ def _cell(value: object) -> str:
 
 
 class ResultsFile:
-    """A CSV file that rows of one kind, a dataclass, are appended to; ValueError if `path` has
-    another header than its fields.
+    """A CSV file that rows of one kind, a dataclass, are appended to; ValueError if `path` cannot
+    be written or has another header than its fields.
     """
 
     def __init__(self, path: str | Path, kind: type = Row):
         self.path = Path(path)
         self.columns = tuple(field.name for field in fields(kind))
-        if self.path.is_dir():
-            raise ValueError(f"{self.path} is a directory, expected a CSV file")
+        check_writable("the CSV file", self.path, parents=True)
         if self.path.exists() and self.path.stat().st_size:
             check_header(self.path, self.columns)
 
     def append(self, row: Row) -> None:
-        """Write one row, with the header first in a new file, and close the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(self.columns)
-            writer.writerow([_cell(getattr(row, column)) for column in self.columns])
+        """Write one row, with the header first in a new file, and close the file. An OSError names
+        it.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writerow(self.columns)
+                writer.writerow([_cell(getattr(row, column)) for column in self.columns])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
@@ -143,25 +156,65 @@ def result_files(
 def _header_of(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
-    with path.open(newline="") as file:
-        return next(csv.reader(file), [])
+    try:
+        with path.open(newline="") as file:
+            return next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from None
 
 
-def load(*paths: str | Path, columns: Sequence[str] = COLUMNS):
+def load(*paths: str | Path, kind: type = Row):
     """Rows of CSV files, or of all those in a directory: a pandas DataFrame, `file` added.
-    ValueError for a file that does not exist or has other `columns`.
+    A number that was not measured is NaN; routings have the names of today. ValueError for a file
+    that does not exist or has other columns than `kind`, and for a row that is not whole.
     """
     import pandas
 
+    columns = [field.name for field in fields(kind)]
     files: list[Path] = []
     for path in map(Path, paths):
         files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    frames = [pandas.DataFrame(columns=[*columns, "file"])] if not files else []
+    rows: list[list[object]] = []
     for file in files:
         check_header(file, columns)
-        frame = pandas.read_csv(file, dtype={"commit": str, "driver": str, "config": str})
-        frames.append(frame.assign(file=file.name))
-    return pandas.concat(frames, ignore_index=True)
+        rows += [[*row, file.name] for row in _rows_of(file, kind)]
+    return pandas.DataFrame(rows, columns=[*columns, "file"])
+
+
+def _rows_of(path: Path, kind: type) -> list[list[object]]:
+    """The values of every row; ValueError, naming file and line, for one that is not whole."""
+    columns, rows = fields(kind), []
+    with path.open(newline="") as file:
+        lines = csv.reader(file)
+        try:
+            next(lines)
+            for cells in filter(None, lines):
+                if len(cells) != len(columns):
+                    raise ValueError(f"{len(cells)} columns, expected {len(columns)}")
+                rows.append([_value(*pair) for pair in zip(columns, cells, strict=True)])
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
+    return rows
+
+
+def _value(column: Field, cell: str) -> object:
+    """What a cell holds, by the annotation of its column; ValueError where that cannot be. Numbers
+    of KEY, and times of calls, are positive.
+    """
+    name, (kind, *optional) = column.name, column.type.split(" | ")
+    if not cell and name in (*KEY, "date"):
+        raise ValueError(f"{name} is empty")
+    if kind == "str":
+        return ALIASES.get(cell, cell) if name == "routing" else cell
+    if not cell and optional:
+        return nan
+    try:
+        value = {"int": int, "float": float}[kind](cell)
+    except ValueError:
+        raise ValueError(f"{name} {cell!r} is no number") from None
+    if (name in KEY or name.startswith("us_")) and not 0 < value < inf:
+        raise ValueError(f"{name} {cell} is no positive number")
+    return value
 
 
 def _output_of(*command: str) -> str | None:

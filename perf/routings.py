@@ -81,14 +81,13 @@ def with_replacement(draw: Draw, parameter: None = None) -> torch.Tensor:
     )
 
 
-def zipf(draw: Draw, exponent: float | None) -> torch.Tensor:
+def zipf(draw: Draw, exponent: float) -> torch.Tensor:
     """The n-th most popular expert is drawn in proportion to 1 / n^exponent, without repeats
     (Gumbel top-k).
 
     Popularity is a permutation of the experts that depends on the seed alone, so that all ranks
     agree on it.
     """
-    exponent = 1.0 if exponent is None else exponent
     experts = draw.num_experts
     order = torch.randperm(experts, generator=torch.Generator().manual_seed(draw.seed))
     log_weight = -exponent * torch.log(1.0 + order.to(draw.device))
@@ -144,11 +143,13 @@ ROUTINGS = {
     "balanced": Routing(balanced),
     "random": Routing(with_replacement),
     "zipf": Routing(zipf, default=1.0, high=8.0),
-    "skewed": Routing(zipf),
     "hot-expert": Routing(hot_expert, default=1.0),
     "hot-rank": Routing(hot_rank, default=1.0),
     "masked": Routing(masked, default=0.5),
 }
+
+#: Names that command lines and stored rows may have for another.
+ALIASES = {"skewed": "zipf"}
 
 HELP = (
     f"{', '.join(ROUTINGS)}; zipf:1.2 (exponent), hot-expert:0.3 and hot-rank:0.6 (share of the "
@@ -164,6 +165,7 @@ def is_recorded(text: str) -> bool:
 def parse(text: str) -> tuple[str, float | None]:
     """(name, parameter) of a named routing; ValueError if there is none such."""
     name, colon, value = text.partition(":")
+    name = ALIASES.get(name, name)
     if name not in ROUTINGS:
         files = ", or a file that ends in " + " or ".join(RECORDED_SUFFIXES)
         raise ValueError(f"{text!r} is not a routing; {nearest(name, ROUTINGS)}{files}")
@@ -182,7 +184,9 @@ def parse(text: str) -> tuple[str, float | None]:
 
 
 def canonical(text: str) -> str:
-    """One spelling for one routing: no default parameter, no trailing zeros; a path as it is."""
+    """One spelling for one routing: no alias, no default parameter, no trailing zeros; a path as it
+    is.
+    """
     if is_recorded(text):
         return text
     name, parameter = parse(text)
@@ -211,13 +215,14 @@ def recorded(path: str) -> torch.Tensor:
         if path.endswith(".npy"):
             import numpy
 
-            ids = torch.from_numpy(numpy.load(path, allow_pickle=False))
-        else:
-            ids = torch.load(path, map_location="cpu", weights_only=True)
+            array = numpy.load(path, allow_pickle=False)
+        else:  # only what is stored whole, no sparse tensor for one, becomes an array
+            array = torch.load(path, map_location="cpu", weights_only=True).numpy()
+        ids = torch.from_numpy(array)
     except Exception as error:  # readers raise almost anything for a file of another kind
         reason = getattr(error, "strerror", None) or "it holds no array of integers"
         raise ValueError(f"routing {path} cannot be read: {reason}") from None
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex():
+    if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"routing {path} must hold a tensor of integers")
     if ids.dtype == torch.bool or ids.dim() not in (2, 3):
         raise ValueError(f"routing {path} must hold integers of shape [N, K] or [W, N, K], "
@@ -228,7 +233,9 @@ def recorded(path: str) -> torch.Tensor:
 def check(text: str, num_ranks: int, tokens: int, num_experts: int, top_k: int) -> None:
     """ValueError unless the routing can be drawn for this many tokens on every rank."""
     if not is_recorded(text):
-        parse(text)
+        name, parameter = parse(text)
+        if name == "hot-expert" and parameter < 1 and num_experts == 1:
+            raise ValueError(f"routing {text} needs another expert than the hot one, num_experts=1")
         return
     ids = recorded(text)
     if ids.shape[-1] != top_k:

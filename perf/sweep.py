@@ -18,12 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-import torch
-
 from megamoe.faults import MegaMoEError
 from perf import deepep
 from perf.cases import Case
-from perf.measure import STAGING, Point, Runner, WrongResult
+from perf.measure import STAGING, Point, Runner, WrongResult, out_of_memory
 from perf.plan import Plan, add_options, check_here, plans_of
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, joined, place_of
@@ -35,9 +33,9 @@ __all__ = ["SUMMARY", "add_options", "run"]
 
 SUMMARY = "time one model over token counts and check every output (default: the CPU emulator)"
 EPILOG = (
-    "Exit status: 0 if every output was right, 1 after a wrong output or a failed launch, 2 for "
-    "wrong arguments, 130 after an interrupt, which keeps finished rows. With a process per GPU: "
-    "torchrun --nproc-per-node N -m perf sweep --device cuda ..."
+    "Exit status: 0 if every output was right, 1 after a wrong output, a failed launch or the end "
+    "of memory or disk, 2 for wrong arguments, 130 after an interrupt; finished rows are kept. "
+    "With a process per GPU: torchrun --nproc-per-node N -m perf sweep --device cuda ..."
 )
 
 FAILED, INTERRUPTED = 1, 130
@@ -139,7 +137,7 @@ SWEEP = Listing()
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the sweep: 0, 1 after a failed launch or a wrong output, 130 after an interrupt. Under
+    """Run the sweep: 0, 1 after a wrong output or whatever ended it, 130 after an interrupt. Under
     torchrun a rank that failed does not return; its process ends with the status.
     """
     return run_plans(args, Runner, ProcessRunner)
@@ -209,33 +207,40 @@ def measure_all(
         for plan in plans:
             where = environment(plan.device) if speaks else {}
             runner = None  # gives back the memory of the last plan
+            place = plan.case.precision
             runner = make_runner(plan)
             impls = [contender.impl for contender in runner.contenders]
             columns = listing.columns(plan, impls)
             if speaks:
                 say(listing.heading(plan, where["gpu"], columns), sys.stdout)
             for tokens in plan.tokens:
-                progress.start(f"{plan.case.precision}, {tokens} tokens per rank")
+                place = f"{plan.case.precision}, {tokens} tokens per rank"
+                progress.start(place)
                 for point in runner.points(tokens):
-                    finished += 1
                     status = FAILED if point.problem else status
-                    if not speaks:
-                        continue
-                    if file:
-                        file.append(point.row(where))
-                    seen(point)
-                    line = "  ".join(text(point).rjust(width) for _, width, text in columns)
-                    say(line, sys.stdout)
-                    if point.problem:
-                        say(point.problem, sys.stderr)
+                    if speaks:
+                        cells = [text(point).rjust(width) for _, width, text in columns]
+                        say("  ".join(cells), sys.stdout)
+                        if point.problem:
+                            say(point.problem, sys.stderr)
+                        if file:
+                            file.append(point.row(where))
+                        seen(point)
+                    finished += 1
         progress.clear()
     except KeyboardInterrupt:
         kept = f" in {file.path}" if file else ""
         return stop(f"interrupted: {finished} finished row(s) kept{kept}", INTERRUPTED)
-    except torch.OutOfMemoryError as error:
-        return stop(f"out of GPU memory after {finished} row(s), try --num-experts: {error}")
     except WrongResult as error:
         return stop(str(error))
     except MegaMoEError as error:
         return stop(f"launch failed after {finished} finished row(s): {error}")
+    except OSError as error:
+        return stop(f"stopped after {finished} finished row(s): {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        kept = f"{place}: out of memory after {finished} finished row(s)"
+        return stop(f"{kept}, try --num-experts: {reason}")
     return status

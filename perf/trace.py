@@ -30,6 +30,7 @@ from perf.measure import (
     largest_error,
     layer_bound,
     oracle,
+    out_of_memory,
     outputs_of,
 )
 from perf.options import check_writable
@@ -129,8 +130,11 @@ def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job | 
         launch = emulated_launch if plan.emulated else gpu_launch
         traces, outputs = launch(runner.moe, plan, inputs, job)
         error = error_of(runner, plan, inputs, outputs, job)
-    except MegaMoEError as failure:
-        message = f"launch failed: {failure}"
+    except (RuntimeError, MemoryError) as failure:
+        if not isinstance(failure, MegaMoEError) and not out_of_memory(failure):
+            raise
+        what = "launch failed" if isinstance(failure, MegaMoEError) else "out of memory"
+        message = f"{what}: {failure}".partition("\n")[0]
         if job:
             job.abort(message, FAILED)
         print(message, file=sys.stderr)

@@ -26,7 +26,7 @@ from perf.__main__ import COMMANDS, main, parser
 from perf.baselines import TorchBf16
 from perf.cases import Model, make_rank_inputs
 from perf.measure import Point, Runner, staging_contenders
-from perf.options import nearest, token_counts
+from perf.options import check_writable, nearest, token_counts
 from perf.plan import plan_of
 from perf.progress import Progress
 from perf.results import ResultsFile, load
@@ -157,6 +157,35 @@ def test_token_counts(text, counts):
     assert token_counts(text) == counts
 
 
+@pytest.mark.parametrize(
+    ("path", "options", "problem"),
+    [
+        ("file", {}, ""),
+        ("new.csv", {}, ""),
+        ("made/a/b.csv", {"parents": True}, ""),
+        ("made/a", {"parents": True, "directory": True}, ""),
+        (".", {"directory": True}, ""),
+        ("made/b.csv", {}, "made is no directory"),
+        (".", {}, "it is a directory"),
+        ("file/b.csv", {}, "file is no directory"),
+        ("file/a/b.csv", {"parents": True}, "file is no directory"),
+        ("file", {"parents": True, "directory": True}, "file is no directory"),
+    ],
+)
+def test_what_can_be_written(path, options, problem, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    before = list(tmp_path.iterdir())
+    if problem:
+        with pytest.raises(ValueError, match=f"^--out .* cannot be written: .*{problem}$"):
+            check_writable("--out", tmp_path / path, **options)
+    else:
+        check_writable("--out", tmp_path / path, **options)
+        monkeypatch.setattr(os, "access", lambda place, mode: not place.exists())
+        with pytest.raises(ValueError, match=f"no permission to write {tmp_path}"):
+            check_writable("--out", tmp_path / path, **options)
+    assert list(tmp_path.iterdir()) == before
+
+
 def test_nearest():
     assert nearest("7", [1, 2, 4, 8]) == "did you mean 8 or 4?"
     assert nearest("V3", ["v3", "pro"]) == "did you mean v3?"
@@ -216,6 +245,14 @@ def test_every_configuration_is_checked_before_the_first_runs(second_precision, 
     assert stop.value.code == 2 and fake.made == []
 
 
+def test_a_kernel_that_cannot_be_built_is_one_line(capsys, monkeypatch):
+    def lack(**arguments):
+        raise compile.KernelNotFound("no C compiler")
+
+    monkeypatch.setattr(megamoe, "MegaMoE", lack)
+    assert "error: no C compiler" in error_line(["sweep"], capsys)
+
+
 def test_what_is_lacking_ends_the_sweep_in_one_line(fake, capsys, monkeypatch):
     def lack(plans):
         raise ValueError(f"{len(plans)} plan(s), no memory")
@@ -268,6 +305,7 @@ def gpu_of(gigabytes: int) -> SimpleNamespace:
 def test_what_the_machine_lacks_is_said_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu_of(16))
+    monkeypatch.setattr(dsl, "HAVE_DSL", True)
     cuda = ("--device", "cuda", "--model", "v3")
     plan.check_here([plan_for(*cuda, "--num-experts", "32")])
     with pytest.raises(ValueError, match=r"needs at least \d+ GiB on a GPU, GPU has 16"):
@@ -280,9 +318,12 @@ def test_what_the_machine_lacks_is_said_before_anything_runs(monkeypatch, tmp_pa
     wanted = plan_for(*few, "--kernel-dir", str(tmp_path / "kernels"))
     with pytest.raises(ValueError, match="--kernel-dir .*kernels has no megamoe-bf16-.*.so"):
         plan.check_here([wanted])
+    anywhere = plan_for(*few)
+    with pytest.raises(ValueError, match=f"^{tmp_path} has no .* with python -m megamoe.compile"):
+        plan.check_here([anywhere])
     config = wanted.case.config(wanted.max_tokens)
     (tmp_path / f"{compile.kernel_name(config, select(config))}.so").touch()
-    plan.check_here([wanted])
+    plan.check_here([wanted, anywhere])
 
 
 def test_cuda_options(monkeypatch):
@@ -397,11 +438,24 @@ def test_nan_is_wrong(fake, capsys):
     assert "is wrong at 2 tokens" in capsys.readouterr().err
 
 
+OUT_OF_MEMORY = (
+    "bf16, 3 tokens per rank: out of memory after 1 finished row(s), try --num-experts: "
+)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted: 1 finished row"),
         (LaunchTimeout("rank 1, role math"), 1, "launch failed after 1 finished row(s): rank 1"),
+        (OSError("disk"), 1, "stopped after 1 finished row(s): disk"),
+        (torch.OutOfMemoryError("64 GiB"), 1, OUT_OF_MEMORY + "64 GiB"),
+        (MemoryError(), 1, OUT_OF_MEMORY),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes.\nframe #0"),
+            1,
+            OUT_OF_MEMORY + "DefaultCPUAllocator: can't allocate memory: 9 bytes.\n",
+        ),
     ],
 )
 def test_finished_rows_survive(error, status, message, fake, capsys, tmp_path):
@@ -412,8 +466,45 @@ def test_finished_rows_survive(error, status, message, fake, capsys, tmp_path):
     fake.fault = staticmethod(fault)
     path = tmp_path / "rows.csv"
     assert main([*SMALL, "--csv", str(path)]) == status
-    assert message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 3  # after two lines of progress
     assert load(path).tokens.tolist() == [2]
+
+
+def test_another_error_of_a_launch_is_not_out_of_memory(fake):
+    def fault(call: int) -> None:
+        raise RuntimeError("illegal instruction")
+
+    fake.fault = staticmethod(fault)
+    with pytest.raises(RuntimeError, match="illegal instruction"):
+        main(SMALL)
+
+
+def test_a_file_that_can_no_longer_be_written_ends_the_sweep_in_one_line(fake, capsys, tmp_path):
+    path, kept = tmp_path / "rows.csv", tmp_path / "kept.csv"
+
+    def fault(call: int) -> None:
+        if call == 2:  # the first repetition of the second token count
+            path.rename(kept)
+            path.mkdir()
+
+    fake.fault = staticmethod(fault)
+    assert main([*SMALL, "--csv", str(path)]) == 1
+    out, err = capsys.readouterr()
+    [line] = [line for line in err.splitlines() if not line.startswith("[")]
+    assert line.startswith("stopped after 1 finished row(s): ") and line.endswith(f"'{path}'")
+    assert [row.split()[0] for row in out.splitlines()[-2:]] == ["2", "3"]
+    assert load(kept).tokens.tolist() == [2]
+
+
+@pytest.mark.parametrize("command", ["sweep", "zeroing", "accuracy"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
+    command, fake, capsys, tmp_path
+):
+    (tmp_path / "file").touch()
+    argv = [command, "--tokens", "2", "--csv", str(tmp_path / "file" / "rows.csv")]
+    assert "cannot be written: " in error_line(argv, capsys)
+    assert fake.made == []
 
 
 def test_a_csv_with_another_header_is_refused_before_anything_runs(fake, capsys, tmp_path):
@@ -476,6 +567,24 @@ def test_an_unknown_step_is_one_line(capsys, tmp_path):
         publish.main([str(tmp_path), "--only", "v3_eagr"])
     assert stop.value.code == 2
     assert "did you mean v3_eager" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--list-configs"], ["--only", "smoke"]])
+def test_a_directory_that_cannot_be_made_is_one_line(options, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "run_step", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        publish.main([str(tmp_path / "file"), *options])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "file is no directory" in err
+
+
+def test_a_list_that_cannot_be_written_is_one_line(capsys, tmp_path):
+    (tmp_path / "configs.json").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        publish.main([str(tmp_path), "--list-configs", "--only", "smoke"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "configs.json" in err
 
 
 def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:

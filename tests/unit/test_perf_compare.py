@@ -142,6 +142,12 @@ def test_rows_join_on_every_column_of_the_key(column):
     assert pairs_of({keys[0]: timing}, {keys[1]: timing}) == []
 
 
+def test_rows_join_under_the_old_name_of_a_routing(tmp_path, capsys):
+    assert compare(tmp_path, [row(routing="skewed")], [row(routing="zipf")]) == 0
+    out = capsys.readouterr().out
+    assert "zipf" in out and "skewed" not in out and "1 same" in out
+
+
 def test_rows_of_one_side_are_listed(tmp_path, capsys):
     both, a, b = row(tokens=8), row(tokens=16), row(tokens=32, impl="torch_bf16")
     assert compare(tmp_path, [both, a], [both, b]) == 0
@@ -165,8 +171,8 @@ def test_rows_of_one_measurement_count_as_one(tmp_path):
         (["{a}", "{nowhere}"], "does not exist"),
         (["{a}", "{other}"], "another header"),
         (["{a}", "{empty}"], "has no rows"),
-        (["{a}", "{zero}"], "without a positive time"),
-        (["{a}", "{text}"], "without a positive time"),
+        (["{a}", "{zero}"], "zero.csv, line 2: us_min 0 is no positive number"),
+        (["{a}", "{text}"], "text.csv, line 2: us_min 'fast' is no number"),
         (["{a}", "{b}"], "no measurement in common"),
         (["{a}", "{cold}"], "no measurement in common"),
         (["{a}", "{a}", "--threshold", "x"], "--threshold: 'x' is not a number of percent"),

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import megamoe
 from megamoe import reference
+from megamoe.compile import KernelNotFound
 from megamoe.config import KernelConfig
 from megamoe.faults import LaunchTimeout
 from megamoe.reference import Weights
@@ -344,7 +345,13 @@ def test_a_runner_flushes_before_whatever_it_measures(kind, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "status", "message"),
-    [(LaunchTimeout("rank 1, role math"), 1, "launch failed after 0"), (ValueError("no"), 2, "no")],
+    [
+        (LaunchTimeout("rank 1, role math"), 1, "launch failed after 0"),
+        (ValueError("no"), 2, "error: no"),
+        (KernelNotFound("no DSL"), 2, "error: no DSL"),
+        (OSError("disk"), 1, "stopped after 0 finished row(s): disk"),
+        (torch.OutOfMemoryError("9 GiB"), 1, "bf16: out of memory after 0 finished row(s)"),
+    ],
 )
 def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monkeypatch, capsys):
     class Ended(BaseException):
@@ -372,4 +379,4 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
         measure_all([plan], None, fail, joined)
     assert ended.value.args == (status,)
     err = capsys.readouterr().err
-    assert err.startswith("rank 3: ") and message in err
+    assert err.startswith(f"rank 3: {message}")

@@ -6,14 +6,15 @@ import sys
 import xml.etree.ElementTree as ET
 from dataclasses import fields
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas
 import pytest
 
+from perf import report
 from perf.__main__ import main
 from perf.cases import MODELS, Case
 from perf.curves import PEER_COLUMNS, PEERS, groups_of, load_peers, memory_of
-from perf.phases import COLUMNS as PHASE_COLUMNS
 from perf.phases import PHASES, PhaseRow, sections_of
 from perf.report import environment_rows, group_rows, memory_sections
 from perf.results import EMULATION, REPOSITORY, ResultsFile, Row, load
@@ -62,7 +63,7 @@ def peers():
 
 def test_groups_and_their_curves(frame, peers):
     balanced, skewed, emulated = groups_of(frame, peers)
-    assert (balanced.routing, skewed.routing, emulated.gpu) == ("balanced", "skewed", EMULATION)
+    assert (balanced.routing, skewed.routing, emulated.gpu) == ("balanced", "zipf", EMULATION)
     assert balanced.title == "pro 7168/3072/384/6, EP4 on 4 x NVIDIA H200, balanced routing"
     assert balanced.slug == "nvidia-h200-pro-e384-ep4-4gpu-balanced"
     ours, torch, other = balanced.curves
@@ -159,7 +160,7 @@ def test_phases_are_those_of_the_latest_launch(tmp_path):
         launch(8, 30.0, precision="fp8_block"),
     ]  # fmt: skip
     path = write(tmp_path / "phases.csv", rows, PhaseRow)
-    first, second = sections_of(load(path, columns=PHASE_COLUMNS)).values()
+    first, second = sections_of(load(path, kind=PhaseRow)).values()
     assert first[0] == "pro, EP4, bf16, balanced routing"
     assert second[0] == "pro, EP4, fp8_block, balanced routing"
     assert {tokens: sum(times.values()) for tokens, times in first[1].items()} == {8: 50, 64: 90}
@@ -258,14 +259,21 @@ def test_the_same_rows_give_the_same_page(tmp_path):
         ([], "required: CSV"),
         (["{nowhere}"], "does not exist"),
         (["{notes}"], "no result rows"),
+        (["{cut}"], "cut.csv, line 3: 12 columns, expected 30"),
+        (["{text}"], "text.csv, line 2: top_k 'four' is no number"),
         (["{rows}", "--peers", "{notes}"], "must have the columns source, gpu"),
         (["{rows}", "--peers", "{nowhere}"], "does not exist"),
         (["{rows}", "--picture", "x"], "did you mean --pictures"),
     ],
 )
 def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
-    names = {name: str(tmp_path / f"{name}.csv") for name in ("rows", "notes", "nowhere")}
+    names = {
+        name: str(tmp_path / f"{name}.csv") for name in ("rows", "notes", "nowhere", "cut", "text")
+    }
     write(names["rows"])
+    write(names["text"], [pro(8, 1.0, top_k="four")])
+    lines = Path(write(names["cut"], ROWS[:2])).read_text().splitlines()
+    Path(names["cut"]).write_text("\n".join([*lines[:2], ",".join(lines[2].split(",")[:12])]))
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
     out = tmp_path / "page.html"
     with pytest.raises(SystemExit) as stop:
@@ -274,12 +282,34 @@ def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("option", ["--output", "--pictures"])
+def test_what_cannot_be_written_is_refused_before_anything_is_read(
+    option, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(report, "result_files", None)
+    place = write(tmp_path / "rows.csv") + "/a.html"
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(tmp_path), "-o", str(tmp_path / "page.html"), option, place])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "page.html").exists()
+    assert f"{option} {place} cannot be written: " in err
+
+
+def test_a_page_that_can_no_longer_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(report, "page_of", lambda *arguments: page.mkdir() or "text")
+    with pytest.raises(SystemExit) as stop:
+        main(["report", write(tmp_path / "rows.csv"), "-o", str(page)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and str(page) in err
+
+
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stop:
         main(["report", write(tmp_path / "rows.csv"), "-o", str(tmp_path / "page.html")])
     assert stop.value.code == 2
-    assert "pip install 'megamoe[report]'" in capsys.readouterr().err
+    assert "pip install -e '.[report]'" in capsys.readouterr().err
 
 
 def test_the_published_files_can_be_drawn():
@@ -296,6 +326,6 @@ def test_the_published_files_can_be_drawn():
 
 def test_the_published_phases_are_whole():
     """Phases follow each other: none is negative, and together they are the launch."""
-    frame = load(REPOSITORY / "perf" / "results" / "phases.csv", columns=PHASE_COLUMNS)
+    frame = load(REPOSITORY / "perf" / "results" / "phases.csv", kind=PhaseRow)
     assert len(frame) and (frame[list(PHASES)] >= 0).all(axis=None)
     assert frame[list(PHASES)].sum(axis=1).tolist() == pytest.approx(frame.launch_us, rel=1e-4)

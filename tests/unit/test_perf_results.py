@@ -106,6 +106,74 @@ def test_a_file_with_another_header_is_refused_and_kept(tmp_path, header, messag
             load(path)
 
 
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("top_k", "four", "top_k 'four' is no number"),
+        ("top_k", "4.5", "top_k '4.5' is no number"),
+        ("top_k", "", "top_k is empty"),
+        ("tokens", "0", "tokens 0 is no positive number"),
+        ("us_median", "nan", "us_median nan is no positive number"),
+        ("us_min", "", "us_min '' is no number"),
+        ("us_p95", "inf", "us_p95 inf is no positive number"),
+        ("error_rel", "small", "error_rel 'small' is no number"),
+        ("reset_bytes", "1 MB", "reset_bytes '1 MB' is no number"),
+        ("gpu", "", "gpu is empty"),
+        ("routing", "", "routing is empty"),
+        ("date", "", "date is empty"),
+    ],
+)
+def test_a_cell_that_is_none_is_named(tmp_path, column, cell, message):
+    path = tmp_path / "rows.csv"
+    for row in (row_of(), row_of(**{column: cell})):
+        ResultsFile(path).append(row)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    assert str(error.value) == f"{path}, line 3: {message}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("2027-01-01,012", ", line 2: 2 columns, expected 30"),
+        ("," * 30, ", line 2: 31 columns, expected 30"),
+        ("\xff", " is no CSV file: .* can't decode"),
+        ('"' + 200_000 * "x", ", line .: field larger than"),
+    ],
+)
+def test_a_row_that_is_not_whole_is_named(tmp_path, line, message):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(f"{','.join(COLUMNS)}\n{line}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{path}{message}"):
+        load(path)
+
+
+def test_what_was_not_measured_may_be_empty(tmp_path):
+    path = tmp_path / "rows.csv"
+    ResultsFile(path).append(row_of(driver="", dirty="", torch="2.10", error_rel=float("nan")))
+    path.write_text(path.read_text() + "\n")  # a line without cells
+    [row] = load(path).itertuples()
+    assert row.driver == row.roofline_bound == "" and row.torch == "2.10"
+    numbers = load(path)[["dirty", "error_rel", "tflops", "reset_bytes"]]
+    assert numbers.isna().all(axis=None) and set(numbers.dtypes.astype(str)) == {"float64"}
+
+
+def test_routings_have_the_names_of_today(tmp_path):
+    for routing in ("skewed", "zipf", "zipf:1.2", "skewed.pt#0123"):
+        ResultsFile(tmp_path / "rows.csv").append(row_of(routing=routing))
+    assert load(tmp_path).routing.tolist() == ["zipf", "zipf", "zipf:1.2", "skewed.pt#0123"]
+
+
+def test_a_row_that_cannot_be_written_names_the_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    file = ResultsFile(path)
+    path.mkdir()
+    with pytest.raises(OSError, match="rows.csv"):
+        file.append(row_of())
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        ResultsFile("/dev/full").append(row_of())
+
+
 def test_an_empty_file_gets_a_header_and_a_directory_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.touch()

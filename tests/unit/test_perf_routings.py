@@ -32,8 +32,11 @@ def test_zipf_follows_its_exponent(exponent):
     assert (share / share.sum() - expected / expected.sum()).abs().max() < 0.02
 
 
-def test_zipf_of_one_is_skewed():
-    assert torch.equal(ids_of("zipf:1"), ids_of("skewed"))
+@pytest.mark.parametrize("text", ["skewed", "zipf", "zipf:1", "skewed:1.0"])
+def test_skewed_is_zipf(text):
+    assert torch.equal(ids_of(text), ids_of("zipf"))
+    assert routings.canonical(text) == routings.label_of(text) == "zipf"
+    assert routings.canonical("skewed:1.20") == "zipf:1.2"
 
 
 @pytest.mark.parametrize("top_k", [1, 4])
@@ -42,6 +45,14 @@ def test_hot_expert_takes_its_share_of_the_tokens(top_k):
     hot = (ids == 31).sum(dim=2)
     assert hot.max() == 1 and 0.27 < hot.double().mean() < 0.33
     assert (ids_of("hot-expert:0", top_k=top_k) < 31).all()
+
+
+def test_a_hot_expert_leaves_some_tokens_to_others():
+    model = dataclasses.replace(EMULATED, num_experts=1, top_k=1)
+    with pytest.raises(ValueError, match="hot-expert:0.5 needs another expert"):
+        Case(model, 1, 5, routing="hot-expert:0.5").check_routing(5)
+    Case(model, 1, 5, routing="hot-expert").check_routing(5)
+    assert not ids_of("hot-expert", ranks=1, num_experts=1, top_k=1).any()
 
 
 @pytest.mark.parametrize("ranks", [2, 16])
@@ -127,6 +138,8 @@ def test_masks_are_known(tmp_path):
         (torch.full((20, 4), -2), "has expert ids -2..-2"),
         (torch.zeros(20, 4), "must hold a tensor of integers"),
         (torch.zeros(20, 4, dtype=torch.bool), "must hold integers of shape"),
+        (torch.ones(20, 4, dtype=torch.int64).to_sparse(), "it holds no array of integers"),
+        (torch.zeros(20, 4, dtype=torch.int64, device="meta"), "it holds no array of integers"),
         (torch.zeros(20, dtype=torch.int64), "of shape [N, K] or [W, N, K], not torch.int64 [20]"),
     ],
 )

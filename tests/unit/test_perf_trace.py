@@ -13,6 +13,7 @@ import torch
 import megamoe
 from megamoe import compile
 from megamoe.config import select
+from megamoe.faults import LaunchTimeout
 from megamoe.precision import PRECISIONS
 from megamoe.schedule import PHASE_FC1, PHASE_FC2
 from megamoe.shape import Shape
@@ -21,7 +22,6 @@ from perf.__main__ import main, parser
 from perf.cases import MODELS, Case, make_inputs, make_weights
 from perf.emulated_trace import Recorder, stream_of
 from perf.measure import layer_arguments
-from perf.phases import COLUMNS as PHASE_COLUMNS
 from perf.phases import PhaseRow, phases_of
 from perf.plan import plan_of
 from perf.results import ResultsFile, environment, load
@@ -332,6 +332,22 @@ def test_a_wrong_output_is_told_and_fails(tmp_path, monkeypatch, capsys):
     assert json.loads(path.read_text())["otherData"]["error_rel"] == "inf"
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LaunchTimeout("rank 1"), "launch failed: rank 1"),
+        (RuntimeError("DefaultCPUAllocator: no\nframe"), "out of memory: DefaultCPUAllocator: no"),
+    ],
+)
+def test_a_launch_that_fails_is_one_line(error, message, tmp_path, monkeypatch, capsys):
+    def fail(plan):
+        raise error
+
+    monkeypatch.setattr(trace, "Runner", fail)
+    assert main([*SMALL, "--out", str(tmp_path / "trace.json")]) == 1
+    assert capsys.readouterr().err == f"{message}\n"
+
+
 def test_a_row_of_phases_is_appended(tmp_path, monkeypatch):
     plan = plan_on_gpu(monkeypatch)
     monkeypatch.setattr(trace, "environment", lambda device: environment("cpu"))
@@ -339,7 +355,7 @@ def test_a_row_of_phases_is_appended(tmp_path, monkeypatch):
     file = ResultsFile(tmp_path / "phases.csv", PhaseRow)
     for _ in range(2):
         trace.write(plan, traces, None, tmp_path / "trace.json", file)
-    frame = load(file.path, columns=PHASE_COLUMNS)
+    frame = load(file.path, kind=PhaseRow)
     assert frame.tokens.tolist() == [3, 3] and frame.num_ranks.tolist() == [RANKS] * 2
     assert frame.count_us.tolist() == [3, 3]
     facts = json.loads((tmp_path / "trace.json").read_text())["otherData"]
@@ -363,6 +379,7 @@ def test_what_to_build_is_listed_without_a_gpu(tmp_path):
         (["--out", "/"], "--out / cannot be written"),
         (["--out", "/nowhere/trace.json"], "cannot be written"),
         (["--list-configs", "/nowhere/a.json"], "--list-configs /nowhere/a.json cannot be"),
+        (["--device", "cuda", "--phases", "/dev/null/a.csv"], "/dev/null/a.csv cannot be written"),
         (["--phases", "a.csv"], "--phases a.csv: the emulator has an order of steps, no times"),
         (["--baseline", "torch_bf16"], "unknown argument --baseline"),
         (["--device", "cuda"], "no CUDA device is available"),
