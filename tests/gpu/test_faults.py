@@ -16,8 +16,8 @@ pytestmark = pytest.mark.gpu
 def launch_only(moe, ranks, xs, ids, weights):
     """Start the launches of some ranks, as if the others had died."""
     for rank in ranks:
-        stream = moe.backend.streams[rank].cuda_stream
-        y = moe.backend.outputs[rank]
+        streams = moe.backend.streams or [torch.cuda.current_stream()]
+        stream, y = streams[rank].cuda_stream, moe.backend.outputs[rank]
         moe.backend.launch(rank, xs[rank], ids[rank], weights[rank], y, stream)
 
 
