@@ -23,6 +23,7 @@ EDGE = {
     "narrow": _fields(4, 2, 128, 128, 64, 2),  # one K block pair, a tile wider than H
     "odd_hidden": _fields(8, 16, 384, 384, 96, 4),  # H is not a multiple of the tile, K = 16
     "one_expert_per_rank": _fields(8, 1, 256, 128, 300, 8),
+    "sixteen_ranks": _fields(32, 4, 256, 128, 64, 16),
     "many_experts": _fields(384, 6, 256, 128, 64, 2),
     "tiny_ring": _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, group_blocks=2),
     "one_block_ring": _fields(8, 4, 256, 256, 256, 4, pool_blocks=1, group_blocks=1),

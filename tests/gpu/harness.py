@@ -13,6 +13,7 @@ import torch
 from megamoe import MegaMoE, quantize_weights, reference
 from tests.gpu.configs import CONFIGS
 from tests.routing import make_routing
+from workspace import Workspace
 from workspace.layout import RESET_KINDS
 
 #: The kernel's error against exact arithmetic may be this multiple of the error of the same
@@ -125,9 +126,13 @@ def poison(moe: MegaMoE) -> None:
     """Overwrite every data region with NaN (0xFF bytes); only counters, padding and barriers keep
     their values.
     """
-    for rank in moe.workspace.local_ranks:
-        views = moe.workspace.regions(rank)
-        for name, region in moe.layout.regions.items():
+    poison_workspace(moe.workspace)
+
+
+def poison_workspace(workspace: Workspace) -> None:
+    for rank in workspace.local_ranks:
+        views = workspace.regions(rank)
+        for name, region in workspace.layout.regions.items():
             if region.kind == "data":
                 views[name].view(torch.uint8).fill_(0xFF)
 
@@ -164,9 +169,13 @@ def assert_correct(moe: MegaMoE, outputs, xs, ids, weights) -> None:
 
 def assert_at_rest(moe: MegaMoE, kinds: Sequence[str] = RESET_KINDS) -> None:
     """Every region of these kinds is zero, and every barrier word holds the same epoch."""
-    for rank in moe.workspace.local_ranks:
-        views = moe.workspace.regions(rank)
-        for name, region in moe.layout.regions.items():
+    assert_workspace_at_rest(moe.workspace, kinds)
+
+
+def assert_workspace_at_rest(workspace: Workspace, kinds: Sequence[str] = RESET_KINDS) -> None:
+    for rank in workspace.local_ranks:
+        views = workspace.regions(rank)
+        for name, region in workspace.layout.regions.items():
             if region.kind in kinds:
                 assert not views[name].any(), f"rank {rank} left something in {name}"
         epoch = views["nvlink_barrier_counter"][0]
