@@ -40,9 +40,12 @@ def findings(tab: chromium.Tab, page: Path, window: str = "phone") -> list[str]:
 
 @pytest.fixture(scope="module")
 def report(tab, tmp_path_factory) -> Path:
-    """The page of the published results; nobody draws it where there is no browser."""
+    """The page of the published results and of rows measured on four GPUs before; nobody draws it
+    where there is no browser.
+    """
     page = tmp_path_factory.mktemp("report") / "report.html"
-    assert main(["report", str(REPOSITORY / "perf" / "results"), "-o", str(page)]) == 0
+    places = [str(REPOSITORY / place) for place in ("perf/results", "tests/data")]
+    assert main(["report", *places, "-o", str(page)]) == 0
     return page
 
 

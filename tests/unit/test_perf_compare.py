@@ -14,8 +14,7 @@ from perf.results import COLUMNS, EMULATION, ResultsFile, load
 from perf.timing import COLD, GRAPH, Times, mode_label
 from tests.unit.test_perf_results import row_of
 
-RESULTS = Path(__file__).resolve().parents[2] / "perf" / "results"
-PUBLISHED = RESULTS / "h200_bf16_ep4.csv"
+MEASURED = Path(__file__).resolve().parents[1] / "data" / "h200_bf16_ep4.csv"
 
 
 def row(us: float = 100.0, spread: float = 0.02, **changes):
@@ -46,9 +45,9 @@ def test_a_measurement_is_identified_by_columns_that_exist():
 
 
 def test_a_file_equals_itself(capsys):
-    points = len(load(PUBLISHED).drop_duplicates(list(KEY)))  # measured again, the latest counts
+    points = len(load(MEASURED).drop_duplicates(list(KEY)))  # measured again, the latest counts
     assert points > 40
-    assert main(["compare", str(PUBLISHED), str(PUBLISHED)]) == 0
+    assert main(["compare", str(MEASURED), str(MEASURED)]) == 0
     assert f"0 slower, 0 faster, {points} same" in capsys.readouterr().out
 
 
