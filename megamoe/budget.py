@@ -1,8 +1,8 @@
 """Shared-memory, barrier and register arithmetic of the megakernel, derived from the configurations
 alone.
 
-One function gives the shared-memory map in bytes; the kernel allocates exactly this and `check`
-refuses what does not fit, so a mistake fails the build with its numbers and not the launch.
+One function gives the shared-memory map in bytes; the kernel allocates at most its total, and
+`check` refuses what does not fit, so a mistake fails the build with its numbers and not the launch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ FLAG_WORDS = 4
 FLAG_OK, FLAG_LAST, FLAG_STOP, FLAG_LIVE = 0, 1, 2, 3
 ZERO_BYTES = 512  # zeros that dispatch copies to rows that pad a block, at most
 WEIGHT_SF_BYTES = 16  # scales of a weight tile for one K block: one float32 per 64 of its columns
+ALIGNMENT_SLACK = 1024  # between parts of shared memory, and for parts that a recipe leaves empty
 NUM_PULL_BUFFERS = 2  # pieces of the dispatch warp: one loading, one being stored
 
 
@@ -74,10 +75,9 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     staging = kernel.num_math_warps * PASS_BYTES
     piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
     pull = NUM_PULL_BUFFERS * piece
-    row_scales = num_scales(config.hidden_size, config.recipe.token_block)
     sf_stage = 4 * kernel.block_m if config.recipe.scaled else 0
     weight_sf = weight_sf_bytes(config)
-    pull_sf = 4 * scale_words(row_scales) * NUM_PULL_BUFFERS
+    pull_sf = 4 * scale_words(config.token_scales) * NUM_PULL_BUFFERS
     pull_counts = COUNT_RECORD_BYTES * config.num_ranks
     metadata = QUEUE_SLOTS * 4 * kernel.block_m
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
@@ -96,7 +96,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         + 8 * barriers
         + 4 * words
         + 2 * config.experts_per_rank
-        + 1024
+        + ALIGNMENT_SLACK
     )
     return Budget(
         a_stage_bytes=a_stage,

@@ -14,7 +14,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from megamoe.precision import Precision, precision_of
+from megamoe.precision import Precision, num_scales, precision_of
 
 MAX_RANKS = 72
 MAX_TOP_K = 16
@@ -48,6 +48,16 @@ class MoEConfig:
     @property
     def recipe(self) -> Precision:
         return precision_of(self.precision)
+
+    @property
+    def token_scales(self) -> int:
+        """Scales of a token row; 0 if the recipe has none."""
+        return num_scales(self.hidden_size, self.recipe.token_block)
+
+    @property
+    def hidden_scales(self) -> int:
+        """Scales of a row of FC1's output."""
+        return num_scales(self.intermediate_size, self.recipe.hidden_block)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ class Precision:
     token: str  # activations on the wire and in the pool
     weight: str  # w13 and w2
     output: str  # combine slots and the layer's output
-    mma_k: int  # columns of one WGMMA instruction
     token_block: int = 0
     hidden_block: int = 0
     weight_block: tuple[int, int] = (0, 0)
@@ -72,13 +71,12 @@ FP8_BLOCK = 128
 PRECISIONS = {
     recipe.name: recipe
     for recipe in (
-        Precision(name="bf16", token="bfloat16", weight="bfloat16", output="bfloat16", mma_k=16),
+        Precision(name="bf16", token="bfloat16", weight="bfloat16", output="bfloat16"),
         Precision(
             name="fp8_block",
             token="float8_e4m3fn",
             weight="float8_e4m3fn",
             output="bfloat16",
-            mma_k=32,
             token_block=FP8_BLOCK,
             hidden_block=FP8_BLOCK,
             weight_block=(FP8_BLOCK, FP8_BLOCK),
@@ -88,7 +86,6 @@ PRECISIONS = {
             token="float8_e4m3fn",
             weight="float8_e4m3fn",
             output="bfloat16",
-            mma_k=32,
             token_block=WHOLE_ROW,
             hidden_block=FP8_BLOCK,
             weight_block=(1, WHOLE_ROW),

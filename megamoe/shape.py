@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from megamoe.budget import weight_sf_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
-from megamoe.precision import num_scales
 from megamoe.schedule import ceil_div
 from workspace.layout import COUNTER, Layout
 from workspace.wire import scale_words
@@ -49,11 +48,6 @@ class Shape:
         return self.config.intermediate_size // self.kernel.block_k
 
     @property
-    def warp_rows(self) -> int:
-        """Rows of a tile that one math warp owns."""
-        return self.kernel.block_m // self.kernel.num_math_warps
-
-    @property
     def fc1_done(self) -> int:
         """`fc1_done_counter` of a block whose FC1 tiles are all stored: one report a tile."""
         return self.fc1_columns
@@ -89,19 +83,9 @@ class Shape:
         return self.config.intermediate_size * self.config.recipe.token_bytes
 
     @property
-    def token_scales(self) -> int:
-        """Scales of a token row; 0 if the recipe has none."""
-        return num_scales(self.config.hidden_size, self.config.recipe.token_block)
-
-    @property
-    def hidden_scales(self) -> int:
-        """Scales of a row of FC1's output."""
-        return num_scales(self.config.intermediate_size, self.config.recipe.hidden_block)
-
-    @property
     def token_scale_bytes(self) -> int:
         """Bytes of a row of `input_sf_buffer`."""
-        return 4 * scale_words(self.token_scales)
+        return 4 * scale_words(self.config.token_scales)
 
     @property
     def weight_sf_bytes(self) -> int:

@@ -23,7 +23,7 @@ from functools import cached_property, lru_cache
 from math import prod
 
 from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks, select
-from megamoe.precision import ITEM_BYTES, num_scales
+from megamoe.precision import ITEM_BYTES
 from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES, scale_words
 
 ALIGNMENT = 128  # of every region: a cache line, and more than TMA and bulk copies ask for
@@ -146,10 +146,12 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                "the cleaner, and dispatch warps before they reuse the ring slot",
                "tiles count from zero"),
         Region("l1_topk_weights_buffer", "float32", (rows,), LOCAL, PADDING,
-               "dispatch warps; zeroed by the report warp that frees the block", "FC1 epilogue",
+               "dispatch warps; zeroed by the report warp that frees the block",
+               "token loaders before FC1, for its epilogue",
                "a padding row must have weight 0"),
         Region("token_src_metadata", "int32", (rows,), LOCAL, PADDING,
-               "dispatch warps; zeroed by the report warp that frees the block", "FC2 epilogue",
+               "dispatch warps; zeroed by the report warp that frees the block",
+               "token loaders before FC2, for its epilogue; the report warp that frees the block",
                "a padding row must have no destination"),
         Region("layer_output", recipe.output, (tokens, config.hidden_size), LOCAL, DATA,
                "the reduce", "the caller, until the next forward on this workspace",
@@ -163,16 +165,17 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
     ]  # fmt: skip
     if recipe.scaled:
         ring = pool_blocks(config, kernel)
-        token_scales = num_scales(config.hidden_size, recipe.token_block)
-        hidden_scales = num_scales(config.intermediate_size, recipe.hidden_block)
         table += [
-            Region("input_sf_buffer", "float32", (tokens, scale_words(token_scales)), SYMMETRIC,
-                   DATA, "count, or the host, with input_token_buffer", "dispatch warps of peers",
+            Region("input_sf_buffer", "float32", (tokens, scale_words(config.token_scales)),
+                   SYMMETRIC, DATA,
+                   "count, or the host, with input_token_buffer", "dispatch warps of peers",
                    "only rows named by a record are read"),
-            Region("l1_sf_buffer", "float32", (ring, token_scales, kernel.block_m), LOCAL, DATA,
-                   "dispatch warps", "token loaders of FC1",
+            Region("l1_sf_buffer", "float32", (ring, config.token_scales, kernel.block_m), LOCAL,
+                   DATA,
+                   "dispatch warps", "token loaders of FC1; its epilogue if a row has one scale",
                    "padding rows feed only rows that are dropped"),
-            Region("fc1_output_sf", "float32", (ring, hidden_scales, kernel.block_m), LOCAL, DATA,
+            Region("fc1_output_sf", "float32", (ring, config.hidden_scales, kernel.block_m), LOCAL,
+                   DATA,
                    "FC1 epilogue", "token loaders of FC2",
                    "padding rows feed only rows that are dropped"),
         ]  # fmt: skip

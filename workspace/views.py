@@ -11,13 +11,20 @@ from functools import cached_property
 import torch
 
 from workspace.layout import LOCAL, SYMMETRIC, Layout, Region
-from workspace.peers import peer_table
 from workspace.symmetric import Allocation, allocate
 
 
 def view_of(span: torch.Tensor, region: Region) -> torch.Tensor:
     """The typed view of `region` in the bytes of its space."""
     return span[region.offset : region.end].view(getattr(torch, region.dtype)).view(region.shape)
+
+
+def peer_table(allocation: Allocation, device: torch.device) -> torch.Tensor:
+    """int64 [W] in device memory: base address of every rank's symmetric space, as the kernel
+    indexes it. Regions lie at the same offset on every rank.
+    """
+    bases = [allocation.base(rank, SYMMETRIC) for rank in range(allocation.num_ranks)]
+    return torch.tensor(bases, dtype=torch.int64, device=device)
 
 
 class Workspace:

@@ -278,7 +278,7 @@ def store_piece(launch: Launch, buffers: PullBuffers, state: Pulling, lane):
     if const_expr(launch.shape.config.recipe.scaled):
         if state.completes >= 0:
             words = buffers.scales + slot * launch.shape.token_scale_bytes
-            for index in range(lane, launch.shape.token_scales, 32):
+            for index in range(lane, launch.shape.config.token_scales, 32):
                 scale = load_shared(words + index * 4)
                 store_global(state.scales + Int64(index) * (4 * launch.shape.kernel.block_m), scale)
             arch.fence_proxy("async.global")  # bulk copies of other CTAs read what was stored

@@ -22,7 +22,7 @@ LAYERS = [
     {"megamoe.budget", "megamoe.schedule", "megamoe.reference", "megamoe.weights",
      "workspace.layout", "workspace.wire"},
     {"megamoe.shape", "megamoe.faults"},
-    {"workspace.peers", "workspace.symmetric", "workspace.views", "workspace"},
+    {"workspace.symmetric", "workspace.views", "workspace"},
     {"megamoe.group"},
     {"megamoe.kernels", "megamoe.emulator"},
     {"megamoe.compile"},

@@ -8,9 +8,8 @@ import torch
 from megamoe.config import MoEConfig, select
 from workspace import Workspace, layout_of
 from workspace.layout import ALIGNMENT, BARRIER, DATA, LOCAL, SPACES, SPAN_ALIGNMENT, SYMMETRIC
-from workspace.peers import peer_table
 from workspace.symmetric import allocate
-from workspace.views import view_of
+from workspace.views import peer_table, view_of
 
 CONFIGS = {
     "one rank": MoEConfig(4, 2, 128, 128, 5),

@@ -19,9 +19,9 @@ Pipelines (producer -> consumer, arrivals):
   stored         math -> report                            8 (as for empty)
   multiplied[wg] math wg -> the other math warpgroup       4 (warps of the one that computes alone)
 
-Steady state: dispatch pulls rows of later blocks; load_weights runs up to 4 stages and a tile
-ahead; load_tokens follows as soon as a block is complete; math computes tile i while both loaders
-fill stages of tile i + 1.
+Steady state: dispatch pulls rows of later blocks; load_weights runs up to `num_stages` stages and
+a tile ahead; load_tokens follows as soon as a block is complete; math computes tile i while both
+loaders fill stages of tile i + 1.
 
 Deadlock freedom: all CTAs are co-resident and take tickets of one order in which FC2 follows its
 FC1 and FC1 of a block follows FC2 of the block whose ring slot it takes (`schedule`); every CTA
@@ -80,8 +80,6 @@ class MegaMoEKernel:
         self.reported_threads = 32 * (1 + self.pulls_end_alone) + math_threads
         self.handover_threads = 32 * EARLY_WORKERS + math_threads
         self.dtype = operands.DTYPES[config.recipe.token]
-        # Columns of one WGMMA: with scales per K block a partial sum needs registers of its own.
-        self.mma_columns = kernel.block_n // 2 if config.recipe.scaled else kernel.block_n
 
     # ------------------------------------------------------------------ host
     @cute.jit
@@ -114,7 +112,6 @@ class MegaMoEKernel:
         rows = shape.ring * kernel.block_m
         dtype = self.dtype
         layout_a, layout_b = operands.stage_layouts(dtype, kernel)
-        mma = operands.tiled_mma(dtype, self.mma_columns)
         pool = local_base + shape.layout["l1_token_buffer"].offset
         tokens = operands.token_maps(dtype, kernel, pool, rows, hidden)
         outputs = local_base + shape.layout["fc1_output"].offset
@@ -123,7 +120,7 @@ class MegaMoEKernel:
         down = operands.down_map(dtype, kernel, w2, experts, hidden, intermediate)
         self.kernel(
             tokens, hiddens, gate_up[0], gate_up[1], down[0], down[1],
-            mma, layout_a, layout_b,
+            layout_a, layout_b,
             symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx, topk_weights, y,
             expert_counts, record, timeout_ns, rank, num_tokens, wide_idx, clamp,
         ).launch(
@@ -144,7 +141,6 @@ class MegaMoEKernel:
         gate_up: cute.Tensor,
         down_atom: cute.CopyAtom,
         down: cute.Tensor,
-        mma: cute.TiledMma,
         layout_a: cute.ComposedLayout,
         layout_b: cute.ComposedLayout,
         symmetric_base: Int64,
@@ -300,7 +296,7 @@ class MegaMoEKernel:
         else:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)
-            math(launch, mma, smem_a, smem_b, staging, pipes, warp - 4, lane)
+            math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)
             threads = 128 * config.num_math_warpgroups
             sync.cta_barrier(REPORTED_BARRIER, self.reported_threads)
             combine(

@@ -147,6 +147,15 @@ def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
 
 
 @cute.jit
+def load_columns(launch: Launch, budget: Budget, atom, side, pipes, position, k_blocks, rows, lane):
+    """Load the columns of a tile of weights over K, for `rows` rows of tokens."""
+    load_stages(
+        launch, atom, [side], 0, launch.shape.kernel.weight_run, pipes, position, k_blocks, rows,
+        budget.b_stage_bytes, None, lane,
+    )  # fmt: skip
+
+
+@cute.jit
 def load_weights(
     launch: Launch,
     budget: Budget,
@@ -165,7 +174,6 @@ def load_weights(
     stages.
     """
     shape, kernel = launch.shape, launch.shape.kernel
-    num_bytes = budget.b_stage_bytes
     tickets = global_ptr(address(launch, "load_balance_counter"))
     stream = shape.stream(launch.num_ctas, num_live)
     walk = schedule.start_walk(received, num_live)
@@ -191,22 +199,18 @@ def load_weights(
         handed += 1
         if walk.phase == schedule.PHASE_FC1:
             place = ((0, 0, tile.column), None, expert)
-            sides = [partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)]
-            k_blocks = shape.fc1_k_blocks
-            load_stages(
-                launch, gate_up_atom, sides, 0, kernel.weight_run, pipes, position, k_blocks, rows,
-                num_bytes, None, lane,
-            )  # fmt: skip
-            position += k_blocks
+            side = partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)
+            load_columns(
+                launch, budget, gate_up_atom, side, pipes, position, shape.fc1_k_blocks, rows, lane
+            )
+            position += shape.fc1_k_blocks
         elif walk.phase == schedule.PHASE_FC2:
             place = (tile.column, None, expert)
-            sides = [partition(down_atom, smem_b, down, down_box(kernel), place)]
-            k_blocks = shape.fc2_k_blocks
-            load_stages(
-                launch, down_atom, sides, 0, kernel.weight_run, pipes, position, k_blocks, rows,
-                num_bytes, None, lane,
-            )  # fmt: skip
-            position += k_blocks
+            side = partition(down_atom, smem_b, down, down_box(kernel), place)
+            load_columns(
+                launch, budget, down_atom, side, pipes, position, shape.fc2_k_blocks, rows, lane
+            )
+            position += shape.fc2_k_blocks
         else:
             running = Int32(0)
 

@@ -2,8 +2,11 @@
 
 `accumulate` lets the tensor cores add up over all of K, one WGMMA group in flight: the stage of the
 previous K block is released when the next group has been issued. `accumulate_scaled` has a scale
-per K block: every block starts a fresh sum of half the tile's columns, which is promoted, times its
-scales, into the float32 accumulator while the tensor cores work for the other warpgroup.
+per K block: every block starts fresh sums, which are promoted, times their scales, into the float32
+accumulator. There are registers for the sums of half the tile's columns. In one part they leave
+shared memory the least to do, and the tensor cores work for the other warpgroup during a promotion;
+in two parts, of which one is promoted while the other is summed, they are faster for a warpgroup
+that computes alone.
 """
 
 from __future__ import annotations
@@ -42,18 +45,18 @@ def release(empty, stage, lane, warps):
 
 
 @cute.jit
-def accumulate(mma, fragments, pipes, position, k_blocks, lane, warps, kernel: Constexpr):
+def accumulate(fragments, pipes, position, k_blocks, lane, warps, kernel: Constexpr):
     """accumulator = A @ B^T over `k_blocks` K blocks, the first of which is number `position` of
     the ring.
     """
     stages = kernel.num_stages
     stage = position % stages
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
-    issue(mma, fragments.parts, fragments.a, fragments.b, stage, True)
+    issue(fragments.mma, fragments.parts, fragments.a, fragments.b, stage, True)
     for block in cutlass.range(1, k_blocks, unroll=1):
         current = (position + block) % stages
         arch.mbarrier_wait(pipes.full + current, ((position + block) // stages) % 2)
-        issue(mma, fragments.parts, fragments.a, fragments.b, current, False)
+        issue(fragments.mma, fragments.parts, fragments.a, fragments.b, current, False)
         warpgroup.wait_group(1)
         release(pipes.empty, (position + block - 1) % stages, lane, warps)
     warpgroup.wait_group(0)
@@ -62,7 +65,6 @@ def accumulate(mma, fragments, pipes, position, k_blocks, lane, warps, kernel: C
 
 @cute.jit
 def accumulate_scaled(
-    mma,
     fragments,
     pipes,
     row_scales,
@@ -83,16 +85,20 @@ def accumulate_scaled(
     stages, sf_bytes = kernel.num_stages, 4 * kernel.block_m
     accumulator = fragments.accumulator
     accumulator.fill(0.0)
-    partial = cute.make_rmem_tensor_like(fragments.parts[0])
-    size = cute.size(partial)
     parts = len(fragments.parts)
+    in_flight = parts // 2
+    sums = [cute.make_rmem_tensor_like(fragments.parts[0]) for _ in range(in_flight)]
+    size = cute.size(sums[0])
+    quarter = size * parts // 4
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % stages
         arch.mbarrier_wait(pipes.full + stage, ((position + block) // stages) % 2)
         scales = []
-        for part in range_constexpr(parts):
-            issue(mma, [partial], fragments.a, [fragments.b[part]], stage, True)
-            if const_expr(part == 0):  # under the tensor cores
+        for step in range_constexpr(parts + in_flight - 1):
+            if const_expr(step < parts):
+                b = [fragments.b[step]]
+                issue(fragments.mma, [sums[step % in_flight]], fragments.a, b, stage, True)
+            if const_expr(step == 0):  # under the tensor cores
                 pointer = row_scales + stage * sf_bytes
                 rows = [as_float(load_shared(pointer)), as_float(load_shared(pointer + 32))]
                 weights = [Float32(1.0)] * 4
@@ -100,10 +106,13 @@ def accumulate_scaled(
                     words = load_shared_v4(weight_scales + block * WEIGHT_SF_BYTES)
                     weights = [as_float(word) for word in words]
                 scales = [[row * weight for row in rows] for weight in weights]
-            warpgroup.wait_group(0)
-            if const_expr(part == parts - 1):
-                release(pipes.empty, stage, lane, warps)
-            for i in range_constexpr(size):
-                scale = scales[2 * part + i // (size // 2)][(i // 2) % 2]
-                index = size * part + i
-                accumulator[index] = accumulator[index] + partial[i] * scale
+            part = step - in_flight + 1
+            if const_expr(part >= 0):
+                warpgroup.wait_group(min(step, parts - 1) - part)
+                if const_expr(part == parts - 1):
+                    release(pipes.empty, stage, lane, warps)
+                for i in range_constexpr(size):
+                    index = size * part + i
+                    scale = scales[index // quarter][(i // 2) % 2]
+                    promoted = sums[part % in_flight][i] * scale
+                    accumulator[index] = accumulator[index] + promoted

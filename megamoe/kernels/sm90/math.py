@@ -13,34 +13,39 @@ from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import opaque
-from megamoe.kernels.sm90 import epilogue, mainloop
+from megamoe.kernels.sm90 import epilogue, mainloop, operands
 from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
 
 arch = cute.arch
 
 
 class Fragments(NamedTuple):
-    """Operands of one warpgroup: descriptors of the rows of A that it computes and of the column
-    parts of B in all stages, and the accumulator, whole and in the same parts.
+    """Operands of one warpgroup for WGMMAs of some number of columns: descriptors of the rows of A
+    that it computes and of the column parts of B in all stages, and the accumulator, whole and in
+    the same parts.
     """
 
+    mma: cute.TiledMma
     a: cute.Tensor
     b: list
     accumulator: cute.Tensor
     parts: list
 
 
-def fragments_of(kernel, mma, smem_a, smem_b) -> Fragments:
-    """The fragments of a math warpgroup; those of A for any warpgroup's rows."""
+def fragments_of(kernel, columns: int, smem_a, smem_b, accumulator) -> Fragments:
+    """The fragments of a math warpgroup in parts of `columns` columns, over the registers of
+    `accumulator`; those of A for any warpgroup's rows.
+    """
+    mma = operands.tiled_mma(smem_a.element_type, columns)
     part = mma.get_slice(0)
     rows_a = cute.logical_divide(mma.make_fragment_A(part.partition_A(smem_a)), (None, 1))
     columns_b = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_b)), (None, 1))
-    accumulator = cute.make_rmem_tensor(
-        part.partition_shape_C((WARPGROUP_ROWS, kernel.block_n)), Float32
-    )
+    shape = part.partition_shape_C((WARPGROUP_ROWS, kernel.block_n))
+    accumulator = cute.make_tensor(accumulator.iterator, cute.make_layout(shape))
     divided = cute.logical_divide(accumulator, (None, None, 1))
     parts = range(cute.size(accumulator, mode=[2]))
     return Fragments(
+        mma,
         rows_a,
         [columns_b[None, (None, n), None, None] for n in parts],
         accumulator,
@@ -49,47 +54,60 @@ def fragments_of(kernel, mma, smem_a, smem_b) -> Fragments:
 
 
 @cute.jit
-def multiply(
-    launch: Launch, mma, fragments, pipes, tile, share, taken, position, k_blocks, warp, lane
+def multiply_scaled(
+    launch: Launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
 ):
-    """The product of this warpgroup's share of a tile, with the scales of its K blocks. `warp`: its
-    place among the warps that hold the tile's rows.
+    """The product of this warpgroup's share of a tile, with a scale per K block. `alone`: the
+    fragments to take if no other warpgroup computes meanwhile. `warp`: its place among the warps
+    that hold the tile's rows.
     """
-    recipe = launch.shape.config.recipe
+    kernel, weighted = launch.shape.kernel, launch.shape.config.recipe.token_block > 0
+    weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_sf_bytes
+    rows = pipes.row_scales + (warp * WARP_ROWS + lane // 4) * 4
     warps = share.arrivals
-    rows_a = fragments.a[None, (None, share.half), None, None]
-    fragments = Fragments(rows_a, fragments.b, fragments.accumulator, fragments.parts)
-    if const_expr(not recipe.scaled):
-        mainloop.accumulate(
-            mma, fragments, pipes, position, k_blocks, lane, warps, launch.shape.kernel
+    if warps > 1:
+        mainloop.accumulate_scaled(
+            alone, pipes, rows, weights, weighted, position, k_blocks, lane, warps, kernel
         )
     else:
-        slot = taken % QUEUE_SLOTS
-        weights = pipes.weight_scales + slot * launch.shape.weight_sf_bytes
-        rows = pipes.row_scales + (warp * WARP_ROWS + lane // 4) * 4
-        if const_expr(recipe.token_block > 0):
-            mainloop.accumulate_scaled(
-                mma, fragments, pipes, rows, weights, True, position, k_blocks, lane,
-                warps, launch.shape.kernel,
-            )  # fmt: skip
-        elif tile.phase == schedule.PHASE_FC1:
-            mainloop.accumulate(
-                mma, fragments, pipes, position, k_blocks, lane, warps, launch.shape.kernel
-            )
-        else:
-            mainloop.accumulate_scaled(
-                mma, fragments, pipes, rows, weights, False, position, k_blocks, lane,
-                warps, launch.shape.kernel,
-            )  # fmt: skip
+        mainloop.accumulate_scaled(
+            fragments, pipes, rows, weights, weighted, position, k_blocks, lane, warps, kernel
+        )
 
 
 @cute.jit
-def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
+def multiply(
+    launch: Launch, fragments, alone, pipes, tile, share, taken, position, k_blocks, warp, lane
+):
+    """The product of this warpgroup's share of a tile; see `multiply_scaled`."""
+    recipe, kernel = launch.shape.config.recipe, launch.shape.kernel
+    rows_a = (None, (None, share.half), None, None)
+    fragments = fragments._replace(a=fragments.a[rows_a])
+    alone = alone._replace(a=alone.a[rows_a])
+    if const_expr(recipe.token_block > 0):
+        multiply_scaled(
+            launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
+        )
+    elif const_expr(not recipe.scaled):
+        mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
+    elif tile.phase == schedule.PHASE_FC1:  # one scale per row for all of K
+        mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
+    else:
+        multiply_scaled(
+            launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
+        )
+
+
+@cute.jit
+def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
     """One math warp, 0..7 of the CTA: 16 rows of every tile that its warpgroup has a share in."""
-    shape = launch.shape
-    weight_block, warpgroups = shape.config.recipe.weight_block, shape.kernel.num_math_warpgroups
-    fragments = fragments_of(shape.kernel, mma, smem_a, smem_b)
-    accumulator = fragments.accumulator
+    shape, recipe = launch.shape, launch.shape.config.recipe
+    weight_block, warpgroups = recipe.weight_block, shape.kernel.num_math_warpgroups
+    accumulator = cute.make_rmem_tensor((shape.kernel.block_n // 2,), Float32)
+    # With scales per K block the sums of one block need registers of their own.
+    columns = shape.kernel.block_n // (2 if recipe.scaled else 1)
+    fragments = fragments_of(shape.kernel, columns, smem_a, smem_b, accumulator)
+    alone = fragments_of(shape.kernel, columns // 2, smem_a, smem_b, accumulator)
     mine = staging + warp * PASS_BYTES
     position = Int32(0)
     taken = Int32(0)
@@ -110,7 +128,7 @@ def math(launch: Launch, mma, smem_a, smem_b, staging, pipes: Pipes, warp, lane)
             if share.active == 1:
                 place = share.half * 4 + warp % 4
                 multiply(
-                    launch, mma, fragments, pipes, tile, share, taken, position, k_blocks, place,
+                    launch, fragments, alone, pipes, tile, share, taken, position, k_blocks, place,
                     lane,
                 )  # fmt: skip
                 if share.arrivals > 1 and lane == 0:
