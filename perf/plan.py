@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megamoe import compile, dsl
+from megamoe import budget, compile, dsl
 from megamoe.config import select, supports
 from megamoe.module import MegaMoE
 from megamoe.precision import ITEM_BYTES, PRECISIONS
@@ -284,7 +284,9 @@ def case_of(
         seed=args.seed,
         spread=getattr(args, "spread", 0),
     )
-    supports(case.config(max_tokens))
+    config = case.config(max_tokens)
+    supports(config)
+    budget.check(config, select(config))
     case.check_routing(max(tokens))
     return case, tokens, max_tokens
 

@@ -371,6 +371,15 @@ def test_what_to_build_is_listed_without_a_gpu(tmp_path):
     assert kernel.trace
 
 
+def test_a_kernel_that_cannot_be_built_is_not_listed(capsys, tmp_path):
+    path = tmp_path / "configs.json"
+    with pytest.raises(SystemExit) as stop:
+        main(["trace", "--num-experts", "2048", "--ranks", "1", "--list-configs", str(path)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "num_experts=2048 is too large" in err
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
