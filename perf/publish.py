@@ -23,7 +23,7 @@ import torch
 from perf.__main__ import COMMANDS
 from perf.__main__ import parser as command_line
 from perf.baselines import BASELINE_OF
-from perf.options import Parser, check_writable, integer, nearest
+from perf.options import Parser, check_writable, integer, names
 from perf.plan import kernels_of
 from perf.processes import ONE_LINE
 
@@ -246,20 +246,29 @@ def run_step(command: Sequence[str], limit_s: float, gpus: int = 1) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps, print a summary; the exit status."""
     known = {step.name: step for step in (*STEPS, *EP_STEPS)}
+    count = integer(1)
     parser = Parser(prog="python -m perf.publish", description="Measure what is published.")
     parser.add_argument("directory", type=Path, help="where the CSV files go")
-    parser.add_argument("--only", metavar="STEPS", help=f"comma-separated, of {', '.join(known)}")
+    parser.add_argument(
+        "--only",
+        type=names(known),
+        default=(),
+        metavar="STEPS",
+        help=f"comma-separated, of {', '.join(known)}",
+    )
     parser.add_argument(
         "--gpus",
-        type=integer(1),
+        type=count,
         metavar="N",
         help="the steps of a machine with N GPUs (default: as many as there are here)",
     )
     parser.add_argument(
-        "--limit", type=integer(1), metavar="SECONDS", help="start no step after this long"
+        "--limit", type=count, metavar="SECONDS", help="start no step after this long"
     )
-    parser.add_argument("--reps", metavar="N", help="passed on to every step that times")
-    parser.add_argument("--num-sms", metavar="N", help="passed on to every step")
+    parser.add_argument(
+        "--reps", type=count, metavar="N", help="passed on to every step that times"
+    )
+    parser.add_argument("--num-sms", type=count, metavar="N", help="passed on to every step")
     parser.add_argument("--kernel-dir", metavar="DIR", help="passed on to every step")
     parser.add_argument(
         "--list-configs",
@@ -267,11 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write the configurations to DIR/configs.json, to build ahead of time, and stop",
     )
     args = parser.parse_args(argv)
-    wanted = args.only.split(",") if args.only else []
-    for name in wanted:
-        if name not in known:
-            parser.error(f"{name!r} is not a step; {nearest(name, known)}")
-    steps = [step for step in known.values() if step.name in wanted]
+    steps = [step for step in known.values() if step.name in args.only]
     steps = steps or steps_for(args.gpus or torch.cuda.device_count())
 
     passed_on = {"--num-sms": args.num_sms, "--kernel-dir": args.kernel_dir}
@@ -294,7 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcomes[step.name] = "not started: out of time"
             continue
         print(f"== {step.name}: {' '.join(step.arguments)}", flush=True)
-        given = [word for option in extra[step.command].items() if option[1] for word in option]
+        options = extra[step.command].items()
+        given = [str(word) for option in options if option[1] for word in option]
         outcomes[step.name] = run_step(command_of(step, directory, given), limit_s, step.gpus)
     print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     return 0 if all(outcome == "ok" for outcome in outcomes.values()) else 1

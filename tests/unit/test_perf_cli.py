@@ -562,11 +562,38 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
     assert publish.main([str(directory), "--only", "v3_one"]) == 0
 
 
-def test_an_unknown_step_is_one_line(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--only", "v3_eagr", "did you mean v3_eager"),
+        ("--only", "", "--only: '' is not valid; choose from smoke"),
+        ("--only", "v3_one,", "--only: '' is not valid"),
+        ("--reps", "abc", "--reps: 'abc' is not an integer"),
+        ("--num-sms", "abc", "--num-sms: 'abc' is not an integer"),
+        ("--num-sms", "0", "--num-sms: 0 must be >= 1"),
+    ],
+)
+def test_wrong_arguments_of_publish_are_one_line(
+    option, value, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(publish, "run_step", lambda *step: "ok")
     with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path), "--only", "v3_eagr"])
-    assert stop.value.code == 2
-    assert "did you mean v3_eager" in capsys.readouterr().err
+        publish.main([str(tmp_path / "new"), option, value])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_are_passed_on_to_the_steps_that_have_them(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(publish, "run_step", lambda command, *limits: given.append(command) or "ok")
+    only = "pro_errors,pro_one,pro_ablation_fp8"
+    options = ["--only", only, "--reps", "7", "--num-sms", "9", "--kernel-dir", "d"]
+    assert publish.main([str(tmp_path), *options]) == 0
+    by_command = {args.command: args for args in (parser().parse_args(c[3:]) for c in given)}
+    assert {name: args.reps for name, args in by_command.items()} == {
+        "sweep": 7, "accuracy": 1, "ablation": 7}  # fmt: skip
+    assert {(args.num_sms, args.kernel_dir) for args in by_command.values()} == {(9, "d")}
 
 
 @pytest.mark.parametrize("options", [["--list-configs"], ["--only", "smoke"]])
