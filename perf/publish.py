@@ -3,9 +3,10 @@
 `python -m perf.publish DIR`. Each step is one sweep, or another command, in its own process with a
 time limit, so that a hang, a crash or a lost CUDA context costs that step only. A step appends its
 rows, one at a time and with token counts ascending, to the file of its table, DIR/<table>.csv:
-sweeps of one precision and one number of GPUs share a file. The most wanted figures come first. On
-a machine of several GPUs the steps are those with a process per GPU: those of the largest number of
-GPUs that it has, then those of fewer; else the steps of one GPU. Exit status: 1 if any step failed.
+sweeps of one precision and one number of GPUs share a file unless they name another. The most
+wanted figures come first. On a machine of several GPUs the steps are those with a process per GPU:
+those of the largest number of GPUs that it has, then those of fewer; else the steps of one GPU.
+Exit status: 1 if any step failed.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ GRACE_S = 45
 #: Table of the steps that only show that everything works.
 SMOKE = "smoke"
 #: Commands that steps run.
-SWEEP, ACCURACY, ABLATION = "sweep", "accuracy", "ablation"
+SWEEP, ACCURACY, ABLATION, ZEROING = "sweep", "accuracy", "ablation", "zeroing"
 
 
 @dataclass(frozen=True)
 class Step:
     """One sweep, or another command: options beyond `--device cuda`, precision, baseline and
-    `--csv`; the table that its rows belong to; seconds it may take; and processes with a GPU each
-    (one: all ranks on one GPU).
+    `--csv`; the table that its rows belong to; seconds it may take; processes with a GPU each (one:
+    all ranks on one GPU); and whether a sweep measures the baseline of the precision beside it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Step:
     limit_s: int = 240
     gpus: int = 1
     command: str = SWEEP
+    baseline: bool = True
 
     @property
     def file(self) -> str:
@@ -63,7 +65,8 @@ class Step:
     def arguments(self) -> list[str]:
         """The options of the command, but for the file."""
         given = self.options.split()
-        baseline = ["--baseline", BASELINE_OF[self.precision]] if self.command == SWEEP else []
+        beside = self.command == SWEEP and self.baseline
+        baseline = ["--baseline", BASELINE_OF[self.precision]] if beside else []
         return ["--device", "cuda", *given, "--precision", self.precision, *baseline]
 
 
@@ -93,14 +96,23 @@ def _ablation(name: str, options: str, gpus: int = 1) -> Step:
     return Step(name, options, ABLATION, "fp8_block", gpus=gpus, command=ABLATION)
 
 
-def _fp8(name: str, options: str, gpus: int = 1) -> Step:
+def _fp8(name: str, options: str, gpus: int = 1, table: str = "") -> Step:
     """The sweep in FP8 with the scales of DeepSeek-V3."""
-    return Step(f"{name}_fp8", options, precision="fp8_block", gpus=gpus)
+    return Step(f"{name}_fp8", options, table, "fp8_block", gpus=gpus)
 
 
 def _both(name: str, options: str, gpus: int = 1) -> tuple[Step, Step]:
     """The sweep in BF16 and in FP8."""
     return Step(name, options, gpus=gpus), _fp8(name, options, gpus)
+
+
+def _share_of_ep8(gpus: int) -> Iterator[Step]:
+    """As many experts on each of a few GPUs, with a rank each, as at EP8: half of those at EP4."""
+    place = "one" if gpus == 1 else f"ep{gpus}"
+    for name in ("pro", "flash", "v3", "mimo"):
+        experts = gpus * _EP4_SHARE[name] // 2
+        options = f"--model {name} --num-experts {experts} --ranks {gpus} --graph {_ALL_TOKENS}"
+        yield _fp8(f"{name}_{place}_of_ep8", options, gpus, "h200_fp8_share_of_ep8")
 
 
 STEPS = (
@@ -110,6 +122,7 @@ STEPS = (
     *_both("v3_one", f"{_ONE['v3']} --graph {_ALL_TOKENS}"),
     _fp8("mimo_one", f"{_ONE['mimo']} --graph {_ALL_TOKENS}"),
     _fp8("qwen3_one", f"{_ONE['qwen3']} --graph {_ALL_TOKENS}"),
+    *_share_of_ep8(1),
     *_both("v3_ranks2", f"{_V3} --ranks 2 --tokens 1,8,64,512,2048"),
     *_both("v3_ranks4", f"{_V3} --ranks 4 --tokens 1,8,64,512,1024"),
     *_both("v3_ranks8", f"{_V3} --ranks 8 --tokens 1,8,64,512"),
@@ -124,6 +137,13 @@ STEPS = (
     _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),
     _errors("pro_errors", _PRO_ERRORS, "bf16"),
     _ablation("pro_ablation_fp8", f"{_ONE['pro']} --graph"),
+    Step(
+        "zeroing",
+        f"{_V3} --tokens 4096,8192,16384,32768",
+        ZEROING,
+        "fp8_block",
+        command=ZEROING,
+    ),
 )
 
 
@@ -136,14 +156,14 @@ _EP2 = {
 }
 
 
-def _skewed(gpus: int) -> Iterator[tuple[Step, Step]]:
-    """Routings of Pro that load some experts or ranks more than others."""
+def _skewed(gpus: int, layer: str) -> Iterator[tuple[Step, Step]]:
+    """Routings of a layer of Pro that load some experts or ranks more than others."""
     for name, routing in {
         "skewed": "zipf",
         "hot_expert": "hot-expert:0.3",
         "hot_rank": "hot-rank:0.6",
     }.items():
-        yield _both(f"pro_ep{gpus}_{name}", f"{_EP['pro']} --routing {routing} {_SKEWED}", gpus)
+        yield _both(f"pro_ep{gpus}_{name}", f"{layer} --routing {routing} {_SKEWED}", gpus)
 
 
 EP_STEPS = (
@@ -154,7 +174,7 @@ EP_STEPS = (
     *_both("flash_ep8", f"{_EP['flash']} {_ALL_TOKENS}", 8),
     *_both("v3_ep8", f"{_EP['v3']} {_ALL_TOKENS}", 8),
     *_both("mimo_ep8", f"{_EP['mimo']} {_ALL_TOKENS}", 8),
-    *(fp8 for _, fp8 in _skewed(8)),
+    *(fp8 for _, fp8 in _skewed(8, _EP["pro"])),
     Step("smoke_ep4", _SMOKE, SMOKE, limit_s=120, gpus=4),
     Step("smoke_ep4_fp8", _SMOKE, SMOKE, "fp8_block", limit_s=120, gpus=4),
     *_both("pro_ep4", f"{_EP['pro']} {_ALL_TOKENS}", 4),
@@ -170,14 +190,30 @@ EP_STEPS = (
         "fp8_channel",
         gpus=4,
     ),
-    *(step for both in _skewed(4) for step in both),
+    *(step for both in _skewed(4, _EP["pro"]) for step in both),
     _ablation("pro_ablation_ep4_fp8", _EP["pro"], 4),
     Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
     *_both("pro_ep2", f"{_EP2['pro']} {_SOME_TOKENS}", 2),
     _ablation("pro_ablation_ep2_fp8", _EP2["pro"], 2),
     *_both("flash_ep2", f"{_EP2['flash']} {_SOME_TOKENS}", 2),
     *_both("v3_ep2", f"{_EP2['v3']} {_SOME_TOKENS}", 2),
-    Step("pro_ep2_skewed", f"{_EP2['pro']} --routing zipf {_SKEWED}", gpus=2),
+    *(fp8 for _, fp8 in _skewed(2, _EP2["pro"])),
+    *_share_of_ep8(2),
+    Step(
+        "pro_ep2_staging",
+        f"{_EP2['pro']} --staging {_ROOM} --tokens 1,512,8192",
+        "staging",
+        gpus=2,
+        baseline=False,
+    ),
+    Step(
+        "pro_ep2_cold_l2",
+        f"{_EP2['pro']} --l2 cold {_ROOM} --tokens 1,8192",
+        "cold_l2",
+        "fp8_block",
+        gpus=2,
+        baseline=False,
+    ),
 )
 
 
@@ -281,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     passed_on = {"--num-sms": args.num_sms, "--kernel-dir": args.kernel_dir}
     timed = passed_on | {"--reps": args.reps}
-    extra = {ACCURACY: passed_on, SWEEP: timed, ABLATION: timed}
+    extra = {ACCURACY: passed_on, SWEEP: timed, ABLATION: timed, ZEROING: timed}
     directory = args.directory.resolve()
     try:
         check_writable("directory", directory, parents=True, directory=True)

@@ -533,7 +533,7 @@ def test_every_command_has_help(command, capsys):
 def test_every_published_step_is_a_valid_command(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for step in publish.STEPS:
-        reps = {"sweep": 3, "ablation": 3, "accuracy": 1}[step.command]
+        reps = 1 if step.command == "accuracy" else 3
         command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
         assert command[1:4] == ["-m", "perf", step.command]
         args = parser().parse_args(command[3:])
@@ -587,12 +587,12 @@ def test_wrong_arguments_of_publish_are_one_line(
 def test_options_are_passed_on_to_the_steps_that_have_them(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(publish, "run_step", lambda command, *limits: given.append(command) or "ok")
-    only = "pro_errors,pro_one,pro_ablation_fp8"
+    only = "pro_errors,pro_one,pro_ablation_fp8,zeroing"
     options = ["--only", only, "--reps", "7", "--num-sms", "9", "--kernel-dir", "d"]
     assert publish.main([str(tmp_path), *options]) == 0
     by_command = {args.command: args for args in (parser().parse_args(c[3:]) for c in given)}
     assert {name: args.reps for name, args in by_command.items()} == {
-        "sweep": 7, "accuracy": 1, "ablation": 7}  # fmt: skip
+        "sweep": 7, "accuracy": 1, "ablation": 7, "zeroing": 7}  # fmt: skip
     assert {(args.num_sms, args.kernel_dir) for args in by_command.values()} == {(9, "d")}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,21 @@ from perf.ablation import PARTS
 from perf.cases import MODELS
 from perf.plan import plan_of
 from perf.processes import place_of
-from perf.timing import GRAPH
+from perf.results import load
+from perf.timing import GRAPH, mode_label
 
 RANK_1 = {"RANK": "1", "LOCAL_RANK": "1"}
+ROUTINGS = {"skewed": "zipf", "hot_expert": "hot-expert:0.3", "hot_rank": "hot-rank:0.6"}
+
+
+def step_named(name: str) -> publish.Step:
+    [step] = [step for step in (*publish.STEPS, *publish.EP_STEPS) if step.name == name]
+    return step
+
+
+def arguments_of(name: str) -> argparse.Namespace:
+    step = step_named(name)
+    return parser().parse_args([step.command, *step.arguments])
 
 
 def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
@@ -32,7 +45,7 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
         assert steps == [step for size in sizes for step in publish.EP_STEPS if step.gpus == size]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for step in publish.EP_STEPS:
-        reps = {"sweep": 3, "ablation": 3, "accuracy": 1}[step.command]
+        reps = 1 if step.command == "accuracy" else 3
         command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
         head = f"-m torch.distributed.run --standalone --nproc-per-node {step.gpus} -m perf"
         head += f" {step.command}"
@@ -52,12 +65,13 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
     wanted |= {"mimo_ep8"}
     wanted |= {f"{name}_fp8" for name in (*wanted, "mimo_ep4", "qwen3_ep4")}
     assert wanted <= names
-    assert {f"pro_ep8_{name}_fp8" for name in ("skewed", "hot_expert", "hot_rank")} <= names
+    skewed = [f"pro_ep{n}_{name}_fp8" for n in (8, 4, 2) for name in ROUTINGS]
+    assert set(skewed) <= names and "pro_ep2_skewed" not in names
 
 
 def test_one_gpu_has_the_experts_of_a_rank_at_ep4(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = {step.name: step for step in publish.STEPS if "_one" in step.name}
+    found = {step.name: step for step in publish.STEPS if re.search("_one(_fp8)?$", step.name)}
     both = [f"{model}_one{short}" for model in ("pro", "flash", "v3") for short in ("", "_fp8")]
     assert list(found) == [*both, "mimo_one_fp8", "qwen3_one_fp8"]
     for name, step in found.items():
@@ -67,6 +81,52 @@ def test_one_gpu_has_the_experts_of_a_rank_at_ep4(monkeypatch):
         assert (plan.mode, plan.max_tokens, len(plan.tokens)) == (GRAPH, 8192, 9)
 
 
+def test_as_many_experts_on_a_gpu_as_at_ep8():
+    table = [s for s in (*publish.STEPS, *publish.EP_STEPS) if s.file.endswith("of_ep8.csv")]
+    models = ("pro", "flash", "v3", "mimo")
+    places = {"one": 1, "ep2": 2}
+    assert [s.name for s in table] == [f"{m}_{p}_of_ep8_fp8" for p in places for m in models]
+    for step in table:
+        model, place = step.name.split("_")[:2]
+        [config] = publish.configs_of([step])
+        assert step.gpus == config["num_ranks"] == places[place]
+        assert 8 * config["num_experts"] == step.gpus * MODELS[model].num_experts
+        args = arguments_of(step.name)
+        assert (args.mode, args.max_tokens, len(args.tokens)) == (GRAPH, 8192, 9)
+
+
+def test_skewed_routings_load_the_layer_that_is_measured_balanced():
+    for gpus in (2, 4, 8):
+        balanced = publish.configs_of([step_named(f"pro_ep{gpus}_fp8")])
+        for name, routing in ROUTINGS.items():
+            name = f"pro_ep{gpus}_{name}_fp8"
+            args = arguments_of(name)
+            assert (args.routing, args.tokens) == (routing, [128, 1024, 8192])
+            assert publish.configs_of([step_named(name)]) == balanced
+
+
+def test_steps_measure_again_what_other_files_hold():
+    """The layer and token counts of the rows that are published, and nothing beside them."""
+    for name, file in {
+        "zeroing": "zeroing.csv",
+        "pro_ep2_staging": "staging.csv",
+        "pro_ep2_cold_l2": "cold_l2.csv",
+    }.items():
+        step, args = step_named(name), arguments_of(name)
+        [config] = publish.configs_of([step])
+        rows = load(publish.REPOSITORY / "perf" / "results" / file)
+        assert step.file == file and rows.tokens.unique().tolist() == args.tokens
+        for row in rows.itertuples():
+            assert row.num_ranks == config["num_ranks"] == step.gpus * row.ranks_per_gpu
+            assert (row.model, row.num_experts) == (args.model, config["num_experts"])
+            assert (row.precision, row.routing) == (config["precision"], args.routing)
+            assert row.mode == mode_label(args.mode, args.l2)
+        assert config["max_tokens_per_rank"] >= max(args.tokens)
+    assert arguments_of("pro_ep2_staging").staging
+    for name in ("pro_ep2_staging", "pro_ep2_cold_l2"):
+        assert arguments_of(name).baseline == ()
+
+
 def test_steps_have_names_of_their_own_and_count_tokens_upwards():
     steps = [*publish.STEPS, *publish.EP_STEPS]
     assert len({step.name for step in steps}) == len(steps)
@@ -74,7 +134,7 @@ def test_steps_have_names_of_their_own_and_count_tokens_upwards():
         args = parser().parse_args([step.command, *step.arguments])
         assert args.tokens == sorted(args.tokens), step.name
         assert args.precision == (step.precision,)
-        if step.command == "sweep":
+        if step.command == "sweep" and step.baseline:
             assert args.baseline == (publish.BASELINE_OF[step.precision],)
 
 
@@ -88,6 +148,7 @@ def test_a_file_holds_one_kind_of_rows():
         ("fp8_block", 1), ("fp8_channel", 1), ("bf16", 1), ("fp8_block", 4), ("fp8_block", 8)
     }  # fmt: skip
     assert {s.file for s in publish.STEPS if s.command == "accuracy"} == {"accuracy.csv"}
+    assert files.pop("h200_fp8_share_of_ep8.csv") == {("fp8_block", 1), ("fp8_block", 2)}
     assert all(len(kinds) == 1 for kinds in files.values())
     assert {name: kinds.pop() for name, kinds in files.items()} == {
         "h200_bf16_one_gpu.csv": ("bf16", 1),
@@ -99,7 +160,18 @@ def test_a_file_holds_one_kind_of_rows():
         "h200_fp8_channel_ep4.csv": ("fp8_channel", 4),
         "h200_bf16_ep2.csv": ("bf16", 2),
         "h200_fp8_ep2.csv": ("fp8_block", 2),
+        "staging.csv": ("bf16", 2),
+        "cold_l2.csv": ("fp8_block", 2),
+        "zeroing.csv": ("fp8_block", 1),
     }
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_kernels_of_every_step_can_be_listed(gpus, tmp_path):
+    assert publish.main([str(tmp_path), "--list-configs", "--gpus", str(gpus)]) == 0
+    listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
+    most = {step.gpus for step in publish.steps_for(gpus)}
+    assert {config.num_ranks for config, _ in listed} == most | ({2, 4, 8} if gpus == 1 else set())
 
 
 def test_listing_configs_needs_no_gpu(tmp_path):
