@@ -6,7 +6,8 @@ One module per concern: `cases` and `routings` (what is run), `timing` (how it i
 is kept), `plan` and `measure` (what to run, and running it), `processes`, `sample` and
 `process_runner` (the same with a process per GPU), `sweep` (the command that joins them), `options`
 and `progress` (command lines). `compare` judges two result files; `curves`, `plots` and `report`
-draw them; `probes` and `ceilings` measure what bounds the layer; `zeroing` times what it does
-without and `ablation` the parts of a launch alone; `trace` records one launch, with `timeline` (its
-events) and `emulated_trace` (the emulator's).
+draw them; `probes` and `ceilings` measure what bounds the layer; `accuracy` compares it with exact
+arithmetic; `zeroing` times what it does without and `ablation` the parts of a launch alone; `trace`
+records one launch, with `timeline` (its events), `emulated_trace` (the emulator's) and `phases`
+(where its time went). `publish` runs published measurements in one go.
 """

@@ -11,10 +11,10 @@ beyond the p95 has. The medians of two runs may differ by noise = hypot(s_A, s_B
 row's median. A median of 20 independent repetitions has a standard error of 0.28 s, so one s is
 over three of its errors; the rest is room for repetitions that drift together, as clocks do. Two
 calm rows have hardly any spread within a run, yet clocks, temperature and memory placement differ
-between runs: hence a floor of GPU_FLOOR. Published measurements that were repeated at one commit on
-H200 (2026-11) lay within 1.6 %. B is slower where B / A > 1 + noise,
-faster where A / B > 1 + noise. Times of the CPU emulator depend on whatever else the CPU does and
-on no kernel: they are shown and not judged, unless a threshold is given.
+between runs: hence a least noise, FLOOR. Published measurements that were repeated at one commit on
+H200 (2026-11) lay within 1.6 %. B is slower where B / A > 1 + noise, faster where A / B > 1 +
+noise. Times of the CPU emulator depend on whatever else the CPU does and on no kernel: they are
+shown and not judged, unless a threshold is given.
 """
 
 from __future__ import annotations
