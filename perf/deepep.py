@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megamoe.precision import FP8_BLOCK
 from megamoe.reference import quantize, take_rows
-from perf.experts import BLOCK, MAX_FP8_ERROR, hidden_rows
+from perf.experts import MAX_FP8_ERROR, hidden_rows
 
 NAME = "deepep_deepgemm"
 MODULES = ("deep_ep", "deep_gemm")
@@ -54,7 +55,7 @@ class DeepEpDeepGemm:
     capturable = False
     quantised = True
     max_error = MAX_FP8_ERROR
-    config = f"form=blocked scales=1x{BLOCK} between=torch"
+    config = f"form=blocked scales=1x{FP8_BLOCK} between=torch"
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class DeepEpDeepGemm:
             ids_TK, self.num_experts
         )
         rows, ids_NK, weights_NK, counts, handle, _ = self.buffer.dispatch(
-            quantize(x_TH, BLOCK),
+            quantize(x_TH, FP8_BLOCK),
             topk_idx=ids_TK,
             topk_weights=topk_weights_TK,
             num_tokens_per_rank=to_rank,
@@ -129,7 +130,7 @@ class DeepEpDeepGemm:
         gate_up_M2I = like_TH.new_empty(num_rows, self.w13[0].shape[1])
         multiply = self.deep_gemm.m_grouped_fp8_gemm_nt_contiguous
         multiply(take_rows(rows, token_M), self.w13, gate_up_M2I, expert_M)
-        hidden = quantize(hidden_rows(gate_up_M2I, weights_M, self.clamp), BLOCK)
+        hidden = quantize(hidden_rows(gate_up_M2I, weights_M, self.clamp), FP8_BLOCK)
         out_MH = like_TH.new_empty(num_rows + 1, like_TH.shape[1])  # the last is of masked slots
         multiply(hidden, self.w2, out_MH[:num_rows], expert_M)
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megamoe.precision import FP8_BLOCK, FP8_MAX
+
 #: Relative errors against the oracle, which multiplies bf16 operands, above this are no rounding.
 #: FP8 keeps 3 bits behind the leading one, a relative error of 0.026 (root mean square). Tokens,
 #: w13, hidden rows and w2 are rounded, and gate and up carry the first two: about 0.07 in all.
 MAX_ERROR, MAX_FP8_ERROR = 2e-2, 0.1
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-BLOCK = 128
 GROUPED, BLOCKED = "grouped", "blocked"
 #: cuBLAS takes scales per 128 columns of a multiple of this many rows.
 ROW_MULTIPLE = 4
@@ -85,7 +85,7 @@ def quantise_rows(x_RK: torch.Tensor, columns: int | None = None) -> tuple[torch
 def quantise_blocks(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(FP8 [N, K], float32 scales [N / 128, K / 128])."""
     width, depth = w_NK.shape
-    blocks = w_NK.view(width // BLOCK, BLOCK, depth // BLOCK, BLOCK)
+    blocks = w_NK.view(width // FP8_BLOCK, FP8_BLOCK, depth // FP8_BLOCK, FP8_BLOCK)
     scale = _scale_of(blocks.abs().amax(dim=(1, 3)))
     return (blocks / scale[:, None, :, None]).to(FP8).view(width, depth), scale
 
@@ -123,7 +123,7 @@ class Fp8Experts:
         else:
             self.form = BLOCKED if w13_scale.dim() == 3 else GROUPED
         self.capturable = self.form == GROUPED  # else the host reads where experts begin
-        self.columns = None if self.form == GROUPED else BLOCK
+        self.columns = None if self.form == GROUPED else FP8_BLOCK
         self.config = f"form={self.form} scales={'row' if self.form == GROUPED else '1x128'}"
         self.w13 = self._weights(w13_e2IH, w13_scale)
         self.w2 = self._weights(w2_eHI, w2_scale)

@@ -27,8 +27,8 @@ from perf.baselines import BASELINE_OF
 from perf.options import Parser, check_writable, integer, names
 from perf.plan import kernels_of
 from perf.processes import ONE_LINE
+from perf.results import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 #: Seconds that torchrun gets to end its ranks when a step has used up its time.
 GRACE_S = 45
 

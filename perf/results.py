@@ -11,7 +11,7 @@ import csv
 import importlib.metadata
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields
 from datetime import UTC, datetime
 from math import inf, nan
@@ -138,17 +138,20 @@ def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     raise ValueError(f"{path} has another header: {detail}")
 
 
+def _files_of(paths: Iterable[str | Path]) -> Iterator[Path]:
+    """These paths, a directory as its CSV files."""
+    for path in map(Path, paths):
+        yield from sorted(path.glob("*.csv")) if path.is_dir() else [path]
+
+
 def result_files(
     paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS
 ) -> tuple[list[Path], list[Path]]:
     """(files of rows with these columns, other CSV files) among `paths` and in the directories
     among them; ValueError for a path that does not exist.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
     rows, others = [], []
-    for path in files:
+    for path in _files_of(paths):
         (rows if tuple(_header_of(path)) == tuple(columns) else others).append(path)
     return rows, others
 
@@ -171,11 +174,8 @@ def load(*paths: str | Path, kind: type = Row):
     import pandas
 
     columns = [field.name for field in fields(kind)]
-    files: list[Path] = []
-    for path in map(Path, paths):
-        files += sorted(path.glob("*.csv")) if path.is_dir() else [path]
     rows: list[list[object]] = []
-    for file in files:
+    for file in _files_of(paths):
         check_header(file, columns)
         rows += [[*row, file.name] for row in _rows_of(file, kind)]
     return pandas.DataFrame(rows, columns=[*columns, "file"])

@@ -27,9 +27,9 @@ from perf.measure import (
     Contender,
     Point,
     Runner,
-    layer_arguments,
     layer_bound,
     medians_of,
+    outputs_of,
 )
 from perf.process_runner import ProcessRunner
 from perf.routings import may_mask
@@ -67,31 +67,23 @@ def contenders_of(
     spans, bound = zeroed_spans(workspace), layer_bound(moe.config.recipe)
     num_bytes = sum(span.nbytes for span in spans) // len(workspace.local_ranks)
 
-    def forward(inputs: Sequence[Inputs]) -> Callable[[], list[torch.Tensor]]:
-        arguments = layer_arguments(inputs)
-        single = len(inputs) == 1
-        return lambda: [moe(*arguments)] if single else moe(*arguments)
-
     def zeroing(inputs: Sequence[Inputs]) -> Callable[[], list[torch.Tensor]]:
-        layer = forward(inputs)
-
         def call() -> list[torch.Tensor]:
             for span in spans:
                 span.zero_()
             meet()
-            return layer()
+            return outputs_of(moe, inputs)
 
         return call
 
     def summing(inputs: Sequence[Inputs]) -> Callable[[], list[torch.Tensor]]:
-        layer = forward(inputs)
         slots = [
             workspace.regions(rank)["combine_output"][: i.x.shape[0]]
             for rank, i in zip(workspace.local_ranks, inputs, strict=True)
         ]
 
         def call() -> list[torch.Tensor]:
-            layer()
+            outputs_of(moe, inputs)
             return [sum_of_slots(slots_TKH) for slots_TKH in slots]
 
         return call
