@@ -80,11 +80,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The lower bound in microseconds, what sets it, and the time of each ceiling."""
+    """The lower bound in microseconds, and what sets it."""
 
     us: float
     bound: str
-    us_by_ceiling: dict[str, float]
 
     def share(self, us: float) -> float:
         """Part of the bound that a time of `us` reaches: 1 is the roofline."""
@@ -152,4 +151,4 @@ def roofline_of(work: Work, ceilings: Ceilings = DEFAULTS, dtype: str = "bfloat1
         NVLINK: max(work.nvlink_bytes) / (ceilings.nvlink_gbps * 1e3),
     }
     bound = max(us, key=us.__getitem__)
-    return Roofline(us[bound], bound, us)
+    return Roofline(us[bound], bound)
