@@ -176,8 +176,8 @@ def html_phases(sections: dict, pictures: dict[str, Picture]) -> str:
     for slug, (title, launches) in sections.items():
         parts += [html_picture(pictures[slug]["svg"], title), phase_table(launches)]
     text = (
-        "One cold launch each, mean over CTAs. Rows are pulled under the products, and FC2 sends "
-        "its results from the epilogues."
+        "One launch each, after others and a pause of about 2 ms; mean over CTAs. Rows are pulled "
+        "under the products, and FC2 sends its results from the epilogues."
         if parts
         else "No launch was recorded: `python -m perf trace --phases FILE.csv` writes one."
     )
