@@ -73,7 +73,6 @@ class Step:
 #: One capacity, so that the steps of a model, a precision and a number of ranks share a kernel.
 _ROOM = "--max-tokens 8192"
 _ALL_TOKENS = f"{_ROOM} --tokens 1,8,32,128,512,1024,2048,4096,8192"
-_SOME_TOKENS = f"{_ROOM} --tokens 1,32,512,2048,8192"
 _SKEWED = f"{_ROOM} --tokens 128,1024,8192"
 #: Experts that one GPU of a deployment at EP4 holds.
 _EP4_SHARE = {"pro": 96, "flash": 64, "v3": 64, "mimo": 96, "qwen3": 32}
@@ -118,6 +117,12 @@ def _share_of_ep8(gpus: int) -> Iterator[Step]:
 STEPS = (
     Step("smoke", "--model tiny --ranks 1 --tokens 1,64,512 --eager --reps 5", SMOKE, limit_s=120),
     *_both("pro_one", f"{_ONE['pro']} --graph {_ALL_TOKENS}"),
+    Step(
+        "pro_one_fp8_channel",
+        f"{_ONE['pro']} --graph {_ALL_TOKENS}",
+        "h200_fp8_channel_one_gpu",
+        "fp8_channel",
+    ),
     *_both("flash_one", f"{_ONE['flash']} --graph {_ALL_TOKENS}"),
     *_both("v3_one", f"{_ONE['v3']} --graph {_ALL_TOKENS}"),
     _fp8("mimo_one", f"{_ONE['mimo']} --graph {_ALL_TOKENS}"),
@@ -128,7 +133,7 @@ STEPS = (
     *_both("v3_ranks8", f"{_V3} --ranks 8 --tokens 1,8,64,512"),
     Step("tiny", "--model tiny --ranks 1 --tokens 1:4096 --graph"),
     Step("tiny_ranks8", "--model tiny --ranks 8 --tokens 1:512 --graph"),
-    Step("v3_eager", f"{_ONE['v3']} --eager {_SOME_TOKENS}"),
+    Step("v3_eager", f"{_ONE['v3']} --eager {_ROOM} --tokens 1,32,512,2048,8192"),
     Step("v3_skewed", f"{_V3} --ranks 4 --routing zipf --tokens 64,1024"),
     Step("v3_hot_expert", f"{_V3} --ranks 4 --routing hot-expert --tokens 64,1024"),
     Step("v3_hot_rank", f"{_V3} --ranks 4 --routing hot-rank --tokens 64,1024"),
@@ -193,10 +198,10 @@ EP_STEPS = (
     *(step for both in _skewed(4, _EP["pro"]) for step in both),
     _ablation("pro_ablation_ep4_fp8", _EP["pro"], 4),
     Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
-    *_both("pro_ep2", f"{_EP2['pro']} {_SOME_TOKENS}", 2),
+    *_both("pro_ep2", f"{_EP2['pro']} {_ALL_TOKENS}", 2),
     _ablation("pro_ablation_ep2_fp8", _EP2["pro"], 2),
-    *_both("flash_ep2", f"{_EP2['flash']} {_SOME_TOKENS}", 2),
-    *_both("v3_ep2", f"{_EP2['v3']} {_SOME_TOKENS}", 2),
+    *_both("flash_ep2", f"{_EP2['flash']} {_ALL_TOKENS}", 2),
+    *_both("v3_ep2", f"{_EP2['v3']} {_ALL_TOKENS}", 2),
     *(fp8 for _, fp8 in _skewed(2, _EP2["pro"])),
     *_share_of_ep8(2),
     Step(

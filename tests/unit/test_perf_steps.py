@@ -157,6 +157,7 @@ def test_a_file_holds_one_kind_of_rows():
         "h200_fp8_ep8.csv": ("fp8_block", 8),
         "h200_bf16_ep4.csv": ("bf16", 4),
         "h200_fp8_ep4.csv": ("fp8_block", 4),
+        "h200_fp8_channel_one_gpu.csv": ("fp8_channel", 1),
         "h200_fp8_channel_ep4.csv": ("fp8_channel", 4),
         "h200_bf16_ep2.csv": ("bf16", 2),
         "h200_fp8_ep2.csv": ("fp8_block", 2),
