@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megamoe.emulator import OPERATIONS
-from megamoe.emulator.operations import KINDS
+from megamoe.emulator.operations import KINDS, TABLE
 from megamoe.faults import MegaMoEError
 from megamoe.precision import PRECISIONS
 from tests.emulated import Layer, WrongResult
@@ -128,6 +128,8 @@ def test_values_alone_are_right_when_nothing_is_dropped(precision, seed):
 
 
 def test_the_table_is_well_formed():
+    labels = [operation.label for operation in TABLE]
+    assert len(labels) == len(set(labels)), "one operation would hide another"
     for label, operation in OPERATIONS.items():
         assert operation.kind in KINDS and operation.why, label
         assert not operation.twin or operation.twin in OPERATIONS, label
