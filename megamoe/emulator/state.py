@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megamoe import reference
-from megamoe.budget import QUEUE_SLOTS, piece_bytes
+from megamoe.budget import QUEUE_SLOTS, budget_of
 from megamoe.emulator.memory import Agent, Data, Memory, Word
 from megamoe.faults import ROLE_COMBINE, ROLE_COUNT, ROLE_DISPATCH, ROLES
 from megamoe.precision import Precision
@@ -105,11 +105,9 @@ class RankState:
     def __init__(self, memory: Memory, workspace: Workspace, rank: int):
         self.memory, self.rank = memory, rank
         self.layout: Layout = workspace.layout
-        config, kernel = self.layout.config, self.layout.kernel
-        row_bytes = config.hidden_size * config.recipe.token_bytes
-        self.pull_columns = (
-            piece_bytes(row_bytes, kernel.pull_chunk_bytes) // config.recipe.token_bytes
-        )
+        config = self.layout.config
+        self.budget = budget_of(config, self.layout.kernel)
+        self.pull_columns = self.budget.piece_bytes // config.recipe.token_bytes
         self.host: Agent
         self.cta_agents: list[CtaAgents] = []
         self.number = 0  # launches begun
