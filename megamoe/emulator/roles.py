@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from megamoe import reference
-from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS, WARPGROUP_ROWS
+from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS, WARP_ROWS, WARPGROUP_ROWS
 from megamoe.emulator.combine import reduce_early
 from megamoe.emulator.errors import PaddingNotInert
 from megamoe.emulator.memory import Agent
@@ -300,7 +300,7 @@ def math(cta: Cta, warp: int) -> Role:
     """One math warp: its rows of every tile of the CTA that its warpgroup has a share in."""
     runtime, shared, state = cta.runtime, cta.shared, cta.state
     (leader, lanes), shape = cta.agents.math[warp], cta.shape
-    warpgroup, rank = divmod(warp, WARPGROUP_ROWS // shape.warp_rows)
+    warpgroup, rank = divmod(warp, WARPGROUP_ROWS // WARP_ROWS)
     number = turn = 0
     while True:
         words = yield from _take_tile(cta, leader, number, "math", also=(lanes,))
@@ -318,9 +318,9 @@ def math(cta: Cta, warp: int) -> Role:
         yield from runtime.wait(leader, full, pass_ + 1, "math.stage_full", also=(lanes,))
         shared.stage.read(leader, stage)
         tile = shared.tiles[stage]
-        place = share.half * WARPGROUP_ROWS + rank * shape.warp_rows
-        own = slice(place, place + shape.warp_rows)
-        real = max(0, min(rows - own.start, shape.warp_rows))
+        place = share.half * WARPGROUP_ROWS + rank * WARP_ROWS
+        own = slice(place, place + WARP_ROWS)
+        real = max(0, min(rows - own.start, WARP_ROWS))
         if real and tile.product is None:
             tile.multiply(*_tile_weights(shape, state, words))
         product = tile.product[own] if real else None
@@ -376,7 +376,7 @@ def _fc2_epilogue(
 ) -> Role:  # fmt: skip
     """Store real rows to their sources."""
     config = cta.config
-    wrong = np.flatnonzero((codes != PADDING) != (np.arange(shape.warp_rows) < real))
+    wrong = np.flatnonzero((codes != PADDING) != (np.arange(WARP_ROWS) < real))
     if len(wrong):
         row = int(wrong[0])
         raise PaddingNotInert(
