@@ -150,7 +150,9 @@ TABLE = [
     ),
     *_waited("math.queue_full", "the tile is read before it is written"),
     *_counted("math.queue_empty", "the scheduler reuses the slot"),
-    # load_tokens
+    # loaders
+    *_waited("load_weights.stage_empty", "a stage is overwritten while math reads it"),
+    *_counted("load_weights.stage_full", "math reads the weights in the stage"),
     *_waited("load_tokens.fc1_wait", "rows of the block have not arrived"),
     Operation("load_tokens.fc1_proxy", "proxy", "TMA reads through the async proxy"),
     *_waited("load_tokens.fc2_wait", "FC1 tiles of the block are not stored"),
@@ -161,7 +163,7 @@ TABLE = [
     *_counted("load_tokens.stage_full", "math reads the stage, and what this role has acquired"),
     # math
     *_waited("math.stage_full", "the stage is read before it is loaded"),
-    *_counted("math.stage_empty", "the loader reuses the stage"),
+    *_counted("math.stage_empty", "the loaders reuse the stage"),
     Operation("math.warp_sync", "barrier", "all lanes store, one lane arrives"),
     *_counted("math.stored", "the tile is reported once all warps have stored it"),
     # report

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamoe.budget import Budget
 from megamoe.emulator.memory import GPU, SYS, Agent
 from megamoe.emulator.runtime import Role, Runtime
 from megamoe.emulator.state import CtaAgents, RankState, Shared
@@ -57,6 +58,10 @@ class Cta:
     @property
     def kernel(self):
         return self.state.layout.kernel
+
+    @property
+    def budget(self) -> Budget:
+        return self.state.budget
 
     @property
     def shape(self) -> Shape:

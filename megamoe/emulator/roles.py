@@ -19,6 +19,7 @@ from megamoe.emulator.prologue import Cta
 from megamoe.emulator.runtime import Role
 from megamoe.emulator.state import (
     NUM_TILE_STAGES,
+    OPERANDS,
     POISON,
     RankState,
     Tile,
@@ -183,12 +184,13 @@ def pull_rows(cta: Cta) -> Role:
 
 
 def load_weights(cta: Cta) -> Role:
-    """Take tickets in stream order and hand their tiles to the other roles of the CTA."""
+    """Take tickets in stream order, hand their tiles to the other roles of the CTA and load their
+    weights.
+    """
     runtime, shared, agent = cta.runtime, cta.shared, cta.agents.load_weights
     shape, counts = cta.shape, cta.counts(agent)
     stream = shape.stream(cta.num_ctas)
     walk = advance_walk(start_walk(counts, shape.experts), counts, *stream)
-    readers = 2 + shape.kernel.num_math_warps
     number = 0
     while True:
         tickets = cta.state.word("load_balance_counter")
@@ -201,16 +203,32 @@ def load_weights(cta: Cta) -> Role:
             rows = rows_in_block(counts[walk.expert], tile.block, shape.kernel.block_m)
             words = [walk.phase, walk.expert, tile.block, tile.pool, tile.column, rows]
         slot, turn = number % QUEUE_SLOTS, number // QUEUE_SLOTS
-        yield from runtime.wait(
-            agent, shared.queue_empty[slot], turn * readers, "load_weights.queue_empty"
-        )
+        free = turn * cta.budget.queue_empty_arrivals
+        yield from runtime.wait(agent, shared.queue_empty[slot], free, "load_weights.queue_empty")
         shared.queue.write(agent, slot, [words])
         yield from runtime.add(
             agent, shared.queue_full[slot], "load_weights.queue_full", release=True
         )
-        number += 1
         if words[0] == PHASE_DONE:
             return
+        yield from await_stage(cta, agent, number, "load_weights")
+        yield from fill_stage(cta, agent, number, "load_weights")
+        number += 1
+
+
+def await_stage(cta: Cta, agent: Agent, number: int, role: str) -> Role:
+    """Wait until the stage of tile `number` is free."""
+    stage, turn = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
+    empty, free = cta.shared.stage_empty[stage], turn * cta.budget.empty_arrivals
+    yield from cta.runtime.wait(agent, empty, free, f"{role}.stage_empty")
+
+
+def fill_stage(cta: Cta, agent: Agent, number: int, role: str) -> Role:
+    """Put the operand of a loader into the stage of tile `number`."""
+    stage = number % NUM_TILE_STAGES
+    cta.shared.stage.write(agent, stage, number, OPERANDS[role])
+    full = cta.shared.stage_full[stage]
+    yield from cta.runtime.add(agent, full, f"{role}.stage_full", release=True)
 
 
 def read_tile(cta: Cta, agent: Agent, number: int, role: str, also: tuple[Agent, ...] = ()) -> Role:
@@ -247,9 +265,7 @@ def load_tokens(cta: Cta) -> Role:
         phase, _, _, block, _, rows = yield from _take_tile(cta, agent, number, "load_tokens")
         if phase == PHASE_DONE:
             return
-        stage, turn = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
-        free = turn * shape.kernel.num_math_warps
-        yield from runtime.wait(agent, shared.stage_empty[stage], free, "load_tokens.stage_empty")
+        yield from await_stage(cta, agent, number, "load_tokens")
         if phase == PHASE_FC1:
             label, ready, target = "load_tokens.fc1", "l1_arrival_count", rows
             words = "l1_topk_weights_buffer"
@@ -268,11 +284,8 @@ def load_tokens(cta: Cta) -> Role:
             which = slice(first, first + num_scales)
             found = state.data[scale_region].read(agent, which, (0, rows), asynchronous=True)
             scales = as_float(found, "float32").T
-        shared.stage.write(agent, stage, number)
-        shared.tiles[stage] = Tile(as_float(bits, dtype), scales, metadata)
-        yield from runtime.add(
-            agent, shared.stage_full[stage], "load_tokens.stage_full", release=True
-        )
+        shared.tiles[number % NUM_TILE_STAGES] = Tile(as_float(bits, dtype), scales, metadata)
+        yield from fill_stage(cta, agent, number, "load_tokens")
         number += 1
 
 
@@ -314,8 +327,8 @@ def math(cta: Cta, warp: int) -> Role:
         turn += share.arrivals > 1
         if not share.active:
             continue
-        full = shared.stage_full[stage]
-        yield from runtime.wait(leader, full, pass_ + 1, "math.stage_full", also=(lanes,))
+        full, filled = shared.stage_full[stage], (pass_ + 1) * cta.budget.full_arrivals
+        yield from runtime.wait(leader, full, filled, "math.stage_full", also=(lanes,))
         shared.stage.read(leader, stage)
         tile = shared.tiles[stage]
         place = share.half * WARPGROUP_ROWS + rank * WARP_ROWS

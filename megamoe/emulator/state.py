@@ -29,8 +29,10 @@ from workspace.wire import scale_words
 PIECE_COLUMNS = 64
 #: Threads of a CTA that the prologue and the combine are divided among.
 NUM_CTA_THREADS = 2
-#: Stages of token tiles in a CTA; a stage holds a whole tile here. Fewer than tiles in the queue.
+#: Stages of a CTA; a stage holds a whole tile here, what each loader brings as a column of its own.
+#: Fewer than tiles in the queue.
 NUM_TILE_STAGES = 1
+OPERANDS = {"load_tokens": (0, 1), "load_weights": (1, 2)}
 TILE_FIELDS = 6  # phase, expert, block in expert, pool block, column, rows
 
 #: Data regions of words that are used atomically.
@@ -266,7 +268,7 @@ class Shared:
         self.queue_full = words("queue_full", QUEUE_SLOTS)
         self.queue_empty = words("queue_empty", QUEUE_SLOTS)
         self.stage = Data(
-            memory, "shared.stage", rank, np.zeros((NUM_TILE_STAGES, 1), np.int64), 1, 1
+            memory, "shared.stage", rank, np.zeros((NUM_TILE_STAGES, len(OPERANDS)), np.int64), 1, 1
         )
         self.stage_full = words("stage_full", NUM_TILE_STAGES)
         self.stage_empty = words("stage_empty", NUM_TILE_STAGES)
