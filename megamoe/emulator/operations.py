@@ -1,8 +1,8 @@
 """Every ordering operation of the protocol by label: its kind, and why it is needed.
 
 The roles name each operation by its label, and `Emulator(drop=label)` leaves it out. The mutation
-test walks this table: dropping any operation must make a launch fail, except the few that are
-marked `redundant`, which must not.
+test walks this table: dropping any operation must make a launch fail in its recipes, and only
+there, except the few that are marked `redundant`, which must not.
 
 Kinds, and what dropping one means:
 - wait: the role goes on at once and acquires nothing.
@@ -23,16 +23,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamoe.precision import PRECISIONS
+
 KINDS = (
     "wait", "acquire", "release", "increment", "fence", "proxy", "bulk", "barrier", "scope",
     "store", "drain", "early",
 )  # fmt: skip
 
+#: Recipes with scales, and those among them whose rows have one for each block of columns.
+SCALED = tuple(name for name, recipe in PRECISIONS.items() if recipe.scaled)
+ROW_BLOCKS = tuple(name for name, recipe in PRECISIONS.items() if recipe.token_block > 0)
+
 
 @dataclass(frozen=True)
 class Operation:
     """One operation; `redundant` says what else gives the same order, `twin` by which label.
-    `scaled`: only in recipes with scales.
+    `recipes`: those in which it is needed.
     """
 
     label: str
@@ -40,7 +46,7 @@ class Operation:
     why: str
     redundant: str = ""
     twin: str = ""
-    scaled: bool = False
+    recipes: tuple[str, ...] = tuple(PRECISIONS)
 
 
 def _counted(label: str, why: str, redundant: str = "", twin: str = "") -> list[Operation]:
@@ -86,12 +92,12 @@ def _nvlink_barrier(
 
 TABLE = [
     # count
-    Operation("count.quantize", "early", "peers pull the rows and their scales", scaled=True),
+    Operation("count.quantize", "early", "peers pull the rows and their scales", recipes=SCALED),
     Operation(
         "count.quantize_proxy",
         "proxy",
         "peers pull by bulk copies what threads have stored",
-        scaled=True,
+        recipes=SCALED,
     ),
     Operation("count.histogram_barrier", "barrier", "the local histogram is made by all threads"),
     Operation("count.reserve", "increment", "totals and reserved positions come from it"),
@@ -118,10 +124,13 @@ TABLE = [
     Operation("dispatch.drain_wait", "bulk", "before a ring wait, a row is published too early"),
     Operation("dispatch.last_wait", "bulk", "the last row is published before it is in the pool"),
     Operation(
-        "dispatch.scale_wait", "bulk", "scales are stored before they have landed", scaled=True
+        "dispatch.scale_wait", "bulk", "scales are stored before they have landed", recipes=SCALED
     ),
     Operation(
-        "dispatch.scale_proxy", "proxy", "bulk copies of FC1's loaders read the scales", scaled=True
+        "dispatch.scale_proxy",
+        "proxy",
+        "bulk copies of FC1's loaders read the scales; a scale of the whole row its epilogue reads",
+        recipes=ROW_BLOCKS,
     ),
     Operation(
         "dispatch.warp_sync",

@@ -27,6 +27,7 @@ from megamoe.emulator.state import (
     as_bits,
     as_float,
 )
+from megamoe.precision import WHOLE_ROW
 from megamoe.schedule import (
     PHASE_DONE,
     PHASE_FC1,
@@ -269,7 +270,9 @@ def load_tokens(cta: Cta) -> Role:
         if phase == PHASE_FC1:
             label, ready, target = "load_tokens.fc1", "l1_arrival_count", rows
             words = "l1_topk_weights_buffer"
-            region, scale_region, num_scales = "l1_token_buffer", "l1_sf_buffer", shape.token_scales
+            region, scale_region = "l1_token_buffer", "l1_sf_buffer"
+            # A scale of the whole row is for the epilogue.
+            num_scales = shape.token_scales if cta.config.recipe.token_block > 0 else 0
         else:
             label, ready, target = "load_tokens.fc2", "fc1_done_counter", shape.fc1_done
             words = "token_src_metadata"
@@ -358,8 +361,9 @@ def _fc1_epilogue(
     cta: Cta, shape: Shape, lanes: Agent, product, metadata, first: int, real: int, block: int,
     column: int,
 ) -> Role:  # fmt: skip
-    """SwiGLU, router weight, one rounding, store."""
+    """Scales of whole rows, SwiGLU, router weight, one rounding, store."""
     state, recipe = cta.state, cta.config.recipe
+    in_block = first % shape.kernel.block_m
     weights = as_float(metadata, "float32")
     if weights[real:].any():
         row = first + real + int(weights[real:].nonzero()[0])
@@ -368,6 +372,10 @@ def _fc1_epilogue(
             f"in a row that pads pool block {block}"
         )
     if real:
+        if recipe.token_block == WHOLE_ROW:
+            ring_block, place = block % shape.ring, (in_block, in_block + real)
+            found = state.data["l1_sf_buffer"].read(lanes, ring_block, place)
+            product = product * as_float(found, "float32").T
         hidden = reference.swiglu(product, state.launch.clamp) * weights[:real, None]
         values, scales = reference.stored(hidden, recipe.token, recipe.hidden_block)
         width = shape.kernel.block_n // 2
@@ -376,7 +384,6 @@ def _fc1_epilogue(
         state.data["fc1_output"].write(lanes, rows, as_bits(values), columns)
         if scales is not None:
             # One scale per row and tile, because a tile has as many columns as share one.
-            in_block = first % shape.kernel.block_m
             target = ring_row(block, shape.ring, shape.hidden_scales) + column
             columns = (in_block, in_block + real)
             yield

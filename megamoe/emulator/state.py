@@ -38,7 +38,7 @@ TILE_FIELDS = 6  # phase, expert, block in expert, pool block, column, rows
 #: Data regions of words that are used atomically.
 ATOMIC_DATA = ("combine_arrival_count",)
 
-#: Regions that bulk copies or TMA read.
+#: Regions that bulk copies or TMA read, in some recipe.
 COPIED = (
     "input_token_buffer", "input_sf_buffer", "l1_token_buffer", "l1_sf_buffer", "fc1_output",
     "fc1_output_sf",

@@ -12,12 +12,25 @@ from tests.emulated import Layer, WrongResult
 
 NEEDED = [label for label, operation in OPERATIONS.items() if not operation.redundant]
 #: Labels of NEEDED that are tried with scales as well: their own, and what the scales rely on.
-SCALED = [
+OF_SCALES = [
     label
     for label in NEEDED
-    if OPERATIONS[label].scaled
+    if "bf16" not in OPERATIONS[label].recipes
     or label.startswith(("dispatch.", "load_tokens.fc", "report.fc1_"))
     or label in ("dispatched.before", "dispatched.wait", "math.stage_full.acquire")
+]
+#: (recipe, label): dropped there, it makes a launch fail, or does not.
+TRIED = [
+    (precision, label)
+    for label in NEEDED
+    for precision in OPERATIONS[label].recipes
+    if precision == "bf16" or label in OF_SCALES
+]
+SPARED = [
+    (precision, label)
+    for label in NEEDED
+    for precision in PRECISIONS
+    if precision not in OPERATIONS[label].recipes
 ]
 REDUNDANT = [label for label, operation in OPERATIONS.items() if operation.redundant]
 
@@ -84,16 +97,17 @@ def test_nothing_fails_when_nothing_is_dropped(precision, seed):
     run(make_layer(None, precision), seed)
 
 
-@pytest.mark.parametrize(
-    "precision,label",
-    [("bf16", label) for label in NEEDED if not OPERATIONS[label].scaled]
-    + [("fp8_block", label) for label in SCALED]
-    + [("fp8_channel", label) for label in SCALED if OPERATIONS[label].scaled],
-)
+@pytest.mark.parametrize("precision,label", TRIED)
 def test_dropping_an_operation_fails(precision, label):
     with pytest.raises((MegaMoEError, WrongResult)):
         for seed in range(4):
             run(make_layer(label, precision), seed)
+
+
+@pytest.mark.parametrize("precision,label", SPARED)
+def test_a_recipe_that_does_not_need_an_operation(precision, label):
+    for seed in range(2):
+        run(make_layer(label, precision), seed)
 
 
 @pytest.mark.parametrize("label", REDUNDANT)
@@ -111,7 +125,7 @@ def test_one_of_two_redundant_operations_must_stay(label):
 @pytest.mark.parametrize("label", SHOWN_BY_VALUES)
 def test_held_back_stores_show_it_too(label):
     """Some seed goes wrong in values alone, not only in the comparison of clocks."""
-    precision = "fp8_block" if OPERATIONS[label].scaled else "bf16"
+    precision = OPERATIONS[label].recipes[0]
     with pytest.raises((MegaMoEError, WrongResult)):
         for seed in range(12):
             layer = make_layer(label, precision)
