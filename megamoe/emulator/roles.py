@@ -99,12 +99,12 @@ class Pull:
 
     def store_scales(self, scales, row: int) -> None:
         """Scatter the scales of a row: scale k goes to [ring block][k][row of the block]."""
-        runtime, shape = self.cta.runtime, self.cta.shape
-        values = scales[: shape.token_scales, None]
+        runtime, num_scales = self.cta.runtime, self.cta.config.token_scales
+        values = scales[:num_scales, None]
         if not runtime.live("dispatch.scale_wait"):
             values = POISON["float32"]
-        ring_block, in_block = divmod(row, shape.kernel.block_m)
-        rows = slice(ring_block * shape.token_scales, (ring_block + 1) * shape.token_scales)
+        ring_block, in_block = divmod(row, self.cta.kernel.block_m)
+        rows = slice(ring_block * num_scales, (ring_block + 1) * num_scales)
         columns = (in_block, in_block + 1)
         self.cta.state.data["l1_sf_buffer"].write(self.warp.lanes, rows, values, columns)
         runtime.proxy_fence(self.warp.lanes, "dispatch.scale_proxy")
@@ -258,8 +258,8 @@ def load_tokens(cta: Cta) -> Role:
     """Wait until the tokens of a tile are there, and load its real rows into a stage, with the
     padding metadata that its epilogue needs.
     """
-    runtime, state, shared = cta.runtime, cta.state, cta.shared
-    agent, shape, dtype = cta.agents.load_tokens, cta.shape, cta.config.recipe.token
+    runtime, state, shared, config = cta.runtime, cta.state, cta.shared, cta.config
+    agent, shape, dtype = cta.agents.load_tokens, cta.shape, config.recipe.token
     block_m = shape.kernel.block_m
     number = 0
     while True:
@@ -272,11 +272,11 @@ def load_tokens(cta: Cta) -> Role:
             words = "l1_topk_weights_buffer"
             region, scale_region = "l1_token_buffer", "l1_sf_buffer"
             # A scale of the whole row is for the epilogue.
-            num_scales = shape.token_scales if cta.config.recipe.token_block > 0 else 0
+            num_scales = config.token_scales if config.recipe.token_block > 0 else 0
         else:
             label, ready, target = "load_tokens.fc2", "fc1_done_counter", shape.fc1_done
             words = "token_src_metadata"
-            region, scale_region, num_scales = "fc1_output", "fc1_output_sf", shape.hidden_scales
+            region, scale_region, num_scales = "fc1_output", "fc1_output_sf", config.hidden_scales
         yield from runtime.wait(agent, state.word(ready, block), target, f"{label}_wait")
         first, scales = ring_row(block, shape.ring, block_m), None
         runtime.proxy_fence(agent, f"{label}_proxy")
@@ -384,7 +384,7 @@ def _fc1_epilogue(
         state.data["fc1_output"].write(lanes, rows, as_bits(values), columns)
         if scales is not None:
             # One scale per row and tile, because a tile has as many columns as share one.
-            target = ring_row(block, shape.ring, shape.hidden_scales) + column
+            target = ring_row(block, shape.ring, cta.config.hidden_scales) + column
             columns = (in_block, in_block + real)
             yield
             state.data["fc1_output_sf"].write(lanes, target, as_bits(scales[:, 0]), columns)
