@@ -1,7 +1,8 @@
-"""Who accesses which region in an emulated launch."""
+"""Who accesses which region: what the table of regions says is what the roles do."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 import pytest
@@ -15,6 +16,21 @@ from tests.emulated import Layer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 READER, WRITER = "reader", "writer"
+#: Words for roles in the table (as patterns), and the emulator's roles of which one is meant.
+ROLES = {
+    "host|caller": {"host"},
+    "CTA|rank r|source rank": {"count", "combine"},
+    "count": {"count"},
+    "dispatch warp": {"dispatch"},
+    "report warp|cleaner": {"report"},
+    "weight loader|load_weights": {"load_weights"},
+    "token loader|load_tokens": {"load_tokens"},
+    "(?<!for its )epilogue|math warp": {"math"},
+    "reduce": {"dispatch", "report", "combine"},
+    "clean-up": {"combine"},
+}
+#: No wait of the emulator times out.
+NOT_EMULATED = "abort_flag"
 
 
 def layer_of(precision: str, **emulator) -> Layer:
@@ -61,6 +77,21 @@ def accesses() -> dict[str, tuple]:
                 layer.emulator.launch(xs, *routing, x_scales=scales)
         found[precision] = layer.layout.regions.values(), seen
     return found
+
+
+def test_the_table_names_roles_that_access_a_region(accesses):
+    roles = defaultdict(set)  # of all recipes with the same text
+    for regions, seen in accesses.values():
+        for region in regions:
+            for kind in (READER, WRITER):
+                roles[region.name, kind, getattr(region, kind)] |= seen[region.name, kind]
+    for (region, kind, text), found in roles.items():
+        if region == NOT_EMULATED:
+            continue
+        named = [words for words in ROLES if re.search(rf"\b({words})s?\b", text)]
+        assert named, f"{region}: {kind} {text!r} names no role"
+        for words in named:
+            assert ROLES[words] & found, f"{region}: {words} in {kind}, but it is {found}"
 
 
 @pytest.mark.parametrize("precision,role", [("fp8_block", "load_tokens"), ("fp8_channel", "math")])
