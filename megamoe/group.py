@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+from collections import defaultdict
 from datetime import timedelta
 
 import torch
@@ -16,8 +17,9 @@ import torch.distributed as dist
 
 from megamoe.faults import MegaMoEError
 
-#: Modules made by this process: ranks must make theirs in the same order.
-_serial = itertools.count()
+#: Modules made by this process, by name of the process group: its ranks must make theirs in the
+#: same order.
+_serials: defaultdict[str, itertools.count] = defaultdict(itertools.count)
 
 
 class RanksDisagree(ValueError):
@@ -33,7 +35,7 @@ class MissingRank(MegaMoEError):
 class Group:
     """This process's place in a job, and what it does together with the other ranks.
 
-    Raises ValueError unless torch.distributed is initialised.
+    Raises ValueError unless torch.distributed is initialised and `group` holds this process.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -41,9 +43,13 @@ class Group:
             raise ValueError("group needs torch.distributed: call init_process_group first")
         self.process_group = group
         self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            raise ValueError(
+                f"group does not hold this process, which is rank {dist.get_rank()} of the job"
+            )
         self.size = dist.get_world_size(group)
         name = getattr(group, "group_name", "world")
-        self.prefix = f"megamoe/{name}/{next(_serial)}"
+        self.prefix = f"megamoe/{name}/{next(_serials[name])}"
         self._store = dist.distributed_c10d._get_default_store()
         self._met = 0
 

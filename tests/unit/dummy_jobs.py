@@ -77,6 +77,23 @@ def agree_out_of_order(context: Context) -> str | None:
     return seen
 
 
+def agree_after_a_subgroup(context: Context) -> str | None:
+    """Rank 0 has made a module over a group of its own; rank 1 is not in it."""
+    own = dist.new_group([0])
+    if context.rank == 0:
+        Group(own)
+    return agree(context, 0, {})
+
+
+def join_a_subgroup(context: Context) -> str | None:
+    """The message of a module over a group of rank 0 alone, or None."""
+    try:
+        Group(dist.new_group([0]))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def meet_often(context: Context, times: int) -> int:
     group = Group(dist.group.WORLD)
     for turn in range(times):

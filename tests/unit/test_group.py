@@ -64,6 +64,16 @@ def test_modules_made_in_another_order(jobs):
     assert jobs.run(dummy_jobs.agree, odd=0, changes={}) == [None, None]
 
 
+def test_modules_over_a_subgroup_do_not_count_elsewhere(jobs):
+    assert jobs.run(dummy_jobs.agree_after_a_subgroup) == [None, None]
+
+
+def test_a_rank_outside_the_group_is_refused(jobs):
+    message = "group does not hold this process, which is rank 1 of the job"
+    assert jobs.run(dummy_jobs.join_a_subgroup) == [None, message]
+    assert jobs.run(dummy_jobs.agree, odd=0, changes={}) == [None, None]
+
+
 def test_meetings(jobs):
     assert jobs.run(dummy_jobs.meet_often, times=20) == [20, 20]
 
