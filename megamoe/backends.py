@@ -45,7 +45,9 @@ class EmulatorBackend:
             if bad.any():
                 token, slot = bad.nonzero()[0].tolist()
                 value = idx[token, slot].item()
-                raise ValueError(faults.describe_invalid_expert(rank, token, slot, value, experts))
+                raise faults.InvalidExpertError(
+                    faults.describe_invalid_expert(rank, token, slot, value, experts)
+                )
         outputs = self.emulator.launch(
             xs, ids, weights, seed=self.launches, x_scales=scales, expert_counts=counts
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamoe import MegaMoE, quantize_weights, reference
+from megamoe import InvalidExpertError, MegaMoE, quantize_weights, reference
 from megamoe.precision import PRECISIONS
 from tests.routing import make_routing
 from workspace import Workspace
@@ -337,6 +337,17 @@ def test_bad_input_is_named_before_any_launch(layer, argument, broken, message):
         layer(*arguments)
     good = inputs()
     check(layer(*good), *good)
+
+
+@pytest.mark.parametrize("expert", [-2, E, 2**40])
+def test_an_invalid_expert_is_the_error_of_a_gpu(layer, expert):
+    xs, ids, router = inputs()
+    ids[1][3, 1] = expert
+    with pytest.raises(InvalidExpertError) as error:
+        layer(xs, ids, router)
+    assert str(error.value) == (
+        f"topk_idx[3, 1] = {expert} on rank 1 is not in -1..{E - 1} (num_experts={E})"
+    )
 
 
 @pytest.mark.parametrize(
