@@ -30,10 +30,12 @@ class EmulatorBackend:
     def __init__(self, workspace: Workspace, clamp: float | None):
         from megamoe.emulator import Emulator  # only here: a GPU host has no use for it
 
-        self.config = workspace.layout.config
+        self.config, self.workspace = workspace.layout.config, workspace
         self.emulator = Emulator(workspace, num_ctas=EMULATED_CTAS, clamp=clamp)
         self.nvlink_bytes: int | None = None
         self.launches = 0
+        # Our last launch: who shares the workspace recovers that, but not our memory model.
+        self.failed = False
 
     def load_weights(self, weights: list[Weights]) -> None:
         self.emulator.load_weights(weights)
@@ -48,9 +50,13 @@ class EmulatorBackend:
                 raise faults.InvalidExpertError(
                     faults.describe_invalid_expert(rank, token, slot, value, experts)
                 )
+        if self.failed or self.workspace.failed:
+            self.recover()
+        self.failed = self.workspace.failed = True  # stays so if the launch raises
         outputs = self.emulator.launch(
             xs, ids, weights, seed=self.launches, x_scales=scales, expert_counts=counts
         )
+        self.failed = self.workspace.failed = False
         self.launches += 1
         self.nvlink_bytes = self.emulator.nvlink_bytes
         return [
@@ -63,6 +69,7 @@ class EmulatorBackend:
 
     def recover(self) -> None:
         self.emulator.recover()
+        self.failed = self.workspace.failed = False
 
 
 class GpuBackend:

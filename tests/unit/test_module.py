@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megamoe import InvalidExpertError, MegaMoE, quantize_weights, reference
+from megamoe.emulator import StepLimit
 from megamoe.precision import PRECISIONS
 from tests.routing import make_routing
 from workspace import Workspace
@@ -198,6 +199,48 @@ def test_layers_share_a_workspace(layer):
     for _ in range(2):
         check(layer(*arguments), *arguments)
         check(other(*arguments), *arguments)
+
+
+def stop(moe: MegaMoE, steps: int, error: BaseException) -> None:
+    """A launch of this layer that ends with `error` after so many steps."""
+    runtime = moe.backend.emulator.runtime
+    pop, left = runtime._pop, iter(range(steps))
+
+    def pop_or_raise():
+        if next(left, None) is None:
+            raise error
+        return pop()
+
+    runtime._pop = pop_or_raise
+    with pytest.raises(type(error)):
+        moe(*inputs())
+
+
+@pytest.mark.parametrize(
+    ("steps", "error"), [(100, StepLimit("too many")), (700, KeyboardInterrupt())]
+)
+def test_the_next_forward_recovers_after_a_failed_one(steps, error):
+    moe = loaded()
+    other = loaded(workspace=moe.workspace)
+    arguments = inputs(seed=6)
+    for layers in ((moe, other), (other, moe), (moe, other, moe, other)):
+        stop(moe, steps, error)
+        for layer in layers:
+            check(layer(*arguments), *arguments)
+        for layer in (moe, other):
+            layer.backend.emulator.assert_at_rest()
+
+
+@pytest.mark.parametrize("recovered", [0, 1])
+def test_one_of_the_layers_of_a_workspace_may_recover_it(recovered):
+    moe = loaded()
+    layers = moe, loaded(workspace=moe.workspace)
+    arguments = inputs(seed=6)
+    check(layers[1](*arguments), *arguments)
+    stop(moe, 700, KeyboardInterrupt())
+    layers[recovered].recover()
+    for layer in layers:
+        check(layer(*arguments), *arguments)
 
 
 def test_a_workspace_of_another_shape_is_refused(layer):
