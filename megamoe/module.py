@@ -127,13 +127,15 @@ class MegaMoE:
         supports(self.config)
         self.kernel_config = _kernel_config(self.config, kernel_options)
         self.layout = layout_of(self.config, self.kernel_config)
-        timeout_s, clamp = self.timeout_s, self.activation_clamp
+        timeout_s, clamp, sms = self.timeout_s, self.activation_clamp, self.num_sms
         if not (_is_positive(timeout_s) and timeout_s <= MAX_TIMEOUT_S):
             raise ValueError(
                 f"timeout_s={timeout_s!r} must be > 0 and at most {MAX_TIMEOUT_S:.0f} seconds"
             )
         if clamp is not None and not _is_positive(clamp):
             raise ValueError(f"activation_clamp={clamp!r} must be a finite number > 0, or None")
+        if sms is not None and (isinstance(sms, bool) or not isinstance(sms, int) or sms < 1):
+            raise ValueError(f"num_sms={sms!r} must be an integer >= 1, or None")
         self.device = _resolve_device(device)
         if workspace is not None:
             _check_shared(workspace, self.layout, self.device)
