@@ -102,7 +102,7 @@ class MegaMoE:
         except Exception as caught:  # whatever it is, the other ranks must not wait for this one
             error = caught
         if self.group is not None:
-            shared = None if workspace is None else workspace.name
+            shared = getattr(workspace, "name", None)
             self.group.agree(self._facts(error) | {"shared workspace": shared})
         if error is not None:
             raise error
@@ -414,6 +414,8 @@ def _check_shared(workspace: Workspace, layout: Layout, device: torch.device) ->
     """Raise ValueError, naming the fields that differ, unless the workspace is one of this layout
     on this device.
     """
+    if not isinstance(workspace, Workspace):
+        raise ValueError(f"workspace must be that of another layer, got {type(workspace).__name__}")
     has = _fields(workspace.layout) | {"device": str(workspace.device)}
     needed = _fields(layout) | {"device": str(device)}
     differ = [name for name in needed if has[name] != needed[name]]

@@ -9,6 +9,7 @@ import time
 
 import torch.distributed as dist
 
+from megamoe import MegaMoE
 from megamoe.group import Group
 from tests.multigpu.launcher import Context
 
@@ -62,6 +63,16 @@ def agree(context: Context, odd: int, changes: dict) -> str | None:
     facts = {**_facts(gpu=f"gpu{context.rank}"), **mine}
     try:
         Group(dist.group.WORLD).agree(facts)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def make_with_a_bad_workspace(context: Context, **layer) -> str | None:
+    """The message of a layer for which rank 0 passes a number as workspace, or None."""
+    workspace = 5 if context.rank == 0 else None
+    try:
+        MegaMoE(group=dist.group.WORLD, device="cpu", workspace=workspace, **layer)
     except ValueError as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -53,6 +53,11 @@ def test_an_error_on_one_rank_is_raised_on_all(jobs, odd):
     assert seen == [f"RanksDisagree: rank {odd}: top_k=17 is too large"] * 2
 
 
+def test_a_bad_workspace_on_one_rank_is_an_error_on_all(jobs):
+    message = "RanksDisagree: rank 0: workspace must be that of another layer, got int"
+    assert jobs.run(dummy_jobs.make_with_a_bad_workspace, **LAYER) == [message] * 2
+
+
 def test_ranks_on_one_gpu(jobs):
     seen = jobs.run(dummy_jobs.agree, odd=1, changes={"gpu": "gpu0"})
     assert seen == ["RanksDisagree: ranks 0 and 1 share GPU gpu0"] * 2

@@ -250,6 +250,13 @@ def test_a_workspace_of_another_shape_is_refused(layer):
         make(workspace=layer.workspace, kernel_options={"lag_waves": 3, "trace": True})
 
 
+@pytest.mark.parametrize("workspace", [5, 0, "workspace", object()])
+def test_what_is_no_workspace_is_refused(workspace):
+    kind = type(workspace).__name__
+    with pytest.raises(ValueError, match=f"workspace must be that of another layer, got {kind}"):
+        make(workspace=workspace)
+
+
 def test_a_workspace_on_another_device_is_refused(layer):
     elsewhere = Workspace(layer.layout, "meta", allocation=layer.workspace.allocation)
     with pytest.raises(ValueError, match="workspace is of another layer: device='meta', not 'cpu'"):
