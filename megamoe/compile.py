@@ -111,16 +111,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MEGAMOE_CACHE_DIR") or Path.home() / ".cache" / "megamoe")
 
 
+def _check_dsl() -> None:
+    if not HAVE_DSL:
+        raise KernelNotFound(
+            "nvidia-cutlass-dsl is not installed here, so kernels cannot be built; build them "
+            "ahead of time elsewhere with 'python -m megamoe.compile' and pass kernel_dir="
+        )
+
+
 def trace(config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options: str = ""):
     """Compile with the DSL and return its compiled object. Raises KernelNotFound where the DSL is
     missing.
     """
-    if not HAVE_DSL:
-        raise KernelNotFound(
-            "nvidia-cutlass-dsl is not installed here, so kernels cannot be built; build them "
-            "ahead of time with "
-            "'python -m megamoe.compile' and pass kernel_dir="
-        )
+    _check_dsl()
     import cutlass.cute as cute
     from cutlass import Float32, Int32, Int64
     from cutlass.cute.runtime import make_fake_stream
@@ -173,12 +176,14 @@ def build(
 ) -> Path:
     """Build the kernel into `out_dir` (atomically) and return the library's path. Needs no GPU.
 
-    Raises ValueError for a configuration or architecture that is not supported.
+    Raises ValueError for a configuration or architecture that is not supported, KernelNotFound
+    where the DSL or a C compiler is missing.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch={arch!r} is not supported; choose one of {list(ARCHITECTURES)}")
     supports(config, kernel)
     budget.check(config, kernel)
+    _check_dsl()  # before the compiler: without the DSL that would be of no use
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise KernelNotFound("no C compiler (cc or gcc) on PATH to link the kernel")

@@ -57,10 +57,19 @@ def test_the_cache_directory_comes_from_the_environment(monkeypatch, tmp_path):
 def test_without_the_dsl_the_error_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(compile, "HAVE_DSL", False)
     monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
-    with pytest.raises(compile.KernelNotFound, match="python -m megamoe.compile"):
+    with pytest.raises(compile.KernelNotFound, match="elsewhere with 'python -m megamoe.compile'"):
         compile.load(CONFIG, select(CONFIG))
     with pytest.raises(compile.KernelNotFound, match="holds no megamoe-bf16-sm_90a-"):
         compile.load(CONFIG, select(CONFIG), kernel_dir=tmp_path / "kernels")
+
+
+def test_a_missing_dsl_is_named_before_a_missing_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for have_dsl, message in ((False, "nvidia-cutlass-dsl is not installed"), (True, "C compiler")):
+        monkeypatch.setattr(compile, "HAVE_DSL", have_dsl)
+        with pytest.raises(compile.KernelNotFound, match=message):
+            compile.build(CONFIG, select(CONFIG), tmp_path / "kernels")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +122,8 @@ def test_a_bad_list_ends_in_one_line(text, message, tmp_path, capsys):
 
 
 def fake_compiler(directory: Path, monkeypatch, script: str) -> Path:
-    """The C compiler from now on."""
+    """The C compiler from now on, beside a DSL."""
+    monkeypatch.setattr(compile, "HAVE_DSL", True)
     path = directory / "cc"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
