@@ -71,12 +71,19 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     w13: [e, 2I, H], gate rows then up rows; w2: [e, H, I]; bfloat16 or another floating dtype, on
     any device. A block of weights (128 x 128 or an output channel, see `Weights`) is stored as
     value / scale with scale = max |value| / 448. One expert after the other, to spare memory.
-    Raises ValueError for a recipe without scales, and for shapes that do not fit each other or are
-    no multiples of 128.
+    Raises ValueError for a recipe without scales, for what is no tensor of a floating dtype, and
+    for shapes that do not fit each other or are no multiples of 128.
     """
     recipe = precision_of(precision)
     if not recipe.scaled:
         raise ValueError(f"precision={precision!r} has no scales: use the weights as they are")
+    for name, matrix in (("w13", w13), ("w2", w2)):
+        if not isinstance(matrix, torch.Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(matrix).__name__}")
+        if matrix.dim() != 3:
+            raise ValueError(f"{name} has shape {list(matrix.shape)}, expected 3 dimensions")
+        if not matrix.is_floating_point():
+            raise ValueError(f"{name} has dtype {matrix.dtype}, expected a floating dtype")
     experts, hidden, intermediate = w2.shape
     if tuple(w13.shape) != (experts, 2 * intermediate, hidden):
         raise ValueError(

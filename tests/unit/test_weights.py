@@ -86,6 +86,12 @@ def test_quantised_weights_are_what_the_layer_takes(precision):
         (*drawn(), "fp3", "precision='fp3' is not supported"),
         (drawn()[0][:, :-1], drawn()[1], "fp8_block", r"w13 has shape \[3, 511, 384\]"),
         (*drawn(1, 64, 128), "fp8_block", r"w2 has shape \[1, 64, 128\]"),
+        (drawn()[0][0], drawn()[1], "fp8_block", r"w13 has shape \[512, 384\], .* 3 dimensions"),
+        (drawn()[0], drawn()[1][0], "fp8_block", r"w2 has shape \[384, 256\], .* 3 dimensions"),
+        (None, drawn()[1], "fp8_channel", "w13 must be a torch.Tensor, got NoneType"),
+        (drawn()[0], [1.0], "fp8_channel", "w2 must be a torch.Tensor, got list"),
+        (drawn()[0].int(), drawn()[1], "fp8_block", "w13 has dtype torch.int32, expected a float"),
+        (drawn()[0], drawn()[1].bool(), "fp8_block", "w2 has dtype torch.bool, expected a float"),
     ],
 )
 def test_what_cannot_be_quantised(w13, w2, precision, message):
