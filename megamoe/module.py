@@ -9,7 +9,6 @@ side on streams of their own, so their CTAs must fit the GPU together.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,7 +132,9 @@ class MegaMoE:
                 f"timeout_s={timeout_s!r} must be > 0 and at most {MAX_TIMEOUT_S:.0f} seconds"
             )
         if clamp is not None and not _is_positive(clamp):
-            raise ValueError(f"activation_clamp={clamp!r} must be a finite number > 0, or None")
+            raise ValueError(
+                f"activation_clamp={clamp!r} must be a finite float32 number > 0, or None"
+            )
         if sms is not None and (isinstance(sms, bool) or not isinstance(sms, int) or sms < 1):
             raise ValueError(f"num_sms={sms!r} must be an integer >= 1, or None")
         self.device = _resolve_device(device)
@@ -387,9 +388,9 @@ def _kernel_config(config: MoEConfig, options: dict | None) -> KernelConfig:
 
 
 def _is_positive(value: object) -> bool:
-    """True for a finite number above 0."""
+    """True for a number above 0 that is finite in float32."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value < math.inf
+    return number and 0 < value <= torch.finfo(torch.float32).max
 
 
 def _by_rank(name: str, value: object, single: bool) -> list:

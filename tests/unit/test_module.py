@@ -294,6 +294,8 @@ def test_a_workspace_on_another_device_is_refused(layer):
         ({"activation_clamp": float("inf")}, "activation_clamp=inf must be"),
         ({"activation_clamp": float("nan")}, "activation_clamp=nan must be"),
         ({"activation_clamp": "7"}, "activation_clamp='7' must be"),
+        ({"activation_clamp": 10**400}, "activation_clamp=10*0 must be"),
+        ({"activation_clamp": 1e39}, r"activation_clamp=1e\+39 must be"),
         ({"kernel_options": {"colour": 1}}, "kernel_options has no field 'colour'"),
         ({"kernel_options": {"num_stages": 9}}, "num_stages=9"),
         ({"kernel_options": {"math_registers": 240}}, "math_registers=240"),
