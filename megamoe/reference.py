@@ -130,7 +130,8 @@ def product(
     pairs = zip(rows_RC.chunk(blocks, 1), weights_NC.chunk(blocks, 1), strict=True)
     total = None
     for block, (rows, weights) in enumerate(pairs):
-        part = rows @ weights.T
+        with torch.autocast(rows.device.type, enabled=False):  # the only operation it would change
+            part = rows @ weights.T
         for scale in by_block:
             part = part * scale[..., block]
         total = part if total is None else total + part

@@ -192,6 +192,14 @@ def test_out_is_filled_and_returned(layer):
     check(out, xs, ids, router)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_bit(any_layer, dtype):
+    arguments = inputs(seed=11)
+    ys = any_layer(*arguments)
+    with torch.autocast("cpu", dtype):
+        assert same(any_layer(*arguments), ys)
+
+
 def test_layers_share_a_workspace(layer):
     other = make(workspace=layer.workspace)
     other.load_weights(*weights())

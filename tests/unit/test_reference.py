@@ -438,6 +438,18 @@ def test_unknown_precision():
         reference.moe_forward(x, idx, weights, w13, w2, precision="fp3")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_autocast_changes_no_bit(precision, dtype):
+    x, w13, w2 = make_case(0, **FP8_SIZES)
+    given = (w13, w2) if precision == "bf16" else quantize_weights(w13, w2, precision)
+    [idx], [weights] = make_routing("masked", 1, T, K, EXPERTS)
+    y = reference.moe_forward(x, idx, weights, *given, precision=precision)
+    with torch.autocast("cpu", dtype):
+        again = reference.moe_forward(x, idx, weights, *given, precision=precision)
+    assert torch.equal(again, y)
+
+
 # --- relative_error
 
 
