@@ -99,8 +99,9 @@ class GpuBackend:
         if self.quantizes:
             scales = num_scales(config.hidden_size, config.recipe.token_block)
             self.staged_scales = [view["input_sf_buffer"][:, :scales] for view in views]
-        records = torch.zeros(len(self.ranks), faults.RECORD_WORDS, dtype=torch.int32)
-        self.records = records.pin_memory()
+        with torch.inference_mode(False):  # made anywhere, zeroed anywhere
+            shape = len(self.ranks), faults.RECORD_WORDS
+            self.records = torch.zeros(shape, dtype=torch.int32, device="cpu").pin_memory()
         # Plain loads: a forward looks at every status and must not pay for a tensor operation.
         words = ctypes.c_int32 * faults.RECORD_WORDS
         self.status = [words.from_address(row.data_ptr()) for row in self.records]

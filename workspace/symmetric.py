@@ -6,7 +6,8 @@ ranks in this process, in CPU memory, which the emulator runs on, or as virtual 
 and one process per GPU over torch symmetric memory.
 
 All memory is zeroed once, at allocation and before any peer may signal: barrier words and counters
-must be zero on first use. The symmetric space is one allocation with one lifetime.
+must be zero on first use. The symmetric space is one allocation with one lifetime. It is written
+inside and outside of torch.inference_mode, so no tensor of it may be an inference tensor.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     return raw[skip : skip + num_bytes]
 
 
+@torch.inference_mode(False)
 def in_process(layout: Layout, device: torch.device) -> Allocation:
     """Every rank of the job in this process, on one device."""
     spaces = {
@@ -63,6 +65,7 @@ def in_process(layout: Layout, device: torch.device) -> Allocation:
     return Allocation(spaces, tuple(space[SYMMETRIC].data_ptr() for space in spaces.values()))
 
 
+@torch.inference_mode(False)
 def torch_symmetric(layout: Layout, device: torch.device, group: dist.ProcessGroup) -> Allocation:
     """This process's rank over torch symmetric memory; collective over `group`.
 

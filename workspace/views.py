@@ -67,10 +67,11 @@ class Workspace:
         """Typed views of every region of `rank`; the same objects on every call."""
         if rank not in self._views:
             spaces = self.allocation.spaces[rank]
-            self._views[rank] = {
-                name: view_of(spaces[region.space], region)
-                for name, region in self.layout.regions.items()
-            }
+            with torch.inference_mode(False):  # written inside and outside of it
+                self._views[rank] = {
+                    name: view_of(spaces[region.space], region)
+                    for name, region in self.layout.regions.items()
+                }
         return self._views[rank]
 
     @cached_property

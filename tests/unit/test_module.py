@@ -200,6 +200,30 @@ def test_autocast_changes_no_bit(any_layer, dtype):
         assert same(any_layer(*arguments), ys)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("made", "first"), [(True, True), (True, False), (False, True)])
+def test_a_layer_works_inside_and_outside_inference_mode(precision, made, first):
+    """Where it was made, and where its first forward was, do not matter."""
+    xs, ids, router = inputs(seed=12)
+    with torch.inference_mode(made):
+        moe = loaded(precision)
+    with torch.inference_mode(first):
+        moe(xs, ids, router)
+        moe.input_buffer(0)
+    for inside in (False, True, False):
+        with torch.inference_mode(inside):
+            moe.recover()
+            arguments = xs, ids, router
+            stored, scales = xs, [None] * W
+            if precision != "bf16":
+                stored, scales = quantized(moe, xs)
+                moe.input_scale_buffer(0)[:T].copy_(scales[0])
+                scales[0] = moe.input_scale_buffer(0)[:T]
+            moe.input_buffer(0).copy_(stored[0])
+            stored = [moe.input_buffer(0)[:T], stored[1]]
+            check(moe(stored, ids, router, scales), *arguments, precision)
+
+
 def test_layers_share_a_workspace(layer):
     other = make(workspace=layer.workspace)
     other.load_weights(*weights())

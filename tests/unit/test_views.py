@@ -67,6 +67,20 @@ def test_ranks_and_spaces_share_no_memory(workspace):
     assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
 
 
+@pytest.mark.parametrize(("made", "viewed"), [(True, True), (True, False), (False, True)])
+def test_memory_can_be_written_inside_and_outside_inference_mode(made, viewed):
+    with torch.inference_mode(made):
+        workspace = Workspace(layout_of(CONFIGS["scaled"]))
+    with torch.inference_mode(viewed):
+        views = [*workspace.regions(1).values(), workspace.reset_view(1)]
+    for inside in (False, True, False):
+        with torch.inference_mode(inside):
+            for view in views:
+                view.zero_()
+                view[:1].zero_()
+            workspace.recover()
+
+
 def test_all_memory_is_zero_at_first(workspace):
     for rank in workspace.local_ranks:
         for span in workspace.allocation.spaces[rank].values():
