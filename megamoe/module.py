@@ -9,6 +9,7 @@ side on streams of their own, so their CTAs must fit the GPU together.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -250,8 +251,9 @@ class MegaMoE:
         with x_scale: float32 [T, H/128], for "fp8_channel" [T, 1]. topk_idx: [T, K] int64 or int32,
         -1 masks a slot. topk_weights: [T, K] float32. out: [T, H] bfloat16, or None. expert_counts:
         int32 [e], or None; the rows that each expert of the rank receives are added to it.
-        All are contiguous; x and out start at a multiple of 16 bytes. Returns [T, H] per rank:
-        `out`, or a buffer of the workspace that the next forward on it overwrites.
+        All are contiguous; x and out start at a multiple of 16 bytes, and an out shares no memory
+        with the x of its rank or another out. Returns [T, H] per rank: `out`, or a buffer of the
+        workspace that the next forward on it overwrites.
 
         Raises ValueError for wrong input. On a GPU nothing waits for the launch, so an expert id
         that is out of range (InvalidExpertError, a ValueError) or a wait that timed out
@@ -346,9 +348,16 @@ class MegaMoE:
             check_tensor(f"topk_idx{where}", idx, slots, dtype, self.device)
             if out is not None:
                 check_tensor(f"out{where}", out, rows, output, self.device, ALIGNMENT)
+                _check_written(f"out{where}", out)
+                # Rows of y are written while peers, or this rank, still read others of x.
+                if tokens and _overlap(x, out):
+                    raise ValueError(f"out{where} and x{where} overlap")
             if count is not None:
                 local = (config.experts_per_rank,)
                 check_tensor(f"expert_counts{where}", count, local, torch.int32, self.device)
+                _check_written(f"expert_counts{where}", count)
+        if len(ranks) > 1:
+            _check_apart(outs)
 
     def _check_scale(self, x: torch.Tensor, scale: object, i: int, where: str) -> torch.dtype:
         """Check the scales of a quantised x; the dtype that x must have."""
@@ -391,6 +400,29 @@ def _is_positive(value: object) -> bool:
     """True for a number above 0 that is finite in float32."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and 0 < value <= torch.finfo(torch.float32).max
+
+
+def _check_written(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError, naming the tensor, if autograd forbids to write it in place here."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but a forward records none")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} is an inference tensor, used outside of torch.inference_mode")
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if two contiguous tensors share memory."""
+    begin, other = a.data_ptr(), b.data_ptr()
+    return begin < other + b.nbytes and other < begin + a.nbytes
+
+
+def _check_apart(outs: list[torch.Tensor | None]) -> None:
+    """Raise ValueError if outputs of two ranks share memory."""
+    filled = [(i, out) for i, out in enumerate(outs) if out is not None and out.numel()]
+    spans = sorted((out.data_ptr(), out.nbytes, i) for i, out in filled)
+    for (begin, num_bytes, i), (following, _, j) in itertools.pairwise(spans):
+        if following < begin + num_bytes:
+            raise ValueError(f"out[{min(i, j)}] and out[{max(i, j)}] overlap")
 
 
 def _by_rank(name: str, value: object, single: bool) -> list:

@@ -192,6 +192,12 @@ def test_out_is_filled_and_returned(layer):
     check(out, xs, ids, router)
 
 
+def test_out_may_lie_side_by_side(layer):
+    xs, ids, router = inputs()
+    out = list(torch.empty(W, T, H, dtype=torch.bfloat16))
+    check(layer(xs, ids, router, out=out), xs, ids, router)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_changes_no_bit(any_layer, dtype):
     arguments = inputs(seed=11)
@@ -512,6 +518,38 @@ def test_bad_out_is_named(layer):
     xs, ids, router = inputs()
     with pytest.raises(ValueError, match=r"out\[1\] has dtype torch.float32"):
         layer(xs, ids, router, out=[xs[0].clone(), xs[1].float()])
+
+
+def test_out_that_overlaps_is_refused(layer):
+    xs, ids, router = inputs()
+    free = torch.empty(2 * T, H, dtype=torch.bfloat16)
+    for out in ([free[:T], free[:T]], [free[1:][:T], free[:T]]):
+        with pytest.raises(ValueError, match=r"out\[0\] and out\[1\] overlap"):
+            layer(xs, ids, router, out=out)
+    x = free[3:][:T]
+    for out in (x, free[:T], free[T:]):
+        with pytest.raises(ValueError, match=r"out\[1\] and x\[1\] overlap"):
+            layer([xs[0], x], ids, router, out=[xs[0].clone(), out])
+
+
+def test_what_cannot_be_written_is_refused_before_the_launch(layer):
+    xs, ids, router = inputs()
+    out = [x.clone() for x in xs]
+    counts = [torch.zeros(E // W, dtype=torch.int32) for _ in range(W)]
+    with torch.inference_mode():
+        frozen, frozen_counts = [x.clone() for x in xs], [count.clone() for count in counts]
+        check(layer(xs, ids, router, out=frozen, expert_counts=frozen_counts), xs, ids, router)
+    learned = out[1].clone().requires_grad_()
+    launches = layer.backend.launches
+    with pytest.raises(ValueError, match=r"out\[1\] requires grad"):
+        layer(xs, ids, router, out=[out[0], learned])
+    with pytest.raises(ValueError, match=r"out\[0\] is an inference tensor"):
+        layer(xs, ids, router, out=frozen)
+    with pytest.raises(ValueError, match=r"expert_counts\[1\] is an inference tensor"):
+        layer(xs, ids, router, expert_counts=[counts[0], frozen_counts[1]])
+    assert layer.backend.launches == launches
+    with torch.no_grad():
+        check(layer(xs, ids, router, out=[out[0], learned]), xs, ids, router)
 
 
 @pytest.mark.parametrize(
