@@ -114,11 +114,11 @@ def _reduce(cta: Cta, agent: Agent, token: int) -> None:
     config, top_k = cta.config, cta.config.top_k
     slots = cta.state.data["combine_output"]
     targets = [cta.target(token * top_k + k) for k in range(top_k)]
-    rows = torch.zeros(1, top_k, config.hidden_size)
+    rows = torch.zeros(1, top_k, config.hidden_size, device="cpu")
     for k, expert in enumerate(targets):
         if expert >= 0:
             bits = slots.read(agent, token * top_k + k)
             rows[0, k] = as_float(bits, config.recipe.output)[0]
-    summed = reduce_slots(rows, torch.tensor([targets]))
+    summed = reduce_slots(rows, torch.tensor([targets], device="cpu"))
     summed = summed.to(getattr(torch, config.recipe.output))
     cta.state.data["layer_output"].write(agent, token, as_bits(summed))

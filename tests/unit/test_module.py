@@ -206,6 +206,17 @@ def test_autocast_changes_no_bit(any_layer, dtype):
         assert same(any_layer(*arguments), ys)
 
 
+def test_the_default_device_changes_nothing(any_layer):
+    arguments = inputs(seed=11)
+    ys = any_layer(*arguments)
+    given = weights(any_layer.config.precision)
+    with torch.device("meta"):
+        assert same(any_layer(*arguments), ys)
+        moe = make(precision=any_layer.config.precision)
+        moe.load_weights(*given)
+        assert same(moe(*arguments), ys)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("made", "first"), [(True, True), (True, False), (False, True)])
 def test_a_layer_works_inside_and_outside_inference_mode(precision, made, first):
