@@ -65,6 +65,7 @@ def _quantize_matrix(
     return stored.view(blocks.shape).transpose(1, 2).reshape(rows, columns), scale.view(grid[::2])
 
 
+@torch.no_grad()
 def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Weights:
     """(w13, w2, w13_scale, w2_scale) of a recipe with scales, as `MegaMoE.load_weights` takes them.
 

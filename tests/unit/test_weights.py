@@ -99,6 +99,15 @@ def test_what_cannot_be_quantised(w13, w2, precision, message):
         quantize_weights(w13, w2, precision)
 
 
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+def test_quantised_parameters_need_no_grad(precision):
+    plain = drawn()
+    made = quantize_weights(*map(torch.nn.Parameter, plain), precision)
+    assert not any(tensor.requires_grad for tensor in made)
+    for one, other in zip(made, quantize_weights(*plain, precision), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
 # --- scales as the kernel reads them
 
 
