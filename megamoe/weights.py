@@ -69,12 +69,15 @@ def _quantize_matrix(
 def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Weights:
     """(w13, w2, w13_scale, w2_scale) of a recipe with scales, as `MegaMoE.load_weights` takes them.
 
-    w13: [e, 2I, H], gate rows then up rows; w2: [e, H, I]; bfloat16 or another floating dtype, on
-    any device. A block of weights (128 x 128 or an output channel, see `Weights`) is stored as
-    value / scale with scale = max |value| / 448. One expert after the other, to spare memory.
-    Raises ValueError for a recipe without scales, for what is no tensor of a floating dtype, and
-    for shapes that do not fit each other or are no multiples of 128.
+    w13: [e, 2I, H], gate rows then up rows; w2: [e, H, I]; bfloat16 or another floating dtype of
+    at least two bytes, on any device. A block of weights (128 x 128 or an output channel, see
+    `Weights`) is stored as value / scale with scale = max |value| / 448. One expert after the
+    other, to spare memory. Nothing is recorded for autograd. Raises ValueError for a recipe without
+    scales, for what is no tensor of such a dtype, and for shapes that do not fit each other or are
+    no multiples of 128.
     """
+    if not isinstance(precision, str):
+        raise ValueError(f"precision={precision!r} must be a string")
     recipe = precision_of(precision)
     if not recipe.scaled:
         raise ValueError(f"precision={precision!r} has no scales: use the weights as they are")
@@ -85,6 +88,10 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
             raise ValueError(f"{name} has shape {list(matrix.shape)}, expected 3 dimensions")
         if not matrix.is_floating_point():
             raise ValueError(f"{name} has dtype {matrix.dtype}, expected a floating dtype")
+        if matrix.element_size() == 1:
+            raise ValueError(
+                f"{name} has dtype {matrix.dtype}: its scales would be lost; multiply by them first"
+            )
     experts, hidden, intermediate = w2.shape
     if tuple(w13.shape) != (experts, 2 * intermediate, hidden):
         raise ValueError(

@@ -14,6 +14,7 @@ from megamoe.weights import check_tensor, check_weights, empty_weights, tile_sca
 from workspace.layout import layout_of
 
 CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
 CONFIG = MoEConfig(8, 2, 384, 128, 16, num_ranks=2)
 
 
@@ -92,6 +93,10 @@ def test_quantised_weights_are_what_the_layer_takes(precision):
         (drawn()[0], [1.0], "fp8_channel", "w2 must be a torch.Tensor, got list"),
         (drawn()[0].int(), drawn()[1], "fp8_block", "w13 has dtype torch.int32, expected a float"),
         (drawn()[0], drawn()[1].bool(), "fp8_block", "w2 has dtype torch.bool, expected a float"),
+        (drawn()[0].to(FP8), drawn()[1], "fp8_block", "w13 has dtype torch.float8_e4m3fn: its sca"),
+        (drawn()[0], drawn()[1].to(torch.float8_e5m2), "fp8_channel", "w2 has dtype torch.float8_"),
+        (*drawn(), [], r"precision=\[\] must be a string"),
+        (*drawn(), None, "precision=None must be a string"),
     ],
 )
 def test_what_cannot_be_quantised(w13, w2, precision, message):
