@@ -38,11 +38,10 @@ TILE_FIELDS = 6  # phase, expert, block in expert, pool block, column, rows
 #: Data regions of words that are used atomically.
 ATOMIC_DATA = ("combine_arrival_count",)
 
+#: Regions that the caller may fill ahead of a launch.
+INPUTS = ("input_token_buffer", "input_sf_buffer")
 #: Regions that bulk copies or TMA read, in some recipe.
-COPIED = (
-    "input_token_buffer", "input_sf_buffer", "l1_token_buffer", "l1_sf_buffer", "fc1_output",
-    "fc1_output_sf",
-)  # fmt: skip
+COPIED = (*INPUTS, "l1_token_buffer", "l1_sf_buffer", "fc1_output", "fc1_output_sf")
 #: Regions of a ring of pool blocks with the scales of its rows: [ring, S, block_m].
 RING_SCALES = ("l1_sf_buffer", "fc1_output_sf")
 
@@ -160,7 +159,8 @@ class RankState:
     def refill(self, resets: set[str], poison: bool) -> None:
         """Before a launch: zero what `resets` adds to the table, poison the other data regions.
 
-        Bytes that a fast peer has already written for this launch stay.
+        Bytes that a fast peer has already written for this launch stay, and so do rows of the
+        input buffers past its tokens: what the caller holds there is for a later launch.
         """
         for name, region in self.layout.regions.items():
             if name in ATOMIC_DATA:
@@ -168,6 +168,8 @@ class RankState:
                     self._flat[name].fill(0 if name in resets else POISON[region.dtype])
             elif region.kind == DATA and name in resets:
                 self.data[name].refill(self.number, 0)
+            elif name in INPUTS and poison:
+                self.data[name].array[: self.launch.num_tokens] = POISON[region.dtype]
             elif region.kind == DATA and poison:
                 self.data[name].refill(self.number, POISON[region.dtype])
             elif region.kind == BARRIER and name in resets:

@@ -241,6 +241,25 @@ def test_a_layer_works_inside_and_outside_inference_mode(precision, made, first)
             check(moe(stored, ids, router, scales), *arguments, precision)
 
 
+def test_rows_of_the_input_buffer_past_the_tokens_stay(any_layer):
+    xs, ids, router = inputs(seed=13)
+    xs, scales = quantized(any_layer, xs) if any_layer.config.recipe.scaled else (xs, [None] * W)
+    buffers = [any_layer.input_buffer(rank) for rank in range(W)]
+    half = slice(0, T // 2), slice(T // 2, T)
+    for rank, (buffer, scale) in enumerate(zip(buffers, scales, strict=True)):
+        buffer[:T] = xs[rank]
+        if scale is not None:
+            any_layer.input_scale_buffer(rank)[:T] = scale
+            scales[rank] = any_layer.input_scale_buffer(rank)
+    for rows in half:
+        staged = [buffer[rows] for buffer in buffers]
+        some = [None if scale is None else scale[rows].contiguous() for scale in scales]
+        ys = any_layer(staged, [i[rows] for i in ids], [r[rows] for r in router], some)
+        assert all(torch.isfinite(y).all() for y in ys)
+    for buffer, x in zip(buffers, xs, strict=True):
+        assert torch.equal(buffer[half[1]].view(torch.uint8), x[half[1]].view(torch.uint8))
+
+
 def test_layers_share_a_workspace(layer):
     other = make(workspace=layer.workspace)
     other.load_weights(*weights())
