@@ -248,8 +248,12 @@ def moe_forward(
 
     Weights as in `Weights`. topk_idx uses -1 for a masked slot; a token may name one expert in
     several slots. x_scale: [T, S] if x is quantised already. clamp: of SwiGLU, None for none.
-    compute: dtype of the sums of FC1 and FC2, float32 unless said otherwise.
+    compute: dtype of the sums of FC1 and FC2, float32 unless said otherwise. Raises ValueError for
+    an id that is neither -1 nor an expert.
     """
+    for expert in topk_idx_TK.unique().tolist():
+        if not -1 <= expert < len(w13):
+            raise ValueError(f"topk_idx holds {expert}, expected -1..{len(w13) - 1}")
     recipe, weights = precision_of(precision), Weights(w13, w2, w13_scale, w2_scale)
     rows = input_rows(x_TH, x_scale, recipe)
     slots = slot_rows(
@@ -261,8 +265,10 @@ def moe_forward(
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """||out - expected|| / ||expected|| in float64; 0 when both are empty or zero, inf for NaN in
-    `out`.
+    `out`. Raises ValueError if their shapes differ.
     """
+    if out.shape != expected.shape:
+        raise ValueError(f"out has shape {list(out.shape)}, expected {list(expected.shape)}")
     out, expected = out.double(), expected.double()
     if not torch.isfinite(out).all():
         return float("inf")

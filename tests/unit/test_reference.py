@@ -438,6 +438,15 @@ def test_unknown_precision():
         reference.moe_forward(x, idx, weights, w13, w2, precision="fp3")
 
 
+@pytest.mark.parametrize("expert", [-2, EXPERTS, 2**40])
+def test_an_expert_that_is_not_there_is_named(expert):
+    x, w13, w2 = make_case(0)
+    [idx], [weights] = make_routing("masked", 1, T, K, EXPERTS)
+    idx[4, 1] = expert
+    with pytest.raises(ValueError, match=rf"topk_idx holds {expert}, expected -1..{EXPERTS - 1}"):
+        reference.moe_forward(x, idx, weights, w13, w2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_autocast_changes_no_bit(precision, dtype):
@@ -467,3 +476,9 @@ def test_relative_error_of_a_bad_value_is_infinite(bad):
     """A NaN must fail a comparison against a bound, whichever way it is written."""
     out = torch.tensor([1.0, bad])
     assert reference.relative_error(out, torch.ones(2)) == math.inf
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4,), (1, 1), (2, 4)])
+def test_relative_error_of_other_shapes_is_refused(shape):
+    with pytest.raises(ValueError, match=r"out has shape .*, expected \[1, 4\]"):
+        reference.relative_error(torch.zeros(shape), torch.ones(1, 4))
