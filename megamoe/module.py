@@ -58,6 +58,8 @@ class MegaMoE:
         activation_clamp: a float c > 0: SwiGLU takes min(gate, c) and up within -c..c; default:
             no clamp.
 
+    A layer, and all that share its workspace, are used by one thread and one stream at a time.
+
     Raises ValueError for an unsupported configuration; with `group`, RanksDisagree (a ValueError)
     on every rank if one of them differs or cannot run.
     """
@@ -226,6 +228,7 @@ class MegaMoE:
         All are contiguous and on the device, and start at a multiple of 16 bytes. Raises
         ValueError, naming the tensor, otherwise. Weights are not copied: they must stay alive, and
         a forward reads what they hold then; only scales of weight blocks are laid out anew here.
+        Whoever puts another tensor in their place (`parameter.data = ...`) loads them again.
         """
         weights = Weights(w13, w2, w13_scale, w2_scale)
         local, ranks = self.config.experts_per_rank, len(self.local_ranks)
