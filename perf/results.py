@@ -109,8 +109,8 @@ class ResultsFile:
             check_header(self.path, self.columns)
 
     def append(self, row: Row) -> None:
-        """Write one row, with the header first in a new file, and close the file. An OSError names
-        it.
+        """Write one row on a line of its own, with the header first in a new file, and close the
+        file. An OSError names it.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,9 +118,18 @@ class ResultsFile:
                 writer = csv.writer(file, lineterminator="\n")
                 if file.tell() == 0:
                     writer.writerow(self.columns)
+                elif not _ends_a_line(self.path):
+                    file.write("\n")
                 writer.writerow([_cell(getattr(row, column)) for column in self.columns])
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Whether the last line of a file that is not empty is complete."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:

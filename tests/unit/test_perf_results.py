@@ -61,6 +61,17 @@ def test_rows_are_appended_one_at_a_time_under_one_header(tmp_path):
     assert lines[0] == ",".join(COLUMNS) and lines.count(lines[0]) == 1
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_row_begins_a_line_of_its_own(rows, tmp_path):
+    """After a header, or a row, whose line an editor or a shell did not end."""
+    path = tmp_path / "rows.csv"
+    for tokens in range(1, rows + 2):
+        ResultsFile(path).append(row_of(tokens=tokens))
+    path.write_text("\n".join(path.read_text().splitlines()[: rows + 1]))
+    ResultsFile(path).append(row_of(tokens=64))
+    assert load(path).tokens.tolist() == [*range(1, rows + 1), 64]
+
+
 def test_rows_come_back_as_written(tmp_path):
     path = tmp_path / "rows.csv"
     ResultsFile(path).append(row_of(error_rel=3.25e-3))
