@@ -79,6 +79,15 @@ def check_writable(
         raise ValueError(f"{option} {path} cannot be written: {problem}")
 
 
+def check_no_results(option: str, path: str | Path, read: Iterable[str | Path] = ()) -> None:
+    """ValueError, naming the option, if what is written there would replace result rows: a CSV
+    file, or one of the files to `read`.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".csv" or path.resolve() in {Path(one).resolve() for one in read}:
+        raise ValueError(f"{option} {path} would overwrite results: name another file")
+
+
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:
     """Option type: one of these names."""
     names = list(choices)

@@ -24,7 +24,16 @@ from perf import deepep, routings
 from perf.baselines import PROCESS_BASELINES
 from perf.cases import MODELS, Case, Model
 from perf.ceilings import ceilings_of
-from perf.options import MAX_TOKENS, check_writable, checked, integer, names, one_of, token_counts
+from perf.options import (
+    MAX_TOKENS,
+    check_no_results,
+    check_writable,
+    checked,
+    integer,
+    names,
+    one_of,
+    token_counts,
+)
 from perf.processes import Place
 from perf.roofline import DEFAULTS as DEFAULT_CEILINGS
 from perf.roofline import Ceilings, Roofline, Work, roofline_of
@@ -305,6 +314,7 @@ def kernels_of(
 
 def list_configs(args: argparse.Namespace, kernels: Sequence[dict[str, object]]) -> int:
     """Write these entries to the file that was asked for; 0."""
+    check_no_results("--list-configs", args.list_configs)
     check_writable("--list-configs", args.list_configs)
     args.list_configs.write_text(json.dumps(kernels_of(args, kernels=kernels)))
     return 0

@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 
 from perf.curves import PEERS, Curve, Group, groups_of, load_peers, memory_of
-from perf.options import check_writable
+from perf.options import check_no_results, check_writable
 from perf.phases import COLUMNS as PHASE_COLUMNS
 from perf.phases import PhaseRow, sections_of
 from perf.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
@@ -248,6 +248,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and the pictures; 0. ValueError for files that cannot be drawn or written."""
+    check_no_results("--output", args.output, read=[*args.files, args.peers])
     check_writable("--output", args.output, parents=True)
     if args.pictures:
         check_writable("--pictures", args.pictures, parents=True, directory=True)

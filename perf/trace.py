@@ -33,7 +33,7 @@ from perf.measure import (
     out_of_memory,
     outputs_of,
 )
-from perf.options import check_writable
+from perf.options import check_no_results, check_writable
 from perf.phases import PhaseRow, phases_of
 from perf.plan import (
     Plan,
@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{option} {','.join(map(str, values))}: one launch has one of them")
     if args.list_configs:
         return list_configs(args, [TRACED])
+    check_no_results("--out", args.out, read=[args.phases] if args.phases else [])
     check_writable("--out", args.out)
     if args.phases and args.device == "cpu":
         raise ValueError(f"--phases {args.phases}: the emulator has an order of steps, no times")

@@ -282,6 +282,21 @@ def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("output", ["b.csv", "new.CSV", "notes", "./link"])
+def test_results_are_not_overwritten(output, tmp_path, capsys, monkeypatch):
+    """Neither by a page, `-o *.csv` in a shell, nor where a link leads to them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "b.csv", "notes"):
+        write(tmp_path / name)
+    (tmp_path / "link").symlink_to("notes")
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "a.csv", "notes", "-o", output])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.count("\n") == 1 and "would overwrite results" in err
+    assert len(load("a.csv", "b.csv", "notes")) == 3 * len(ROWS)
+    assert not (tmp_path / "new.CSV").exists()
+
+
 @pytest.mark.parametrize("option", ["--output", "--pictures"])
 def test_what_cannot_be_written_is_refused_before_anything_is_read(
     option, tmp_path, capsys, monkeypatch

@@ -386,6 +386,8 @@ def test_a_kernel_that_cannot_be_built_is_not_listed(capsys, tmp_path):
         (["--tokens", "1,2"], "--tokens 1,2: one launch has one of them"),
         (["--precision", "bf16,fp8_block"], "--precision bf16,fp8_block: one launch"),
         (["--out", "/"], "--out / cannot be written"),
+        (["--out", "rows.csv"], "--out rows.csv would overwrite results"),
+        (["--list-configs", "rows.csv"], "--list-configs rows.csv would overwrite results"),
         (["--out", "/nowhere/trace.json"], "cannot be written"),
         (["--list-configs", "/nowhere/a.json"], "--list-configs /nowhere/a.json cannot be"),
         (["--device", "cuda", "--phases", "/dev/null/a.csv"], "/dev/null/a.csv cannot be written"),
@@ -394,9 +396,10 @@ def test_a_kernel_that_cannot_be_built_is_not_listed(capsys, tmp_path):
         (["--device", "cuda"], "no CUDA device is available"),
     ],
 )
-def test_wrong_arguments_are_one_line(argv, message, capsys):
+def test_wrong_arguments_are_one_line(argv, message, capsys, tmp_path, monkeypatch):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("would run")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["trace", *argv])
     err = capsys.readouterr().err
