@@ -8,7 +8,7 @@ several times the row of the latest date counts. Nothing here draws; `plots` doe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from perf.cases import MODELS, Model
@@ -21,6 +21,23 @@ PEERS = REPOSITORY / "perf" / "results" / "peers.csv"
 PEER_COLUMNS = ("source", "gpu", "num_ranks", "model", "tokens", "us", "date", "precision")
 
 GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode", "impl"))
+
+
+def shape_of(model: Model) -> str:
+    """H/I/E/K of the layer."""
+    return f"{model.hidden}/{model.intermediate}/{model.num_experts}/{model.top_k}"
+
+
+def is_known(model: Model) -> bool:
+    """Whether the name says the shape, but for the number of experts."""
+    known = MODELS.get(model.name)
+    return known is not None and replace(known, num_experts=model.num_experts) == model
+
+
+def name_of(model: Model) -> str:
+    """The name of the layer in slugs: no other layer has it."""
+    sizes = "" if is_known(model) else f"-h{model.hidden}-i{model.intermediate}-k{model.top_k}"
+    return f"{model.name}-e{model.num_experts}{sizes}"
 
 
 @dataclass(frozen=True)
@@ -64,18 +81,14 @@ class Group:
 
     @property
     def title(self) -> str:
-        m, gpus = self.model, self.num_ranks // self.ranks_per_gpu
-        shape = f"{m.hidden}/{m.intermediate}/{m.num_experts}/{m.top_k}"
-        where = f"EP{self.num_ranks} on {gpus} x {self.gpu}"
-        return f"{m.name} {shape}, {where}, {self.routing} routing"
+        where = f"EP{self.num_ranks} on {self.num_ranks // self.ranks_per_gpu} x {self.gpu}"
+        return f"{self.model.name} {shape_of(self.model)}, {where}, {self.routing} routing"
 
     @property
     def slug(self) -> str:
         """A file name and anchor: letters, digits and dashes."""
-        gpus, experts = self.num_ranks // self.ranks_per_gpu, self.model.num_experts
-        text = (
-            f"{self.gpu}-{self.model.name}-e{experts}-ep{self.num_ranks}-{gpus}gpu-{self.routing}"
-        )
+        gpus = self.num_ranks // self.ranks_per_gpu
+        text = f"{self.gpu}-{name_of(self.model)}-ep{self.num_ranks}-{gpus}gpu-{self.routing}"
         return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
     @property

@@ -15,7 +15,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from perf.curves import PEERS, Curve, Group, groups_of, load_peers, memory_of
+from perf.curves import (
+    PEERS,
+    Curve,
+    Group,
+    groups_of,
+    is_known,
+    load_peers,
+    memory_of,
+    name_of,
+    shape_of,
+)
 from perf.options import check_no_results, check_writable
 from perf.phases import COLUMNS as PHASE_COLUMNS
 from perf.phases import PhaseRow, sections_of
@@ -138,14 +148,15 @@ def memory_sections(groups: Sequence[Group]) -> dict[str, tuple[str, dict[str, i
     for group in groups:
         for precision in dict.fromkeys(curve.precision for curve in group.curves if curve.ours):
             m, tokens = group.model, max(group.tokens)
-            name = f"memory-{m.name}-e{m.num_experts}-ep{group.num_ranks}-{precision}"
+            name = f"memory-{name_of(m)}-ep{group.num_ranks}-{precision}"
             if name in sections and sections[name][2] >= tokens:
                 continue
             try:
                 regions = memory_of(m, group.num_ranks, precision, tokens)
             except ValueError:  # rows of a precision or shape that this source does not have
                 continue
-            title = f"{m.name}, EP{group.num_ranks}, {precision}, room for {tokens:,} tokens"
+            layer = m.name if is_known(m) else f"{m.name} {shape_of(m)}"
+            title = f"{layer}, EP{group.num_ranks}, {precision}, room for {tokens:,} tokens"
             sections[name] = (title, regions, tokens)
     return {slug: (title, regions) for slug, (title, regions, _) in sections.items()}
 

@@ -139,6 +139,19 @@ def test_memory_is_shown_once_per_layer_at_its_largest_capacity(frame):
     assert titles == ["pro, EP4, bf16, room for 64 tokens", "tiny, EP1, bf16, room for 4 tokens"]
 
 
+def test_layers_of_one_name_keep_apart(tmp_path):
+    """Explicit sizes: every layer has its section, its pictures and its memory."""
+    sizes = [dict(hidden=512), dict(hidden=1024), dict(intermediate=1024), dict(top_k=2)]
+    rows = [row_of(model="custom", **changes) for changes in sizes]
+    groups = groups_of(load(write(tmp_path / "rows.csv", rows)))
+    slugs = [group.slug for group in groups]
+    assert slugs[0] == "nvidia-h200-custom-e32-h512-i512-k4-ep1-1gpu-balanced"
+    assert len(set(slugs)) == 4
+    titles = [title for title, _ in memory_sections(groups).values()]
+    assert titles[0] == "custom 512/512/32/4, EP1, bf16, room for 8 tokens"
+    assert len(set(titles)) == 4
+
+
 def test_environments_are_counted(frame):
     lines = environment_rows(frame)
     assert [(line[1], line[2]) for line in lines] == [("0123456", 5), ("fedcba9", 1),
