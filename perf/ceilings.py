@@ -195,9 +195,9 @@ def keep(file: ResultsFile | None, rows: Iterator[CeilingRow]) -> int:
     try:
         for row in rows:
             if file:
-                print(table([row]), flush=True)
-                file.append(row)
+                file.append(row)  # first, as nobody may read stdout any more
                 count += 1
+                print(table([row]), flush=True)
     except KeyboardInterrupt:
         print(f"interrupted: {count} finished row(s) kept", file=sys.stderr)
         return 130

@@ -218,15 +218,18 @@ def measure_all(
                 progress.start(place)
                 for point in runner.points(tokens):
                     status = FAILED if point.problem else status
+                    try:  # store first, as nobody may read stdout any more; print in any case
+                        if speaks and file:
+                            file.append(point.row(where))
+                        finished += 1
+                    finally:
+                        if speaks:
+                            cells = [text(point).rjust(width) for _, width, text in columns]
+                            say("  ".join(cells), sys.stdout)
                     if speaks:
-                        cells = [text(point).rjust(width) for _, width, text in columns]
-                        say("  ".join(cells), sys.stdout)
                         if point.problem:
                             say(point.problem, sys.stderr)
-                        if file:
-                            file.append(point.row(where))
                         seen(point)
-                    finished += 1
         progress.clear()
     except KeyboardInterrupt:
         kept = f" in {file.path}" if file else ""

@@ -177,6 +177,17 @@ def test_an_interrupt_keeps_rows(tmp_path, capsys):
     assert len(load(path)) == 1 and "1 finished row(s) kept" in capsys.readouterr().err
 
 
+def test_a_row_that_nobody_reads_is_kept(tmp_path, monkeypatch):
+    def gone(*lines, **options):
+        raise BrokenPipeError
+
+    path = tmp_path / "ceilings.csv"
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):
+        keep(ResultsFile(path, CeilingRow), iter([row()]))
+    assert len(load(path)) == 1
+
+
 def test_the_latest_rows_of_this_gpu_count(tmp_path):
     path = tmp_path / "c.csv"
     stored(path)

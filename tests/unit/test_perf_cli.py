@@ -471,6 +471,24 @@ def test_finished_rows_survive(error, status, message, fake, capsys, tmp_path):
     assert load(path).tokens.tolist() == [2]
 
 
+class Closed(io.StringIO):
+    """A pipe whose reader, such as `head -3`, has gone after so many lines."""
+
+    lines = 3  # of the heading
+
+    def flush(self):
+        if self.getvalue().count("\n") > self.lines:
+            raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_row_that_nobody_reads_is_kept(fake, capsys, tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main([*SMALL, "--csv", str(path)]) == 1
+    assert "stopped after 1 finished row(s): [Errno 32] Broken pipe" in capsys.readouterr().err
+    assert load(path).tokens.tolist() == [2]
+
+
 def test_another_error_of_a_launch_is_not_out_of_memory(fake):
     def fault(call: int) -> None:
         raise RuntimeError("illegal instruction")
