@@ -32,7 +32,7 @@ from perf import plan
 from perf.baselines import BASELINE_OF, BASELINES, PROCESS_BASELINES
 from perf.cases import Case, Inputs, make_inputs, make_rank_inputs, make_weights
 from perf.measure import MEGAMOE, Contender, Runner, layer_facts, one_batch, outputs_of
-from perf.options import integer
+from perf.options import integer, path_name
 from perf.plan import Plan
 from perf.process_runner import ProcessRunner
 from perf.processes import Job
@@ -324,7 +324,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "magnitude, which the weights make up for: 128-wide scales lose nothing, wider ones do "
         "from about 16 (default: 0)",
     )
-    parser.add_argument("--csv", metavar="PATH", help="append a row per line that is printed")
+    parser.add_argument(
+        "--csv", type=path_name, metavar="PATH", help="append a row per line that is printed"
+    )
     parser.set_defaults(mode=EAGER, reps=1, ceilings=None, verify=True)
 
 

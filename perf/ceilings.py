@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from perf import probes
-from perf.options import integer, one_of
+from perf.options import integer, one_of, path_name
 from perf.probes import Probe
 from perf.processes import Job, joined, place_of
 from perf.results import REPOSITORY, Environment, ResultsFile, check_header, environment
@@ -152,6 +152,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--csv",
+        type=path_name,
         default=str(STORED),
         metavar="PATH",
         help="where rows are stored (default: perf/results/ceilings.csv)",

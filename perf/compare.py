@@ -27,7 +27,7 @@ from math import hypot, inf, isinf
 from pathlib import Path
 from statistics import median
 
-from perf.options import percent
+from perf.options import path_name, percent
 from perf.results import EMULATION, KEY, load
 
 SUMMARY = "join two result files and flag what got slower beyond noise (exit status 1)"
@@ -174,8 +174,8 @@ def _range(timing: Timing) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", metavar="A.csv", help="rows to compare with")
-    parser.add_argument("after", metavar="B.csv", help="rows to judge")
+    parser.add_argument("before", type=path_name, metavar="A.csv", help="rows to compare with")
+    parser.add_argument("after", type=path_name, metavar="B.csv", help="rows to judge")
     parser.add_argument(
         "--threshold",
         type=percent,

@@ -88,6 +88,13 @@ def check_no_results(option: str, path: str | Path, read: Iterable[str | Path] =
         raise ValueError(f"{option} {path} would overwrite results: name another file")
 
 
+def path_name(text: str) -> str:
+    """Option type: a path. An empty one is a variable of the shell that nobody set."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no path")
+    return text
+
+
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:
     """Option type: one of these names."""
     names = list(choices)

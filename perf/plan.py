@@ -32,6 +32,7 @@ from perf.options import (
     integer,
     names,
     one_of,
+    path_name,
     token_counts,
 )
 from perf.processes import Place
@@ -147,7 +148,7 @@ def add_launch_options(
     )
     add("--seed", type=integer(0, 2**31), default=0, metavar="N", text="of inputs and weights")
     add("--num-sms", type=count, metavar="N", text="SMs that the kernel may use")
-    add("--kernel-dir", metavar="DIR", text="kernels compiled ahead of time")
+    add("--kernel-dir", type=path_name, metavar="DIR", text="kernels compiled ahead of time")
     if verify:
         add(
             "--verify",
@@ -190,8 +191,13 @@ def add_options(
             text="measure beside it the copy of tokens to where peers read them, which a forward "
             "makes before its launch (only in bf16 on several ranks)",
         )
-    add("--ceilings", metavar="PATH", text="rooflines from rows of `python -m perf ceilings`")
-    add("--csv", metavar="PATH", text="append a result row per measurement")
+    add(
+        "--ceilings",
+        type=path_name,
+        metavar="PATH",
+        text="rooflines from rows of `python -m perf ceilings`",
+    )
+    add("--csv", type=path_name, metavar="PATH", text="append a result row per measurement")
 
 
 def add_list_configs(parser: argparse.ArgumentParser) -> None:

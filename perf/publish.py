@@ -24,7 +24,7 @@ import torch
 from perf.__main__ import COMMANDS
 from perf.__main__ import parser as command_line
 from perf.baselines import BASELINE_OF
-from perf.options import Parser, check_writable, integer, names
+from perf.options import Parser, check_writable, integer, names, path_name
 from perf.plan import kernels_of
 from perf.processes import ONE_LINE
 from perf.results import REPOSITORY
@@ -310,7 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reps", type=count, metavar="N", help="passed on to every step that times"
     )
     parser.add_argument("--num-sms", type=count, metavar="N", help="passed on to every step")
-    parser.add_argument("--kernel-dir", metavar="DIR", help="passed on to every step")
+    parser.add_argument(
+        "--kernel-dir", type=path_name, metavar="DIR", help="passed on to every step"
+    )
     parser.add_argument(
         "--list-configs",
         action="store_true",

@@ -26,7 +26,7 @@ from perf.curves import (
     name_of,
     shape_of,
 )
-from perf.options import check_no_results, check_writable
+from perf.options import check_no_results, check_writable, path_name
 from perf.phases import COLUMNS as PHASE_COLUMNS
 from perf.phases import PhaseRow, sections_of
 from perf.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
@@ -246,15 +246,18 @@ def page_of(
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="CSV", help="result files, or directories")
-    parser.add_argument(
-        "-o", "--output", default="report.html", metavar="FILE", help="default: report.html"
-    )
-    parser.add_argument("--pictures", metavar="DIR", help="write every picture as PNG and SVG too")
-    parser.add_argument(
-        "--peers", metavar="CSV", default=str(PEERS),
+    def add(*names: str, **kwargs) -> None:
+        parser.add_argument(*names, type=path_name, **kwargs)
+
+    add("files", nargs="+", metavar="CSV", help="result files, or directories")
+    add("-o", "--output", default="report.html", metavar="FILE", help="default: report.html")
+    add("--pictures", metavar="DIR", help="write every picture as PNG and SVG too")
+    add(
+        "--peers",
+        metavar="CSV",
+        default=str(PEERS),
         help="figures of other implementations (default: perf/results/peers.csv)",
-    )  # fmt: skip
+    )
 
 
 def run(args: argparse.Namespace) -> int:

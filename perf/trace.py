@@ -33,7 +33,7 @@ from perf.measure import (
     out_of_memory,
     outputs_of,
 )
-from perf.options import check_no_results, check_writable
+from perf.options import check_no_results, check_writable, path_name
 from perf.phases import PhaseRow, phases_of
 from perf.plan import (
     Plan,
@@ -89,7 +89,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_list_configs(parser)
     parser.add_argument(
-        "--phases", metavar="CSV", help="append a row: where the time of the launch went, on a GPU"
+        "--phases",
+        type=path_name,
+        metavar="CSV",
+        help="append a row: where the time of the launch went, on a GPU",
     )
     parser.set_defaults(mode=EAGER, reps=1, ceilings=None)
 

@@ -130,6 +130,22 @@ def test_bad_arguments_end_in_one_line(argv, expected, capsys, fake):
     assert fake.made == []
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((name, "--csv") for name in ("sweep", "accuracy", "zeroing", "ablation", "ceilings")),
+        *((name, "--ceilings") for name in ("sweep", "zeroing", "ablation")),
+        *((name, "--kernel-dir") for name in ("sweep", "accuracy", "trace")),
+        ("trace", "--phases"),
+        *(("report", option) for option in ("--output", "--pictures", "--peers")),
+    ],
+)
+def test_an_empty_path_is_one_line(command, option, capsys, monkeypatch):
+    """It comes from a variable that nobody set, and would leave the option out."""
+    monkeypatch.setattr(COMMANDS[command], "run", lambda args: 0)
+    assert f"{option}: '' is no path" in error_line([command, option, ""], capsys)
+
+
 def test_cuda_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in error_line(["sweep", "--device", "cuda"], capsys)
@@ -589,6 +605,7 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
         ("--reps", "abc", "--reps: 'abc' is not an integer"),
         ("--num-sms", "abc", "--num-sms: 'abc' is not an integer"),
         ("--num-sms", "0", "--num-sms: 0 must be >= 1"),
+        ("--kernel-dir", "", "--kernel-dir: '' is no path"),
     ],
 )
 def test_wrong_arguments_of_publish_are_one_line(

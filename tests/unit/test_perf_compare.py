@@ -168,6 +168,7 @@ def test_rows_of_one_measurement_count_as_one(tmp_path):
     [
         (["{a}"], "required: B.csv"),
         (["{a}", "{nowhere}"], "does not exist"),
+        (["{a}", ""], "B.csv: '' is no path"),
         (["{a}", "{other}"], "another header"),
         (["{a}", "{empty}"], "has no rows"),
         (["{a}", "{zero}"], "zero.csv, line 2: us_min 0 is no positive number"),
