@@ -15,6 +15,9 @@ between runs: hence a least noise, FLOOR. Published measurements that were repea
 H200 (2026-11) lay within 1.6 %. B is slower where B / A > 1 + noise, faster where A / B > 1 +
 noise. Times of the CPU emulator depend on whatever else the CPU does and on no kernel: they are
 shown and not judged, unless a threshold is given.
+
+B is wrong, however fast, where its relative error is infinite, as for an output with NaN, or more
+than ERROR_FACTOR times A's, of which the larger of several rows counts.
 """
 
 from __future__ import annotations
@@ -23,19 +26,24 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import hypot, inf, isinf
+from math import hypot, inf, isinf, isnan, nan
 from pathlib import Path
 from statistics import median
 
 from perf.options import path_name, percent
 from perf.results import EMULATION, KEY, load
 
-SUMMARY = "join two result files and flag what got slower beyond noise (exit status 1)"
+SUMMARY = "join two result files and flag what got slower beyond noise, or wrong (exit status 1)"
+
+#: Inputs come from a seed: errors repeat to the last digit, and from 8 tokens on those of all the
+#: layers in one precision lie within a factor of 2 (H200, 2026-11).
+ERROR_FACTOR = 3
 
 EPILOG = (
     "B is slower where its median is more than the noise above A's; noise comes from both rows' "
-    "spread, with a floor. Exit status: 0 if nothing is slower, 1 if something is, 2 for wrong "
-    "arguments."
+    "spread, with a floor. B is wrong where its error (error_rel) is not finite or more than "
+    f"{ERROR_FACTOR} times A's. Exit status: 0 if nothing is slower or wrong, 1 if something is, "
+    "2 for wrong arguments."
 )
 
 SIGMAS = 3.65
@@ -44,16 +52,18 @@ FLOOR = 0.03
 VISIBLE = 0.10
 
 SAME, FASTER, SLOWER, UNJUDGED = "same", "faster", "slower", "not judged"
-OK, GOT_SLOWER = 0, 1
+WRONG = "wrong"
+OK, GOT_WORSE = 0, 1
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one measurement."""
+    """Microseconds of one measurement, and its relative error; NaN if nobody checked."""
 
     us_min: float
     us_median: float
     us_p95: float
+    error_rel: float = nan
 
     @property
     def sigma(self) -> float:
@@ -84,11 +94,19 @@ class Pair:
 
     @property
     def verdict(self) -> str:
+        if is_wrong(self.after, self.before):
+            return WRONG
         if isinf(self.floor):
             return UNJUDGED
         if self.ratio > 1 + self.noise:
             return SLOWER
         return FASTER if 1 / self.ratio > 1 + self.noise else SAME
+
+
+def is_wrong(after: Timing, before: Timing | None = None) -> bool:
+    """Whether an error is no rounding, or clearly above the one before."""
+    limit = ERROR_FACTOR * before.error_rel if before else nan
+    return isinf(after.error_rel) or after.error_rel > limit
 
 
 def measurements(path: str | Path) -> tuple[dict[tuple, Timing], list[str]]:
@@ -98,7 +116,7 @@ def measurements(path: str | Path) -> tuple[dict[tuple, Timing], list[str]]:
     frame = load(path)
     if frame.empty:
         raise ValueError(f"{path} has no rows")
-    times = frame[["us_min", "us_median", "us_p95"]]
+    times = frame[["us_min", "us_median", "us_p95", "error_rel"]]
     rows: dict[tuple, list[Timing]] = {}
     for key, time in zip(
         frame[list(KEY)].itertuples(index=False, name=None),
@@ -111,6 +129,7 @@ def measurements(path: str | Path) -> tuple[dict[tuple, Timing], list[str]]:
             min(row.us_min for row in same),
             median(row.us_median for row in same),
             max(row.us_p95 for row in same),
+            max((row.error_rel for row in same if not isnan(row.error_rel)), default=nan),
         )
         for key, same in rows.items()
     }
@@ -186,8 +205,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the comparison: 0 if nothing got slower beyond noise, else 1; ValueError for files that
-    cannot be compared.
+    """Print the comparison: 0 if nothing got slower beyond noise, or wrong, else 1; ValueError for
+    files that cannot be compared.
     """
     (before, commits_a), (after, commits_b) = map(measurements, (args.before, args.after))
     pairs = pairs_of(before, after, args.threshold)
@@ -201,8 +220,15 @@ def run(args: argparse.Namespace) -> int:
         if only:
             print(f"only in {name} ({len(only)}):")
             print("\n".join(f"  {describe(key)}" for key in only))
+    wrong = {key: mine for key, mine in after.items() if is_wrong(mine, before.get(key))}
+    if wrong:
+        print(f"wrong in B ({len(wrong)}):")
+    for key, mine in wrong.items():
+        known = f", {before[key].error_rel:.2e} in A" if key in before else ""
+        print(f"  {describe(key)}: error {mine.error_rel:.2e}{known}")
     count = Counter(pair.verdict for pair in pairs)
-    words = (SLOWER, FASTER, SAME, *([UNJUDGED] if count[UNJUDGED] else []))
+    count[WRONG] = len(wrong)
+    words = (SLOWER, FASTER, SAME, *(word for word in (UNJUDGED, WRONG) if count[word]))
     print(", ".join(f"{count[word]} {word}" for word in words))
     if count[UNJUDGED]:
         print(
@@ -211,4 +237,4 @@ def run(args: argparse.Namespace) -> int:
     blind = sum(VISIBLE < pair.noise < inf for pair in pairs)
     if blind:
         print(f"{blind} measurement(s) too noisy to show a difference of {VISIBLE:.0%}")
-    return GOT_SLOWER if count[SLOWER] else OK
+    return GOT_WORSE if count[SLOWER] or count[WRONG] else OK

@@ -110,6 +110,40 @@ def test_spread_widens_the_noise_of_its_own_row_only():
     assert Pair((), calm, Timing(109, 110, 111), 0.03).verdict == "slower"
 
 
+@pytest.mark.parametrize(
+    ("errors", "status"),
+    [
+        ((1e-3, 1e-3), 0),
+        ((1e-3, 2e-3), 0),  # sums in another order
+        ((1e-3, 4e-3), 1),
+        ((4e-3, 1e-3), 0),
+        ((1e-3, "inf"), 1),
+        (("inf", "inf"), 1),
+        (("", "inf"), 1),
+        (("", 4e-3), 0),  # nobody checked A
+        ((1e-3, ""), 0),
+    ],
+)
+@pytest.mark.parametrize("changes", [{}, {"gpu": EMULATION}])
+def test_a_wrong_row_fails_however_fast_it_is(errors, status, changes, tmp_path, capsys):
+    before, after = (
+        [row(us, error_rel=error, **changes), row(us, tokens=64, **changes)]
+        for us, error in zip((100, 50), errors, strict=True)
+    )
+    assert compare(tmp_path, before, after) == status
+    out = capsys.readouterr().out
+    assert ("wrong in B (1):" in out) == (", 1 wrong" in out) == bool(status)
+    if changes == {}:
+        assert f"0 slower, {2 - status} faster, 0 same" in out
+
+
+def test_a_wrong_row_that_only_b_has_fails(tmp_path, capsys):
+    assert compare(tmp_path, [row()], [row(), row(tokens=64, error_rel="inf")]) == 1
+    assert "64 tokens  bf16 balanced graph megamoe: error inf" in capsys.readouterr().out
+    wrong_once = [row(error_rel=1e-3), row(error_rel="inf"), row(error_rel="")]
+    assert compare(tmp_path, [row()], wrong_once) == 1
+
+
 def test_a_difference_that_the_rows_cannot_show_is_said(tmp_path, capsys):
     assert compare(tmp_path, [row(spread=0.4)], [row(110, spread=0.4)]) == 0
     assert "1 measurement(s) too noisy to show a difference of 10%" in capsys.readouterr().out
