@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,8 @@ from perf import probes
 from perf.options import integer, one_of, path_name
 from perf.probes import Probe
 from perf.processes import Job, joined, place_of
-from perf.results import REPOSITORY, Environment, ResultsFile, check_header, environment
+from perf.results import REPOSITORY, Environment, ResultsFile, environment
+from perf.results import load as load_rows
 from perf.roofline import DEFAULTS, Ceilings
 from perf.timing import Times, measure
 
@@ -48,9 +49,6 @@ class CeilingRow(Environment):
     us_p95: float
 
 
-COLUMNS = tuple(field.name for field in fields(CeilingRow))
-
-
 def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, object]) -> CeilingRow:
     return CeilingRow(
         **where,
@@ -66,12 +64,11 @@ def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, object])
 
 
 def load(path: str | Path):
-    """Stored rows as a pandas DataFrame, oldest first; ValueError if `path` is no such file."""
-    import pandas
-
-    check_header(Path(path), COLUMNS)
-    frame = pandas.read_csv(path, dtype={"commit": str, "driver": str, "dtype": str, "dsl": str})
-    return frame.fillna({"dtype": ""}).sort_values("date", kind="stable", ignore_index=True)
+    """Stored rows as a pandas DataFrame, oldest first; ValueError if `path` is no such file or has
+    a row that cannot be.
+    """
+    frame = load_rows(path, kind=CeilingRow)
+    return frame.sort_values("date", kind="stable", ignore_index=True)
 
 
 def ceilings_of(path: str | Path, gpu: str, num_gpus: int) -> Ceilings:

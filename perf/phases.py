@@ -61,7 +61,7 @@ def phases_of(ctas: Iterable[Iterable[Slice]], per_us: int) -> dict[str, float]:
     begin = min(part.begin for slices in ctas for part in slices)
     launch = (max(part.end for slices in ctas for part in slices) - begin) / per_us
     mean = {name: value / len(ctas) / per_us for name, value in total.items()}
-    mean["wait_us"] = launch - sum(mean.values())
+    mean["wait_us"] = max(launch - sum(mean.values()), 0.0)  # not a rounding error below
     return {"launch_us": launch, **mean}
 
 

@@ -208,7 +208,7 @@ def _rows_of(path: Path, kind: type) -> list[list[object]]:
 
 def _value(column: Field, cell: str) -> object:
     """What a cell holds, by the annotation of its column; ValueError where that cannot be. Numbers
-    of KEY, and times of calls, are positive.
+    of KEY, times of calls and the value of a ceiling are positive; phases may take no time.
     """
     name, (kind, *optional) = column.name, column.type.split(" | ")
     if not cell and name in (*KEY, "date"):
@@ -221,8 +221,11 @@ def _value(column: Field, cell: str) -> object:
         value = {"int": int, "float": float}[kind](cell)
     except ValueError:
         raise ValueError(f"{name} {cell!r} is no number") from None
-    if (name in KEY or name.startswith("us_")) and not 0 < value < inf:
+    positive = name in (*KEY, "us", "value") or name.startswith("us_")
+    if positive and not 0 < value < inf:
         raise ValueError(f"{name} {cell} is no positive number")
+    if name.endswith("_us") and not 0 <= value < inf:
+        raise ValueError(f"{name} {cell} is no time")
     return value
 
 

@@ -9,7 +9,7 @@ import torch
 
 from perf import ceilings, probes
 from perf.__main__ import main, parser
-from perf.ceilings import COLUMNS, CeilingRow, ceilings_of, keep, load, measured
+from perf.ceilings import CeilingRow, ceilings_of, keep, load, measured
 from perf.plan import plan_of
 from perf.probes import GBPS, GEMM, TFLOPS, US, Probe
 from perf.results import ResultsFile
@@ -143,7 +143,7 @@ def test_rows_are_stored_and_shown(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "torch sees no GPU" in out and "nothing is stored" in out and not path.exists()
     stored(path)
-    assert list(load(path).columns) == list(COLUMNS)
+    assert load(path).ceiling.tolist() == [ceiling for ceiling, _ in STORED]
     assert main(["ceilings", "--device", "cpu", "--csv", str(path)]) == 0
     out = capsys.readouterr().out
     assert "nothing is measured on a CPU" in out and "5 stored ceilings" in out
@@ -209,6 +209,24 @@ def test_memory_of_another_number_of_gpus_will_do_but_not_nvlink(tmp_path):
         ceilings_of(path, GPU, 2)
     with pytest.raises(ValueError, match="has no gemm, hbm, nvlink_pull of 4 x NVIDIA B200"):
         ceilings_of(path, "NVIDIA B200", 4)
+
+
+@pytest.mark.parametrize("value", ["nan", "-5", "inf", "0", "abc", ""])
+def test_a_ceiling_that_is_none_is_named(value, tmp_path, capsys):
+    path = write(tmp_path / "c.csv", row("gemm", "bfloat16", value))
+    with pytest.raises(ValueError, match=f"{path}, line 2: value '?{value}'? is no "):
+        ceilings_of(path, GPU, 4)
+    with pytest.raises(SystemExit):
+        main(["ceilings", "--device", "cpu", "--csv", path])
+    assert f"{path}, line 2: value " in capsys.readouterr().err
+
+
+def test_a_cut_row_of_ceilings_is_named(tmp_path):
+    path = tmp_path / "c.csv"
+    write(path, row())
+    path.write_text(path.read_text().rsplit(",", 4)[0])
+    with pytest.raises(ValueError, match="c.csv, line 2: 11 columns, expected 15"):
+        load(path)
 
 
 def test_the_roofline_follows_dtype_and_ceilings():

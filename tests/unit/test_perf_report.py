@@ -160,11 +160,11 @@ def test_environments_are_counted(frame):
     assert lines[0][0].startswith("NVIDIA H200, driver ")
 
 
-def launch(tokens: int, launch_us: float, **changes) -> PhaseRow:
+def launch(tokens: int, us: float, **changes) -> PhaseRow:
     """A recorded launch whose phases but one take 1 us."""
     row = {field.name: "" for field in fields(PhaseRow)} | Case(MODELS["pro"], 4, tokens).columns
-    row |= dict.fromkeys(PHASES, 1.0) | {"fc1_us": launch_us - len(PHASES) + 1}
-    return PhaseRow(**row | {"launch_us": launch_us, "gpu": "H200", "date": "2027"} | changes)
+    row |= dict.fromkeys(PHASES, 1.0) | {"fc1_us": us - len(PHASES) + 1}
+    return PhaseRow(**row | {"launch_us": us, "gpu": "H200", "date": "2027"} | changes)
 
 
 def test_phases_are_those_of_the_latest_launch(tmp_path):
@@ -180,6 +180,21 @@ def test_phases_are_those_of_the_latest_launch(tmp_path):
     assert list(first[1]) == [8, 64] and first[1][8]["FC1 products"] == 44
     with pytest.raises(ValueError, match="another header"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fc1_us": "nan"}, "fc1_us nan is no time"),
+        ({"wait_us": -3.0}, "wait_us -3 is no time"),
+        ({"launch_us": "inf"}, "launch_us inf is no time"),
+        ({"count_us": ""}, "count_us '' is no number"),
+    ],
+)
+def test_a_phase_that_is_none_is_named(changes, message, tmp_path):
+    path = write(tmp_path / "phases.csv", [launch(8, 50.0), launch(8, 50.0, **changes)], PhaseRow)
+    with pytest.raises(ValueError, match=f"{path}, line 3: {message}"):
+        load(path, kind=PhaseRow)
 
 
 def test_phases_join_the_page(tmp_path):

@@ -220,6 +220,14 @@ def test_phases_of_a_launch():
     )  # fmt: skip
 
 
+def test_a_launch_without_a_wait_has_none():
+    """Where the phases fill the launch, their sum may be a rounding error above it."""
+    borders = [0, 17932, 19256, 19766]
+    names = (timeline.COUNT, timeline.BARRIER, timeline.COMBINE)
+    slices = [timeline.Slice(*part) for part in zip(names, borders, borders[1:], strict=False)]
+    assert phases_of([slices], 1000)["wait_us"] == 0
+
+
 def test_slices_nest_whatever_the_clocks_said():
     """Warps mark borders of their own accord: a few ns before or after another warp's."""
     tiles = [
