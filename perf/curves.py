@@ -8,17 +8,16 @@ several times the row of the latest date counts. Nothing here draws; `plots` doe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from perf.cases import MODELS, Model
 from perf.measure import MEGAMOE, PART_NAMES
-from perf.results import KEY, REPOSITORY
+from perf.results import KEY, REPOSITORY, load
 from perf.timing import GRAPH, is_cold
 
 #: Measured figures of other implementations: balanced routing, a rank per GPU, slowest rank.
 PEERS = REPOSITORY / "perf" / "results" / "peers.csv"
-PEER_COLUMNS = ("source", "gpu", "num_ranks", "model", "tokens", "us", "date", "precision")
 
 GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode", "impl"))
 
@@ -38,6 +37,23 @@ def name_of(model: Model) -> str:
     """The name of the layer in slugs: no other layer has it."""
     sizes = "" if is_known(model) else f"-h{model.hidden}-i{model.intermediate}-k{model.top_k}"
     return f"{model.name}-e{model.num_experts}{sizes}"
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """One figure of another implementation."""
+
+    source: str
+    gpu: str
+    num_ranks: int
+    model: str
+    tokens: int
+    us: float
+    date: str
+    precision: str
+
+
+PEER_COLUMNS = tuple(field.name for field in fields(PeerRow))
 
 
 @dataclass(frozen=True)
@@ -113,19 +129,8 @@ class Group:
 
 
 def load_peers(path: str | Path):
-    """The peers' figures: a pandas DataFrame; ValueError if the file or its columns are not
-    there.
-    """
-    import pandas
-
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist")
-    frame = pandas.read_csv(path)
-    if tuple(frame.columns) != PEER_COLUMNS:
-        raise ValueError(f"{path} must have the columns {', '.join(PEER_COLUMNS)}")
-    if frame.us.dtype.kind not in "if" or not (frame.us > 0).all():
-        raise ValueError(f"{path} has a row without a positive time")
-    return frame
+    """The peers' figures: a pandas DataFrame; ValueError as `results.load`."""
+    return load(path, kind=PeerRow)
 
 
 def groups_of(frame, peers=None) -> list[Group]:

@@ -289,20 +289,26 @@ def test_the_same_rows_give_the_same_page(tmp_path):
         (["{notes}"], "no result rows"),
         (["{cut}"], "cut.csv, line 3: 12 columns, expected 30"),
         (["{text}"], "text.csv, line 2: top_k 'four' is no number"),
-        (["{rows}", "--peers", "{notes}"], "must have the columns source, gpu"),
+        (["{rows}", "--peers", "{notes}"], "notes.csv has another header: missing ['source'"),
+        (["{rows}", "--peers", "{none}"], "none.csv has another header: missing ['source'"),
+        (["{rows}", "--peers", "{binary}"], "binary.csv is no CSV file"),
+        (["{rows}", "--peers", "{peers}"], "peers.csv, line 2: tokens 'abc' is no number"),
         (["{rows}", "--peers", "{nowhere}"], "does not exist"),
         (["{rows}", "--picture", "x"], "did you mean --pictures"),
     ],
 )
 def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
-    names = {
-        name: str(tmp_path / f"{name}.csv") for name in ("rows", "notes", "nowhere", "cut", "text")
-    }
+    words = "rows notes nowhere cut text none binary peers"
+    names = {name: str(tmp_path / f"{name}.csv") for name in words.split()}
     write(names["rows"])
     write(names["text"], [pro(8, 1.0, top_k="four")])
     lines = Path(write(names["cut"], ROWS[:2])).read_text().splitlines()
     Path(names["cut"]).write_text("\n".join([*lines[:2], ",".join(lines[2].split(",")[:12])]))
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "none.csv").touch()
+    (tmp_path / "binary.csv").write_bytes(b"\x89PNG\xff")
+    peer = "other,NVIDIA H200,4,pro,abc,50,2026-01-01,bf16"
+    (tmp_path / "peers.csv").write_text(f"{','.join(PEER_COLUMNS)}\n{peer}\n")
     out = tmp_path / "page.html"
     with pytest.raises(SystemExit) as stop:
         main(["report", *(word.format(**names) for word in argv), "-o", str(out)])
