@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import io
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -105,8 +106,10 @@ class ResultsFile:
         self.path = Path(path)
         self.columns = tuple(field.name for field in fields(kind))
         check_writable("the CSV file", self.path, parents=True)
+        if self.path.exists() and not _can_seek(self.path):
+            raise ValueError(f"{path} is a pipe or a terminal: rows are appended to a file")
         if self.path.exists() and self.path.stat().st_size:
-            check_header(self.path, self.columns)
+            check_header(self.path, _opened(self.path)[0], self.columns)
 
     def append(self, row: Row) -> None:
         """Write one row on a line of its own, with the header first in a new file, and close the
@@ -125,6 +128,14 @@ class ResultsFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
+def _can_seek(path: Path) -> bool:
+    """Whether an existing file has an end, where rows go; a pipe and a terminal have none."""
+    if path.is_fifo():  # to open one may wait for a reader
+        return False
+    with path.open("ab") as file:
+        return file.seekable()
+
+
 def _ends_a_line(path: Path) -> bool:
     """Whether the last line of a file that is not empty is complete."""
     with path.open("rb") as file:
@@ -132,9 +143,8 @@ def _ends_a_line(path: Path) -> bool:
         return file.read() == b"\n"
 
 
-def check_header(path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """ValueError unless `path` is a file with exactly these columns."""
-    header = _header_of(path)
+def check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
+    """ValueError, naming the file, unless its header has exactly these columns."""
     if header == list(columns):
         return
     missing = [column for column in columns if column not in header]
@@ -161,16 +171,20 @@ def result_files(
     """
     rows, others = [], []
     for path in _files_of(paths):
-        (rows if tuple(_header_of(path)) == tuple(columns) else others).append(path)
+        if path.is_fifo():
+            raise ValueError(f"{path} is a pipe: it cannot be read twice")
+        (rows if tuple(_opened(path)[0]) == tuple(columns) else others).append(path)
     return rows, others
 
 
-def _header_of(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+def _opened(path: Path) -> tuple[list[str], Iterator[list[str]]]:
+    """(header, csv.reader of the other lines) of a file, read once, as it may be a pipe."""
     try:
         with path.open(newline="") as file:
-            return next(csv.reader(file), [])
+            lines = csv.reader(io.StringIO(file.read(), newline=""))
+        return next(lines, []), lines
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV file: {error}") from None
 
@@ -185,24 +199,22 @@ def load(*paths: str | Path, kind: type = Row):
     columns = [field.name for field in fields(kind)]
     rows: list[list[object]] = []
     for file in _files_of(paths):
-        check_header(file, columns)
-        rows += [[*row, file.name] for row in _rows_of(file, kind)]
+        header, lines = _opened(file)
+        check_header(file, header, columns)
+        rows += [[*row, file.name] for row in _rows_of(file, lines, kind)]
     return pandas.DataFrame(rows, columns=[*columns, "file"])
 
 
-def _rows_of(path: Path, kind: type) -> list[list[object]]:
+def _rows_of(path: Path, lines, kind: type) -> list[list[object]]:
     """The values of every row; ValueError, naming file and line, for one that is not whole."""
     columns, rows = fields(kind), []
-    with path.open(newline="") as file:
-        lines = csv.reader(file)
-        try:
-            next(lines)
-            for cells in filter(None, lines):
-                if len(cells) != len(columns):
-                    raise ValueError(f"{len(cells)} columns, expected {len(columns)}")
-                rows.append([_value(*pair) for pair in zip(columns, cells, strict=True)])
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
+    try:
+        for cells in filter(None, lines):
+            if len(cells) != len(columns):
+                raise ValueError(f"{len(cells)} columns, expected {len(columns)}")
+            rows.append([_value(*pair) for pair in zip(columns, cells, strict=True)])
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {lines.line_num}: {error}") from None
     return rows
 
 

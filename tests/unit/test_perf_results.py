@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from perf import results
-from perf.results import COLUMNS, ResultsFile, Row, environment, load, source_version
+from perf.results import (
+    COLUMNS,
+    ResultsFile,
+    Row,
+    environment,
+    load,
+    result_files,
+    source_version,
+)
 
 DOCUMENTED = (
     "date, commit, dirty, gpu, driver, torch, dsl, num_ranks, ranks_per_gpu, model, hidden, "
@@ -183,6 +193,35 @@ def test_a_row_that_cannot_be_written_names_the_file(tmp_path):
         file.append(row_of())
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         ResultsFile("/dev/full").append(row_of())
+
+
+@pytest.fixture
+def pipe():
+    """(a path of the kind that `<(command)` makes, what writes to it)."""
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as file:
+        yield Path(f"/dev/fd/{read}"), file
+    os.close(read)
+
+
+def test_rows_of_a_pipe_are_read(pipe, tmp_path):
+    path, file = pipe
+    ResultsFile(tmp_path / "rows.csv").append(row_of())
+    file.write((tmp_path / "rows.csv").read_text())
+    file.close()
+    assert load(path).tokens.tolist() == [8]
+
+
+def test_a_pipe_is_refused_where_one_will_not_do(pipe):
+    with pytest.raises(ValueError, match=f"^{pipe[0]} is a pipe or a terminal: rows are appended"):
+        ResultsFile(pipe[0])
+    with pytest.raises(ValueError, match="is a pipe: it cannot be read twice"):
+        result_files([pipe[0]])
+    leader, follower = os.openpty()
+    with pytest.raises(ValueError, match="is a pipe or a terminal"):
+        ResultsFile(os.ttyname(follower))
+    for terminal in (leader, follower):
+        os.close(terminal)
 
 
 def test_an_empty_file_gets_a_header_and_a_directory_is_refused(tmp_path):
