@@ -158,9 +158,13 @@ def check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> N
 
 
 def _files_of(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """These paths, a directory as its CSV files."""
+    """These paths, a directory as its CSV files; each file once."""
+    seen = set()
     for path in map(Path, paths):
-        yield from sorted(path.glob("*.csv")) if path.is_dir() else [path]
+        for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+            if file.resolve() not in seen:
+                seen.add(file.resolve())
+                yield file
 
 
 def result_files(

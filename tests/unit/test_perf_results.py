@@ -195,6 +195,14 @@ def test_a_row_that_cannot_be_written_names_the_file(tmp_path):
         ResultsFile("/dev/full").append(row_of())
 
 
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ResultsFile("a.csv").append(row_of())
+    Path("link").symlink_to("a.csv")
+    assert len(load("a.csv", "./a.csv", tmp_path, "link")) == 1
+    assert result_files(["a.csv", tmp_path / "a.csv"])[0] == [Path("a.csv")]
+
+
 @pytest.fixture
 def pipe():
     """(a path of the kind that `<(command)` makes, what writes to it)."""
