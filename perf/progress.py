@@ -10,11 +10,11 @@ from typing import TextIO
 
 
 class Progress:
-    """Counts steps out of `total`; silent where `total` is 0."""
+    """Counts steps out of `total`; silent where `total` is 0, and without a stderr."""
 
     def __init__(self, total: int, stream: TextIO | None = None):
-        self.total, self.step = total, 0
         self.stream = sys.stderr if stream is None else stream
+        self.total, self.step = 0 if self.stream is None else total, 0
         self.begin = time.monotonic()
         self._width = 0
 

@@ -314,6 +314,11 @@ def test_progress_leaves_nothing_on_a_terminal():
     assert none.getvalue() == ""
 
 
+def test_a_sweep_without_stderr_has_no_progress(fake, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it after `2>&-`
+    assert main(SMALL) == 0
+
+
 def gpu_of(gigabytes: int) -> SimpleNamespace:
     return SimpleNamespace(name="GPU", multi_processor_count=100, total_memory=gigabytes << 30)
 
