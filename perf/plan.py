@@ -343,6 +343,9 @@ def plan_of(
     l2 = getattr(args, "l2", WARM)
     if args.device == "cpu" and l2 == COLD:
         raise ValueError("--l2 cold needs --device cuda: the emulator has no L2 to flush")
+    for option, value in (("--num-sms", args.num_sms), ("--kernel-dir", args.kernel_dir)):
+        if args.device == "cpu" and value:
+            raise ValueError(f"{option} {value} needs --device cuda: the emulator has no kernel")
     if place:
         if place.local_rank >= torch.cuda.device_count():
             raise ValueError(

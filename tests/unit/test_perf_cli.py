@@ -116,6 +116,8 @@ def error_line(argv: list[str], capsys) -> str:
         (["sweep", "--reps", "-1"], ["--reps", "-1 must be in 1.."]),
         (["sweep", "--tokens", "64", "--max-tokens", "32"], ["64 is more than --max-tokens 32"]),
         (["sweep", "--graph"], ["--graph needs --device cuda"]),
+        (["sweep", "--num-sms", "99"], ["--num-sms 99 needs --device cuda"]),
+        (["sweep", "--kernel-dir", "/no"], ["--kernel-dir /no needs --device cuda"]),
         (["sweep", "--l2", "cold"], ["--l2 cold needs --device cuda"]),
         (["sweep", "--l2", "cool"], ["--l2", "'cool'", "did you mean cold?"]),
         (["sweep", "--num-experts", "12"], ["num_experts=12", "num_ranks=8"]),
@@ -153,10 +155,10 @@ def test_cuda_without_a_gpu(capsys, monkeypatch):
 
 def test_a_layer_that_refuses_its_arguments_is_one_line(capsys, monkeypatch):
     def refuse(**arguments):
-        raise ValueError(f"num_sms={arguments['num_sms']} is more than 4")
+        raise ValueError(f"top_k={arguments['top_k']} is more than 2")
 
     monkeypatch.setattr(megamoe, "MegaMoE", refuse, raising=False)
-    assert "num_sms=9 is more than 4" in error_line(["sweep", "--num-sms", "9"], capsys)
+    assert "top_k=3 is more than 2" in error_line(["sweep", "--top-k", "3"], capsys)
 
 
 @pytest.mark.parametrize(
