@@ -17,7 +17,7 @@ noise. Times of the CPU emulator depend on whatever else the CPU does and on no 
 shown and not judged, unless a threshold is given.
 
 B is wrong, however fast, where its relative error is infinite, as for an output with NaN, or more
-than ERROR_FACTOR times A's, of which the larger of several rows counts.
+than ERROR_FACTOR times the larger of A's and ROUNDING; the larger error of several rows counts.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ SUMMARY = "join two result files and flag what got slower beyond noise, or wrong
 #: Inputs come from a seed: errors repeat to the last digit, and from 8 tokens on those of all the
 #: layers in one precision lie within a factor of 2 (H200, 2026-11).
 ERROR_FACTOR = 3
+#: About what rounding to BF16 costs. The emulator's error may be 0; sums in another order end that.
+ROUNDING = 1e-3
 
 EPILOG = (
     "B is slower where its median is more than the noise above A's; noise comes from both rows' "
     "spread, with a floor. B is wrong where its error (error_rel) is not finite or more than "
-    f"{ERROR_FACTOR} times A's. Exit status: 0 if nothing is slower or wrong, 1 if something is, "
-    "2 for wrong arguments."
+    f"{ERROR_FACTOR} times the larger of A's and {ROUNDING:g}. Exit status: 0 if "
+    "nothing is slower or wrong, 1 if something is, 2 for wrong arguments."
 )
 
 SIGMAS = 3.65
@@ -105,7 +107,7 @@ class Pair:
 
 def is_wrong(after: Timing, before: Timing | None = None) -> bool:
     """Whether an error is no rounding, or clearly above the one before."""
-    limit = ERROR_FACTOR * before.error_rel if before else nan
+    limit = ERROR_FACTOR * max(before.error_rel, ROUNDING) if before else nan  # NaN stays NaN
     return isinf(after.error_rel) or after.error_rel > limit
 
 

@@ -117,6 +117,8 @@ def test_spread_widens_the_noise_of_its_own_row_only():
         ((1e-3, 2e-3), 0),  # sums in another order
         ((1e-3, 4e-3), 1),
         ((4e-3, 1e-3), 0),
+        ((0.0, 2e-3), 0),
+        ((0.0, 4e-3), 1),
         ((1e-3, "inf"), 1),
         (("inf", "inf"), 1),
         (("", "inf"), 1),
