@@ -7,6 +7,11 @@ in one call, so a time is the maximum over them; with a process per rank, `align
 begin a repetition together, before its first event, and the caller takes the maximum. The output
 that is returned is the one of the last timed repetition: what was timed is what gets verified.
 
+Before its warm-up a call on a GPU waits until the GPU has been idle for a while: right after a long
+computation, such as that of the expected output, power limits still hold the clocks down, and a
+short launch would take longer the more had been computed before it (H200, FP8 Pro with one token:
+144 µs instead of 135).
+
 The L2 is warm, as the repetition before left it, or cold: then each repetition comes after a
 `flush`, which overwrites a buffer several times as large. The last lines of that buffer, at most
 the size of the L2, are written back to memory during the repetition.
@@ -26,6 +31,8 @@ MODES = (EAGER, GRAPH)
 WARM, COLD = "warm", "cold"
 L2_STATES = (WARM, COLD)
 
+#: Seconds without work before a call is warmed up and timed on a GPU.
+SETTLE_S = 0.2
 #: GPU clock cycles of the pause, about 2 ms: longer than the host takes to queue the repetitions
 #: that follow.
 HEAD_START_CYCLES = 4_000_000
@@ -160,6 +167,8 @@ def measure(
             return captured
 
         call = replay
+    torch.cuda.synchronize()
+    time.sleep(SETTLE_S)
     for _ in range(warmup):
         call()
     times, output = _time_cuda(call, repetitions, align, flush)
