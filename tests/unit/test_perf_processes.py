@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,7 +293,9 @@ def test_plan_under_torchrun(monkeypatch):
 @pytest.mark.parametrize("between", [[], ["align"], ["flush"], ["flush", "align"]])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_comes_before_the_first_event_of_every_repetition(mode, between, monkeypatch):
-    """A flush, then the meeting of the ranks, so that they still begin together."""
+    """The GPU rests before the warm-up. A flush, then the meeting of the ranks, so that they still
+    begin together.
+    """
     log: list[str] = []
 
     class Event:
@@ -311,6 +314,7 @@ def test_what_comes_before_the_first_event_of_every_repetition(mode, between, mo
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: log.append(f"rest {seconds}"))
     calls = {name: partial(log.append, name) for name in ("call", "replay", "flush", "align")}
     graph = SimpleNamespace(replay=calls["replay"])
     monkeypatch.setattr(timing, "capture", lambda call: (graph, None))
@@ -318,7 +322,8 @@ def test_what_comes_before_the_first_event_of_every_repetition(mode, between, mo
     times, _ = measure(calls["call"], "cuda", mode, repetitions=2, warmup=1, **hooks)
     timed = {EAGER: "call", GRAPH: "replay"}[mode]
     repetition = [*between, "begin", timed, "end"]
-    assert log == ["call", timed, "wait", "pause", *repetition * 2, "wait"]
+    rest = ["wait", f"rest {timing.SETTLE_S}"]
+    assert log == ["call", *rest, timed, "wait", "pause", *repetition * 2, "wait"]
     assert times.us == (500, 500)
 
 
