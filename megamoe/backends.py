@@ -15,7 +15,6 @@ import torch
 from megamoe import faults
 from megamoe.compile import CompiledKernel
 from megamoe.group import Group
-from megamoe.precision import num_scales
 from megamoe.reference import Weights
 from megamoe.weights import tile_scales
 from workspace.layout import LOCAL, SYMMETRIC
@@ -97,7 +96,7 @@ class GpuBackend:
         self.quantizes = config.recipe.scaled
         self.staged_scales = []
         if self.quantizes:
-            scales = num_scales(config.hidden_size, config.recipe.token_block)
+            scales = config.token_scales
             self.staged_scales = [view["input_sf_buffer"][:, :scales] for view in views]
         with torch.inference_mode(False):  # made anywhere, zeroed anywhere
             shape = len(self.ranks), faults.RECORD_WORDS

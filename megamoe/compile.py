@@ -65,6 +65,7 @@ SOURCES = (
 #: Modules that a kernel does not depend on.
 HOST_ONLY = {
     "module.py",
+    "inputs.py",
     "backends.py",
     "group.py",
     "compile.py",

@@ -9,7 +9,6 @@ side on streams of their own, so their CTAs must fit the GPU together.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +18,12 @@ from megamoe import budget, compile
 from megamoe.backends import EmulatorBackend, GpuBackend
 from megamoe.config import KernelConfig, MoEConfig, select, supports
 from megamoe.group import Group, where
-from megamoe.precision import num_scales
+from megamoe.inputs import by_rank, check_inputs
 from megamoe.reference import Weights
-from megamoe.weights import ALIGNMENT, check_tensor, check_weights
+from megamoe.weights import check_weights
 from workspace.layout import Layout, layout_of
 from workspace.views import Workspace
 
-INDEX_DTYPES = (torch.int64, torch.int32)
 MAX_TIMEOUT_S = 24 * 60 * 60.0
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
@@ -264,14 +262,18 @@ class MegaMoE:
         """
         single = isinstance(x, torch.Tensor)
         arguments = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
-        xs, ids, weights = (_by_rank(name, item, single) for name, item in arguments.items())
+        xs, ids, weights = (by_rank(name, item, single) for name, item in arguments.items())
         optional = {"x_scale": x_scale, "out": out, "expert_counts": expert_counts}
         scales, outs, counts = (
-            [None] * len(xs) if item is None else _by_rank(name, item, single)
+            [None] * len(xs) if item is None else by_rank(name, item, single)
             for name, item in optional.items()
         )
-        self._check_inputs(xs, ids, weights, scales, outs, counts)
-        outputs = self.backend.forward(xs, ids, weights, scales, outs, counts)
+        if not self._weights_loaded:
+            raise ValueError("weights are not loaded: call load_weights(w13, w2) first")
+        ranks, buffer_of = self.local_ranks, self.input_scale_buffer
+        columns = xs, ids, weights, scales, outs, counts
+        check_inputs(self.config, self.device, ranks, buffer_of, *columns)
+        outputs = self.backend.forward(*columns)
         return outputs[0] if single else outputs
 
     def synchronize(self) -> None:
@@ -302,90 +304,13 @@ class MegaMoE:
         """
         if not self.config.recipe.scaled:
             raise ValueError(f"precision={self.config.precision!r} has no scales")
-        return self._region("input_sf_buffer", rank)[:, : self._token_scales]
+        return self._region("input_sf_buffer", rank)[:, : self.config.token_scales]
 
     def _region(self, name: str, rank: int | None) -> torch.Tensor:
         rank = self.local_ranks[0] if rank is None else rank
         if rank not in self.local_ranks:
             raise ValueError(f"rank={rank!r} is none of this process, which has {self.local_ranks}")
         return self.workspace.regions(rank)[name]
-
-    @property
-    def _token_scales(self) -> int:
-        return num_scales(self.config.hidden_size, self.config.recipe.token_block)
-
-    def _check_inputs(self, xs, ids, weights, scales, outs, counts) -> None:
-        config, ranks = self.config, self.local_ranks
-        if not self._weights_loaded:
-            raise ValueError("weights are not loaded: call load_weights(w13, w2) first")
-        named = {
-            "x": xs, "topk_idx": ids, "topk_weights": weights,
-            "x_scale": scales, "out": outs, "expert_counts": counts,
-        }  # fmt: skip
-        for name, items in named.items():
-            if len(items) != len(ranks):
-                raise ValueError(
-                    f"{name} holds {len(items)} tensors, "
-                    f"expected one for each of {len(ranks)} ranks"
-                )
-        output = getattr(torch, config.recipe.output)
-        columns = zip(xs, ids, weights, scales, outs, counts, strict=True)
-        for i, (x, idx, weight, scale, out, count) in enumerate(columns):
-            where = f"[{i}]" if len(ranks) > 1 else ""
-            if not isinstance(x, torch.Tensor) or x.dim() != 2:
-                raise ValueError(f"x{where} must be a tensor of shape [T, {config.hidden_size}]")
-            tokens = x.shape[0]
-            if tokens > config.max_tokens_per_rank:
-                raise ValueError(
-                    f"x{where} has T={tokens} tokens > "
-                    f"max_tokens_per_rank={config.max_tokens_per_rank}"
-                )
-            rows, slots = (tokens, config.hidden_size), (tokens, config.top_k)
-            token = torch.bfloat16
-            if scale is not None or x.dtype == torch.float8_e4m3fn:
-                token = self._check_scale(x, scale, i, where)
-            check_tensor(f"x{where}", x, rows, token, self.device, ALIGNMENT)
-            check_tensor(f"topk_weights{where}", weight, slots, torch.float32, self.device)
-            wide = getattr(idx, "dtype", None) not in INDEX_DTYPES
-            dtype = torch.int64 if wide else idx.dtype
-            check_tensor(f"topk_idx{where}", idx, slots, dtype, self.device)
-            if out is not None:
-                check_tensor(f"out{where}", out, rows, output, self.device, ALIGNMENT)
-                _check_written(f"out{where}", out)
-                # Rows of y are written while peers, or this rank, still read others of x.
-                if tokens and _overlap(x, out):
-                    raise ValueError(f"out{where} and x{where} overlap")
-            if count is not None:
-                local = (config.experts_per_rank,)
-                check_tensor(f"expert_counts{where}", count, local, torch.int32, self.device)
-                _check_written(f"expert_counts{where}", count)
-        if len(ranks) > 1:
-            _check_apart(outs)
-
-    def _check_scale(self, x: torch.Tensor, scale: object, i: int, where: str) -> torch.dtype:
-        """Check the scales of a quantised x; the dtype that x must have."""
-        precision = self.config.precision
-        if not self.config.recipe.scaled:
-            if scale is None:
-                return torch.bfloat16
-            raise ValueError(f"x_scale{where} is given, but precision={precision!r} has no scales")
-        shape = (x.shape[0], self._token_scales)
-        if scale is None:
-            raise ValueError(
-                f"x_scale{where} is missing: x of {x.dtype} needs float32 {list(shape)} with "
-                f"precision={precision!r}"
-            )
-        buffer = self.input_scale_buffer(self.local_ranks[i])[: x.shape[0]]
-        there = isinstance(scale, torch.Tensor) and scale.data_ptr() == buffer.data_ptr()
-        if not (there and scale.dtype == buffer.dtype and scale.numel()):
-            check_tensor(f"x_scale{where}", scale, shape, torch.float32, self.device)
-        elif scale.shape != shape or scale.stride() != buffer.stride():
-            raise ValueError(
-                f"x_scale{where} starts in the scale buffer, but has shape {list(scale.shape)} and "
-                f"strides {list(scale.stride())}, expected {list(shape)} and "
-                f"{list(buffer.stride())}"
-            )
-        return getattr(torch, self.config.recipe.token)
 
 
 def _kernel_config(config: MoEConfig, options: dict | None) -> KernelConfig:
@@ -403,41 +328,6 @@ def _is_positive(value: object) -> bool:
     """True for a number above 0 that is finite in float32."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and 0 < value <= torch.finfo(torch.float32).max
-
-
-def _check_written(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError, naming the tensor, if autograd forbids to write it in place here."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, but a forward records none")
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{name} is an inference tensor, used outside of torch.inference_mode")
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if two contiguous tensors share memory."""
-    begin, other = a.data_ptr(), b.data_ptr()
-    return begin < other + b.nbytes and other < begin + a.nbytes
-
-
-def _check_apart(outs: list[torch.Tensor | None]) -> None:
-    """Raise ValueError if outputs of two ranks share memory."""
-    filled = [(i, out) for i, out in enumerate(outs) if out is not None and out.numel()]
-    spans = sorted((out.data_ptr(), out.nbytes, i) for i, out in filled)
-    for (begin, num_bytes, i), (following, _, j) in itertools.pairwise(spans):
-        if following < begin + num_bytes:
-            raise ValueError(f"out[{min(i, j)}] and out[{max(i, j)}] overlap")
-
-
-def _by_rank(name: str, value: object, single: bool) -> list:
-    """An argument of a forward as a list with one item per rank."""
-    if single:
-        return [value]
-    try:
-        return list(value)
-    except TypeError:
-        raise ValueError(
-            f"{name} must be a tensor, or a list of one for each rank, got {type(value).__name__}"
-        ) from None
 
 
 def _fields(layout: Layout) -> dict[str, object]:

@@ -23,7 +23,7 @@ LAYERS = [
      "workspace.layout", "workspace.wire"},
     {"megamoe.shape", "megamoe.faults"},
     {"workspace.symmetric", "workspace.views", "workspace"},
-    {"megamoe.group"},
+    {"megamoe.group", "megamoe.inputs"},
     {"megamoe.kernels", "megamoe.emulator"},
     {"megamoe.compile"},
     {"megamoe.backends"},
