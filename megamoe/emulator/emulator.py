@@ -218,7 +218,13 @@ class Emulator:
     def _cta(self, state: RankState, index: int, ended: Word) -> Role:
         """One CTA: count, the parallel roles, combine."""
         config, agents = self.config, state.cta_agents[index]
-        shared = Shared(self.memory, state.rank, config.num_experts, config.experts_per_rank)
+        shared = Shared(
+            self.memory,
+            state.rank,
+            config.num_experts,
+            config.experts_per_rank,
+            self.kernel.block_m,
+        )
         cta = Cta(
             index,
             self.num_ctas,

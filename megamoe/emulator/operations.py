@@ -10,7 +10,7 @@ Kinds, and what dropping one means:
 - release: the atomic still happens, relaxed.
 - increment: the atomic does not happen.
 - fence: no sys-scope fence (`fence`) or no generic-to-async proxy fence (`proxy`).
-- early: the step comes after the barrier that it belongs before.
+- early: the step comes after the barrier or release that it belongs before.
 - bulk: the asynchronous copy is not waited for.
 - scope: performed at gpu scope instead of sys.
 - barrier: CTA barrier or warp sync without effect.
@@ -159,6 +159,13 @@ TABLE = [
     ),
     *_waited("math.queue_full", "the tile is read before it is written"),
     *_counted("math.queue_empty", "the scheduler reuses the slot"),
+    Operation(
+        "math.keep_slot",
+        "early",
+        "the epilogue reads the padding metadata in the queue slot",
+        "the report warp gives the slot back only when all that compute the tile have stored it",
+        "report.keep_slot",
+    ),
     # loaders
     *_waited("load_weights.stage_empty", "a stage is overwritten while math reads it"),
     *_counted("load_weights.stage_full", "math reads the weights in the stage"),
@@ -170,15 +177,25 @@ TABLE = [
     ),
     *_waited("load_tokens.stage_empty", "a stage is overwritten while math reads it"),
     *_counted("load_tokens.stage_full", "math reads the stage, and what this role has acquired"),
+    *_counted("load_tokens.metadata_full", "the epilogue reads what all lanes have stored"),
     # math
     *_waited("math.stage_full", "the stage is read before it is loaded"),
     *_counted("math.stage_empty", "the loaders reuse the stage"),
+    *_waited("math.metadata_full", "padding metadata is read before it is in the queue slot"),
     Operation("math.warp_sync", "barrier", "all lanes store, one lane arrives"),
     *_counted("math.stored", "the tile is reported once all warps have stored it"),
     # report
     *_waited("report.queue_full", "the tile is read before it is written"),
     *_counted("report.queue_empty", "the scheduler reuses the slot"),
     *_waited("report.stored", "the tile is reported before it is stored"),
+    Operation(
+        "report.keep_slot",
+        "early",
+        "epilogues read the padding metadata in the queue slot until the tile is stored",
+        "math gives the slot back only after its epilogue (on a GPU it is needed all the same:"
+        " `stored`, a parity there, must not complete twice before this warp has seen it)",
+        "math.keep_slot",
+    ),
     Operation("report.fc1_proxy", "proxy", "TMA of other CTAs reads what FC1 stored"),
     *_counted("report.fc1_done", "FC2 waits for all FC1 tiles of the block"),
     *_counted("report.fc2_done", "the cleaner and the ring wait for all FC2 tiles of the block"),

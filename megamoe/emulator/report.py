@@ -22,10 +22,14 @@ def report(cta: Cta) -> Role:
         phase, _, _, block, _, _ = tile
         if phase == PHASE_DONE:
             break
+        kept = runtime.live("report.keep_slot")
+        if not kept:
+            yield from release_tile(cta, leader, number, "report")
         stored = shared.stored[number % QUEUE_SLOTS]
         arrivals = (number // QUEUE_SLOTS + 1) * cta.kernel.num_math_warps
         yield from runtime.wait(leader, stored, arrivals, "report.stored", also=(lanes,))
-        yield from release_tile(cta, leader, number, "report")
+        if kept:
+            yield from release_tile(cta, leader, number, "report")
         if phase == PHASE_FC1:
             writers = [warp.lanes for warp in cta.agents.math]
             runtime.proxy_fence(leader, "report.fc1_proxy", writers)

@@ -245,28 +245,20 @@ def release_tile(cta: Cta, agent: Agent, number: int, role: str) -> Role:
     yield from cta.runtime.add(agent, empty, f"{role}.queue_empty", release=True)
 
 
-def _take_tile(
-    cta: Cta, agent: Agent, number: int, role: str, also: tuple[Agent, ...] = ()
-) -> Role:
-    """Read the next tile and give its slot back."""
-    words = yield from read_tile(cta, agent, number, role, also)
-    yield from release_tile(cta, agent, number, role)
-    return words
-
-
 def load_tokens(cta: Cta) -> Role:
-    """Wait until the tokens of a tile are there, and load its real rows into a stage, with the
-    padding metadata that its epilogue needs.
+    """Wait until the tokens of a tile are there, put the padding metadata that its epilogue needs
+    into its queue slot, and load its real rows into a stage.
     """
     runtime, state, shared, config = cta.runtime, cta.state, cta.shared, cta.config
-    agent, shape, dtype = cta.agents.load_tokens, cta.shape, config.recipe.token
+    (agent, lanes), shape, dtype = cta.agents.load_tokens, cta.shape, config.recipe.token
     block_m = shape.kernel.block_m
     number = 0
     while True:
-        phase, _, _, block, _, rows = yield from _take_tile(cta, agent, number, "load_tokens")
+        tile = yield from read_tile(cta, agent, number, "load_tokens", also=(lanes,))
+        phase, _, _, block, _, rows = tile
+        yield from release_tile(cta, agent, number, "load_tokens")
         if phase == PHASE_DONE:
             return
-        yield from await_stage(cta, agent, number, "load_tokens")
         if phase == PHASE_FC1:
             label, ready, target = "load_tokens.fc1", "l1_arrival_count", rows
             words = "l1_topk_weights_buffer"
@@ -277,17 +269,24 @@ def load_tokens(cta: Cta) -> Role:
             label, ready, target = "load_tokens.fc2", "fc1_done_counter", shape.fc1_done
             words = "token_src_metadata"
             region, scale_region, num_scales = "fc1_output", "fc1_output_sf", config.hidden_scales
-        yield from runtime.wait(agent, state.word(ready, block), target, f"{label}_wait")
+        arrived = state.word(ready, block)
+        yield from runtime.wait(agent, arrived, target, f"{label}_wait", also=(lanes,))
         first, scales = ring_row(block, shape.ring, block_m), None
+        metadata = state.data[words].read(lanes, slice(first, first + block_m))
+        yield
+        slot = number % QUEUE_SLOTS
+        shared.metadata.write(lanes, slot, metadata.T)
+        full = shared.metadata_full[slot]
+        yield from runtime.add(lanes, full, "load_tokens.metadata_full", release=True)
         runtime.proxy_fence(agent, f"{label}_proxy")
+        yield from await_stage(cta, agent, number, "load_tokens")
         bits = state.data[region].read(agent, slice(first, first + rows), asynchronous=True)
-        metadata = state.data[words].read(agent, slice(first, first + block_m))[:, 0].copy()
         if num_scales:
             first = ring_row(block, shape.ring, num_scales)
             which = slice(first, first + num_scales)
             found = state.data[scale_region].read(agent, which, (0, rows), asynchronous=True)
             scales = as_float(found, "float32").T
-        shared.tiles[number % NUM_TILE_STAGES] = Tile(as_float(bits, dtype), scales, metadata)
+        shared.tiles[number % NUM_TILE_STAGES] = Tile(as_float(bits, dtype), scales)
         yield from fill_stage(cta, agent, number, "load_tokens")
         number += 1
 
@@ -314,47 +313,55 @@ def _tile_weights(shape: Shape, state: RankState, words: list[int]) -> tuple:
 
 def math(cta: Cta, warp: int) -> Role:
     """One math warp: its rows of every tile of the CTA that its warpgroup has a share in."""
-    runtime, shared, state = cta.runtime, cta.shared, cta.state
-    (leader, lanes), shape = cta.agents.math[warp], cta.shape
+    runtime, shape = cta.runtime, cta.shape
+    leader, lanes = cta.agents.math[warp]
     warpgroup, rank = divmod(warp, WARPGROUP_ROWS // WARP_ROWS)
     number = turn = 0
     while True:
-        words = yield from _take_tile(cta, leader, number, "math", also=(lanes,))
-        phase, _, _, block, column, rows = words
+        words = yield from read_tile(cta, leader, number, "math", also=(lanes,))
+        phase, *_, rows = words
         if phase == PHASE_DONE:
             return
-        stage, pass_ = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
-        stored = shared.stored[number % QUEUE_SLOTS]
-        number += 1
         share = share_of(rows, warpgroup, turn, WARPGROUP_ROWS, shape.kernel.num_math_warpgroups)
         turn += share.arrivals > 1
-        if not share.active:
-            continue
-        full, filled = shared.stage_full[stage], (pass_ + 1) * cta.budget.full_arrivals
-        yield from runtime.wait(leader, full, filled, "math.stage_full", also=(lanes,))
-        shared.stage.read(leader, stage)
-        tile = shared.tiles[stage]
-        place = share.half * WARPGROUP_ROWS + rank * WARP_ROWS
-        own = slice(place, place + WARP_ROWS)
-        real = max(0, min(rows - own.start, WARP_ROWS))
-        if real and tile.product is None:
-            tile.multiply(*_tile_weights(shape, state, words))
-        product = tile.product[own] if real else None
-        metadata = tile.metadata[own]
-        yield from runtime.add(
-            leader, shared.stage_empty[stage], "math.stage_empty", share.arrivals, release=True
-        )
-        first = ring_row(block, shape.ring, shape.kernel.block_m) + own.start
-        if phase == PHASE_FC1:
-            yield from _fc1_epilogue(
-                cta, shape, lanes, product, metadata, first, real, block, column
-            )
-        else:
-            yield from _fc2_epilogue(
-                cta, shape, lanes, product, metadata, first, real, block, column
-            )
-        runtime.hand_over([leader, lanes], "math.warp_sync")
-        yield from runtime.add(leader, stored, "math.stored", share.arrivals, release=True)
+        kept = runtime.live("math.keep_slot")
+        if not kept:
+            yield from release_tile(cta, leader, number, "math")
+        if share.active:
+            place = share.half * WARPGROUP_ROWS + rank * WARP_ROWS
+            yield from _compute(cta, warp, number, words, place, share.arrivals)
+        if kept:
+            yield from release_tile(cta, leader, number, "math")
+        number += 1
+
+
+def _compute(cta: Cta, warp: int, number: int, words: list[int], place: int, arrivals: int) -> Role:
+    """The product and the epilogue of the rows of tile `number` from `place` on."""
+    runtime, shared, state, shape = cta.runtime, cta.shared, cta.state, cta.shape
+    leader, lanes = cta.agents.math[warp]
+    phase, _, _, block, column, rows = words
+    stage, pass_ = number % NUM_TILE_STAGES, number // NUM_TILE_STAGES
+    slot, turn = number % QUEUE_SLOTS, number // QUEUE_SLOTS
+    full, filled = shared.stage_full[stage], (pass_ + 1) * cta.budget.full_arrivals
+    yield from runtime.wait(leader, full, filled, "math.stage_full", also=(lanes,))
+    shared.stage.read(leader, stage)
+    tile = shared.tiles[stage]
+    own = slice(place, place + WARP_ROWS)
+    real = max(0, min(rows - own.start, WARP_ROWS))
+    if real and tile.product is None:
+        tile.multiply(*_tile_weights(shape, state, words))
+    product = tile.product[own] if real else None
+    empty = shared.stage_empty[stage]
+    yield from runtime.add(leader, empty, "math.stage_empty", arrivals, release=True)
+    full = shared.metadata_full[slot]
+    yield from runtime.wait(leader, full, turn + 1, "math.metadata_full", also=(lanes,))
+    metadata = shared.metadata.read(lanes, slot, (own.start, own.stop))[0]
+    first = ring_row(block, shape.ring, shape.kernel.block_m) + own.start
+    epilogue = _fc1_epilogue if phase == PHASE_FC1 else _fc2_epilogue
+    yield from epilogue(cta, shape, lanes, product, metadata, first, real, block, column)
+    runtime.hand_over([leader, lanes], "math.warp_sync")
+    stored = shared.stored[slot]
+    yield from runtime.add(leader, stored, "math.stored", arrivals, release=True)
 
 
 def _fc1_epilogue(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megamoe import reference
-from megamoe.budget import QUEUE_SLOTS, budget_of
+from megamoe.budget import QUEUE_SLOTS, WARP_ROWS, budget_of
 from megamoe.emulator.memory import Agent, Data, Memory, Word
 from megamoe.faults import ROLE_COMBINE, ROLE_COUNT, ROLE_DISPATCH, ROLES
 from megamoe.precision import Precision
@@ -189,7 +189,7 @@ class RankState:
 
 
 class Warp(NamedTuple):
-    """A warp that stores: the lane that reports, and all lanes."""
+    """A warp that stores: the lane that acts for it, and all lanes."""
 
     leader: Agent
     lanes: Agent
@@ -203,7 +203,7 @@ class CtaAgents:
     dispatch: Warp
     report: Warp
     load_weights: Agent
-    load_tokens: Agent
+    load_tokens: Warp
     math: list[Warp]
 
     @property
@@ -217,14 +217,14 @@ class CtaAgents:
 
     @property
     def all(self) -> list[Agent]:
-        warps = [agent for warp in (*self.early, *self.math) for agent in warp]
-        return [*self.threads, self.load_weights, self.load_tokens, *warps]
+        warps = [agent for warp in (*self.early, self.load_tokens, *self.math) for agent in warp]
+        return [*self.threads, self.load_weights, *warps]
 
     @staticmethod
     def places(rank: int, cta: int, num_math: int) -> list[tuple[int, int, str]]:
         """(rank, cta, role) in the order of `take`."""
         roles = [ROLES[ROLE_COUNT]] * NUM_CTA_THREADS + [ROLES[ROLE_DISPATCH]] * 2 + ["report"] * 2
-        roles += ["load_weights", "load_tokens"] + ["math"] * (2 * num_math)
+        roles += ["load_weights"] + ["load_tokens"] * 2 + ["math"] * (2 * num_math)
         return [(rank, cta, role) for role in roles]
 
     @staticmethod
@@ -235,7 +235,7 @@ class CtaAgents:
             Warp(next(agents), next(agents)),
             Warp(next(agents), next(agents)),
             next(agents),
-            next(agents),
+            Warp(next(agents), next(agents)),
             [Warp(next(agents), next(agents)) for _ in range(num_math)],
         )
 
@@ -251,7 +251,9 @@ class CtaAgents:
 class Shared:
     """Shared memory of one CTA for one launch; mbarriers count arrivals, not parities."""
 
-    def __init__(self, memory: Memory, rank: int, num_experts: int, experts_per_rank: int):
+    def __init__(
+        self, memory: Memory, rank: int, num_experts: int, experts_per_rank: int, block_m: int
+    ):
         def data(name: str, rows: int, columns: int = 1) -> Data:
             return Data(
                 memory, f"shared.{name}", rank, np.zeros((rows, columns), np.int64), columns, rows
@@ -272,6 +274,11 @@ class Shared:
         self.stage = Data(
             memory, "shared.stage", rank, np.zeros((NUM_TILE_STAGES, len(OPERANDS)), np.int64), 1, 1
         )
+        self.metadata = Data(  # of the rows of a tile, by queue slot
+            memory, "shared.metadata", rank, np.zeros((QUEUE_SLOTS, block_m), np.int32),
+            WARP_ROWS, 1,
+        )  # fmt: skip
+        self.metadata_full = words("metadata_full", QUEUE_SLOTS)
         self.stage_full = words("stage_full", NUM_TILE_STAGES)
         self.stage_empty = words("stage_empty", NUM_TILE_STAGES)
         self.stored = words("stored", QUEUE_SLOTS)
@@ -284,13 +291,12 @@ class Shared:
 
 @dataclass
 class Tile:
-    """Real token rows of one tile in a stage and their scales, float32, and the words of padding
-    metadata of all its rows; all math warps share one product.
+    """Real token rows of one tile in a stage and their scales, float32; all math warps share one
+    product.
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
-    metadata: np.ndarray
     product: torch.Tensor | None = None
 
     def multiply(self, weights: torch.Tensor, weight_scales: torch.Tensor | None) -> None:

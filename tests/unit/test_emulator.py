@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from megamoe.emulator import (
     NotAtRest,
     PaddingNotInert,
     StepLimit,
+    UnorderedAccess,
     UnwrittenRead,
 )
 from megamoe.faults import LaunchTimeout, MegaMoEError
@@ -310,8 +313,10 @@ def test_unwritten_read_names_region_row_role_and_rank():
     with pytest.raises(
         UnwrittenRead, match=r"rank \d, CTA \d, role load_tokens: read of fc1_output\[\d+\]"
     ):
-        for seed in range(8):
-            layer.check("all_to_one_expert", seed)
+        for seed in range(40):
+            with suppress(UnorderedAccess):  # the rows, or their padding metadata, were there
+                layer.check("all_to_one_expert", seed)
+            layer.emulator.recover()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megamoe.emulator import OPERATIONS
+from megamoe.emulator import OPERATIONS, UnorderedAccess
 from megamoe.emulator.operations import KINDS, TABLE
 from megamoe.faults import MegaMoEError
 from megamoe.precision import PRECISIONS
@@ -50,7 +50,9 @@ SHOWN_BY_VALUES = [
     "load_tokens.fc1_wait.acquire",
     "load_tokens.fc2_wait",
     "load_tokens.stage_full.release",
+    "load_tokens.metadata_full.release",
     "math.stage_full",
+    "math.metadata_full",
     "math.warp_sync",
     "report.stored",
     "report.clean_end",
@@ -120,6 +122,22 @@ def test_a_redundant_operation_gives_no_order_of_its_own(label):
 def test_one_of_two_redundant_operations_must_stay(label):
     with pytest.raises(MegaMoEError):
         run(make_layer((label, OPERATIONS[label].twin)), 0)
+
+
+@pytest.mark.parametrize(
+    "drop,access",
+    [
+        ("load_tokens.metadata_full.release", "role math: read"),
+        ("math.metadata_full.acquire", "role math: read"),
+        (("math.keep_slot", "report.keep_slot"), "role (load_tokens: write|math: read)"),
+    ],
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_padding_metadata_of_a_tile_stays_in_its_slot(precision, drop, access):
+    """What fails is that access, and not another that the operations order too."""
+    with pytest.raises(UnorderedAccess, match=rf"{access} (to|of) shared\.metadata\["):
+        for seed in range(4):
+            run(make_layer(drop, precision), seed)
 
 
 @pytest.mark.parametrize("label", SHOWN_BY_VALUES)
