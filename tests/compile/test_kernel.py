@@ -64,6 +64,17 @@ WGMMA = {
 }
 
 
+#: Waits for WGMMA groups, by groups that may still be in flight: a sum is read, or a stage given
+#: back, only behind one. One more or less in flight reads a sum that is not complete, or lets the
+#: tensor cores idle. BF16: in the loop and behind it. With a scale per K block: both halves
+#: complete; and of four quarters the first three with the next in flight, then the last.
+WAITS = {
+    "bf16": Counter({1: 1, 0: 1}),
+    "fp8_block": Counter({0: 2 + 1, 1: 3}),
+    "fp8_channel": Counter({1: 1 + 3, 0: 1 + 2 + 1}),
+}
+
+
 @pytest.fixture(scope="module")
 def compiled_v3(tmp_path_factory):
     config = MODELS["v3_ep1"]
@@ -82,6 +93,8 @@ def test_variant(config, kernel, tmp_path, capfd):
     assert built.count("USETMAXREG") == 2
     found = Counter(re.findall(r"\b[HQ]GMMA\.\S+", built.sass))
     assert found == WGMMA[config.precision]
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)", built.sass)
+    assert Counter(int(wait, 16) for wait in waits) == WAITS[config.precision]
     # FC1 and FC2: two boxes of A or three fine ones, and one of B.
     assert built.count("UTMALDG") == 2 * (2 + 3 + 1)
     assert built.count("UBLKCP") >= 2  # bulk pull and bulk store
