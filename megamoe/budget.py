@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe.config import KernelConfig, MoEConfig
+from megamoe.config import KernelConfig, MoEConfig, supports
 from megamoe.precision import num_scales
 from workspace.wire import COUNT_RECORD_BYTES, scale_words
 
@@ -120,7 +120,8 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
 
 
 def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
-    """The budget, or ValueError naming the field that does not fit."""
+    """The budget, or ValueError naming the field that `supports` refuses or that does not fit."""
+    supports(config, kernel)
     budget = budget_of(config, kernel)
     if budget.total_bytes > SHARED_MEMORY_BYTES:
         raise ValueError(

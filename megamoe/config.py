@@ -169,8 +169,6 @@ def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
 
 
 def _check_problem(config: MoEConfig) -> None:
-    if not isinstance(config.precision, str):
-        raise ValueError(f"precision={config.precision!r} must be a string")
     precision_of(config.precision)
     _check_integer("num_ranks", config.num_ranks, 1, MAX_RANKS)
     _check_integer("num_experts", config.num_experts, 1)

@@ -319,7 +319,6 @@ def _kernel_config(config: MoEConfig, options: dict | None) -> KernelConfig:
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"kernel_options={options!r} must be a dict with names of fields as keys")
     kernel = select(config, **options)
-    supports(config, kernel)
     budget.check(config, kernel)
     return kernel
 

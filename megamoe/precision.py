@@ -96,6 +96,8 @@ PRECISIONS = {
 
 def precision_of(name: str) -> Precision:
     """The recipe called `name`; raises ValueError naming the supported recipes otherwise."""
+    if not isinstance(name, str):
+        raise ValueError(f"precision={name!r} must be a string")
     if name not in PRECISIONS:
         raise ValueError(f"precision={name!r} is not supported; choose one of {sorted(PRECISIONS)}")
     return PRECISIONS[name]

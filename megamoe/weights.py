@@ -76,8 +76,6 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     scales, for what is no tensor of such a dtype, and for shapes that do not fit each other or are
     no multiples of 128.
     """
-    if not isinstance(precision, str):
-        raise ValueError(f"precision={precision!r} must be a string")
     recipe = precision_of(precision)
     if not recipe.scaled:
         raise ValueError(f"precision={precision!r} has no scales: use the weights as they are")

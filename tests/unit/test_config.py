@@ -138,10 +138,11 @@ RELATIVE = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("check", [supports, budget.check])
 @pytest.mark.parametrize("field,value", BAD_KERNELS)
-def test_bad_kernel_field_is_named_with_its_value(field, value):
+def test_bad_kernel_field_is_named_with_its_value(field, value, check):
     with pytest.raises(ValueError) as error:
-        supports(GOOD, dataclasses.replace(select(GOOD), **{field: value}))
+        check(GOOD, dataclasses.replace(select(GOOD), **{field: value}))
     shown = value if isinstance(value, int) else repr(value)
     assert f"{field}={shown}" in str(error.value)
 
