@@ -1,94 +1,49 @@
-"""How a forward runs: by the emulator on CPU tensors, or by kernel launches on a GPU.
+"""How a forward runs: by kernel launches on a GPU, or by the same launches on the machine that
+executes the kernel's PTX on a CPU.
 
-Both take lists with one entry per rank of this process and know nothing of validation. The GPU
-backend launches once per rank; a single rank launches on the current stream, several virtual ranks
-fork from it and join it again.
+Both take lists with one entry per rank of this process and know nothing of validation; a launch gets
+the same arguments from either. On a GPU a single rank launches on the current stream, several
+virtual ranks fork from it and join it again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 
 import torch
 
 from megamoe import faults
-from megamoe.compile import CompiledKernel
+from megamoe.compile import CompiledKernel, cache_dir
 from megamoe.group import Group
+from megamoe.machine.memory import Region
 from megamoe.reference import Weights
 from megamoe.weights import tile_scales
-from workspace.layout import LOCAL, SYMMETRIC
+from workspace.layout import DATA, LOCAL, SYMMETRIC, Layout
 from workspace.views import Workspace
 
-EMULATED_CTAS = 2
+#: CTAs of a rank on a CPU unless asked otherwise.
+CPU_CTAS = 2
+CPU_ROLES = ("dispatch", "report", "load_weights", "load_tokens", *["math"] * 8)
 
 
-class EmulatorBackend:
-    """Forward by the emulator."""
+class Backend:
+    """Launches of the ranks of this process: arguments, staging of inputs, error records."""
 
-    def __init__(self, workspace: Workspace, clamp: float | None):
-        from megamoe.emulator import Emulator  # only here: a GPU host has no use for it
-
-        self.config, self.workspace = workspace.layout.config, workspace
-        self.emulator = Emulator(workspace, num_ctas=EMULATED_CTAS, clamp=clamp)
-        self.nvlink_bytes: int | None = None
-        self.launches = 0
-        # Our last launch: who shares the workspace recovers that, but not our memory model.
-        self.failed = False
-
-    def load_weights(self, weights: list[Weights]) -> None:
-        self.emulator.load_weights(weights)
-
-    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
-        experts = self.config.num_experts
-        for rank, idx in enumerate(ids):
-            bad = (idx < -1) | (idx >= experts)
-            if bad.any():
-                token, slot = bad.nonzero()[0].tolist()
-                value = idx[token, slot].item()
-                raise faults.InvalidExpertError(
-                    faults.describe_invalid_expert(rank, token, slot, value, experts)
-                )
-        if self.failed or self.workspace.failed:
-            self.recover()
-        self.failed = self.workspace.failed = True  # stays so if the launch raises
-        outputs = self.emulator.launch(
-            xs, ids, weights, seed=self.launches, x_scales=scales, expert_counts=counts
-        )
-        self.failed = self.workspace.failed = False
-        self.launches += 1
-        self.nvlink_bytes = self.emulator.nvlink_bytes
-        return [
-            output if out is None else out.copy_(output)
-            for output, out in zip(outputs, outs, strict=True)
-        ]
-
-    def synchronize(self) -> None:
-        """Nothing is ever pending."""
-
-    def recover(self) -> None:
-        self.emulator.recover()
-        self.failed = self.workspace.failed = False
-
-
-class GpuBackend:
-    """Forward by one kernel launch per rank of this process."""
-
-    nvlink_bytes = None
+    nvlink_bytes: int | None = None
 
     def __init__(
         self,
         workspace: Workspace,
         kernel: CompiledKernel,
-        num_sms: int,
+        num_ctas: int,
         timeout_s: float,
-        group: Group | None,
         clamp: float | None,
+        records: torch.Tensor,
     ):
-        self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
-        self.group, self.timeout_s = group, timeout_s
-        kernel.to_device(self.device.index)
-        self.ranks = workspace.local_ranks
+        self.layout, self.workspace = workspace.layout, workspace
+        self.ranks, self.records, self.timeout_s = workspace.local_ranks, records, timeout_s
         views = [workspace.regions(rank) for rank in self.ranks]
         self.outputs = [view["layer_output"] for view in views]
         self.staged = [view["input_token_buffer"] for view in views]
@@ -98,17 +53,9 @@ class GpuBackend:
         if self.quantizes:
             scales = config.token_scales
             self.staged_scales = [view["input_sf_buffer"][:, :scales] for view in views]
-        with torch.inference_mode(False):  # made anywhere, zeroed anywhere
-            shape = len(self.ranks), faults.RECORD_WORDS
-            self.records = torch.zeros(shape, dtype=torch.int32, device="cpu").pin_memory()
         # Plain loads: a forward looks at every status and must not pay for a tensor operation.
         words = ctypes.c_int32 * faults.RECORD_WORDS
         self.status = [words.from_address(row.data_ptr()) for row in self.records]
-        with torch.cuda.device(self.device):
-            several = len(self.ranks) > 1
-            self.streams = [torch.cuda.Stream() for _ in self.ranks] if several else []
-            self.fork = torch.cuda.Event()
-            self.joins = [torch.cuda.Event() for _ in self.streams]
         self.launchers = [kernel.launcher() for _ in self.ranks]
         for index, (rank, launcher) in enumerate(zip(self.ranks, self.launchers, strict=True)):
             launcher.set(
@@ -119,7 +66,7 @@ class GpuBackend:
                 timeout_ns=int(timeout_s * 1e9),
                 rank=rank,
                 clamp=math.inf if clamp is None else clamp,
-                num_ctas=num_sms,
+                num_ctas=num_ctas,
             )
         self.weights: list[tuple] = []  # by rank, what the launches read
 
@@ -134,36 +81,15 @@ class GpuBackend:
                 w2_sf=0 if w2_sf is None else w2_sf.data_ptr(),
             )
 
-    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
-        if torch.cuda.current_device() != self.device.index:
-            with torch.cuda.device(self.device):
-                return self.forward(xs, ids, weights, scales, outs, counts)
-        reported = any(record[faults.STATUS] for record in self.status)
-        if (reported or self.workspace.failed) and not torch.cuda.is_current_stream_capturing():
-            self.synchronize()
-            self.recover()
+    def _ranks(self, xs, ids, weights, scales, outs, counts) -> tuple[list, list[tuple]]:
+        """(outputs, arguments of `_stage_and_launch` by rank)"""
         ys = [
             output[: x.shape[0]] if out is None else out
             for output, out, x in zip(self.outputs, outs, xs, strict=True)
         ]
-        current = torch.cuda.current_stream()
-        ranks = list(zip(xs, ids, weights, ys, scales, counts, strict=True))
-        if not self.streams:
-            self._stage_and_launch(0, current, *ranks[0])
-            return ys
-        self.fork.record(current)
-        for i, stream in enumerate(self.streams):
-            stream.wait_event(self.fork)
-            with torch.cuda.stream(stream):
-                self._stage_and_launch(i, stream, *ranks[i])
-                self.joins[i].record(stream)
-        for join in self.joins:
-            current.wait_event(join)
-        return ys
+        return ys, list(zip(xs, ids, weights, ys, scales, counts, strict=True))
 
-    def _stage_and_launch(
-        self, index: int, stream: torch.cuda.Stream, x, idx, weight, y, scale, counts
-    ) -> None:
+    def _stage_and_launch(self, index: int, stream: int, x, idx, weight, y, scale, counts) -> None:
         """Put x where peers can read it, unless the launch itself does, then launch. A job of one
         rank without scales reads x itself.
         """
@@ -172,7 +98,7 @@ class GpuBackend:
         if scale is not None or (self.layout.config.num_ranks > 1 and not self.quantizes):
             _copy_unless_there(self.staged[index], x)
         staged = scale is not None
-        self.launch(index, x, idx, weight, y, stream.cuda_stream, staged, counts)
+        self.launch(index, x, idx, weight, y, stream, staged, counts)
 
     def launch(
         self, index: int, x, idx, weight, y, stream: int, staged: bool = False, counts=None
@@ -191,21 +117,151 @@ class GpuBackend:
             wide_idx=int(idx.dtype == torch.int64),
         )
 
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
+    def _reported(self) -> Exception | None:
+        """The error that the records tell of, which are clear then."""
         errors = [faults.error_of(record, self.layout) for record in self.records.tolist()]
         errors = [error for error in errors if error is not None]
         if not errors:
-            return
+            return None
         self.records.zero_()
         # The cause first: a wait of its own, then a peer's failure, then bad input.
         kinds = (faults.InvalidExpertError, faults.PeerFailed, faults.LaunchTimeout)
         errors.sort(key=lambda error: -kinds.index(type(error)))
         if isinstance(errors[0], faults.LaunchTimeout):
             self.workspace.failed = True
-        if self.workspace.failed and self.group is None:
+        return errors[0]
+
+
+class CpuBackend(Backend):
+    """Forward by the machine: the kernel's own PTX, all ranks in this process. A launch has ended
+    when `forward` returns, so what it reports is raised there.
+
+    `settings`: arguments of `Machine` for the forwards to come. `machine`: that of the last one.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        kernel: CompiledKernel,
+        num_ctas: int,
+        timeout_s: float,
+        clamp: float | None,
+    ):
+        from megamoe.machine.core import engine  # only here: a GPU host has no use for it
+        from megamoe.machine.machine import Machine
+
+        kernel.to_device(0)
+        with torch.inference_mode(False):
+            shape = len(workspace.local_ranks), faults.RECORD_WORDS
+            records = torch.zeros(shape, dtype=torch.int32, device="cpu")
+        super().__init__(workspace, kernel, num_ctas, timeout_s, clamp, records)
+        self.kernel, self.settings, self.launches = kernel, {}, 0
+        self._engine, self._machine = engine(cache_dir()), Machine
+        self.machine: Machine | None = None
+
+    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
+        if self.workspace.failed:
             self.recover()
-        raise errors[0]
+        settings = {"roles": CPU_ROLES, "patient": True, "seed": self.launches} | self.settings
+        machine = self.machine = self._machine(self._engine, **settings)
+        ys, ranks = self._ranks(xs, ids, weights, scales, outs, counts)
+        self._map(machine, ranks)
+        self.workspace.failed = True  # stays so if the machine raises
+        for index, rank in enumerate(self.ranks):
+            self.kernel.launches.on_launch = functools.partial(machine.launch, rank=rank)
+            self._stage_and_launch(index, 0, *ranks[index])
+            self.kernel.launches.check()
+        machine.run()
+        self.workspace.failed = False
+        self.launches += 1
+        self.nvlink_bytes = machine.remote_bytes
+        self.synchronize()
+        return ys
+
+    def _map(self, machine, ranks: list[tuple]) -> None:
+        """Everything that a launch may touch."""
+        add, layout = machine.memory.add, self.layout
+        for index, rank in enumerate(self.ranks):
+            for space, span in self.workspace.allocation.spaces[rank].items():
+                add(space, span, rank, regions_of(layout, space))
+            stored, scales = self.weights[index]
+            x, idx, weight, y, _, counts = ranks[index]
+            named = dict(
+                w13=stored.w13, w2=stored.w2, w13_sf=scales[0], w2_sf=scales[1], x=x, y=y,
+                topk_idx=idx, topk_weights=weight, expert_counts=counts,
+                peers=self.workspace.peer_tables[rank], record=self.records[index],
+            )  # fmt: skip
+            for name, tensor in named.items():
+                add(f"{name} of rank {rank}", tensor)
+
+    def synchronize(self) -> None:
+        """Raise what the last launch reported."""
+        error = self._reported()
+        if error is not None:
+            if self.workspace.failed:
+                self.recover()
+            raise error
+
+    def recover(self) -> None:
+        self.workspace.recover()
+        self.records.zero_()
+        self.workspace.failed = False
+
+
+class GpuBackend(Backend):
+    """Forward by one kernel launch per rank of this process."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        kernel: CompiledKernel,
+        num_sms: int,
+        timeout_s: float,
+        group: Group | None,
+        clamp: float | None,
+    ):
+        self.device, self.group = workspace.device, group
+        kernel.to_device(self.device.index)
+        with torch.inference_mode(False):  # made anywhere, zeroed anywhere
+            shape = len(workspace.local_ranks), faults.RECORD_WORDS
+            records = torch.zeros(shape, dtype=torch.int32, device="cpu").pin_memory()
+        super().__init__(workspace, kernel, num_sms, timeout_s, clamp, records)
+        with torch.cuda.device(self.device):
+            several = len(self.ranks) > 1
+            self.streams = [torch.cuda.Stream() for _ in self.ranks] if several else []
+            self.fork = torch.cuda.Event()
+            self.joins = [torch.cuda.Event() for _ in self.streams]
+
+    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.forward(xs, ids, weights, scales, outs, counts)
+        reported = any(record[faults.STATUS] for record in self.status)
+        if (reported or self.workspace.failed) and not torch.cuda.is_current_stream_capturing():
+            self.synchronize()
+            self.recover()
+        current = torch.cuda.current_stream()
+        ys, ranks = self._ranks(xs, ids, weights, scales, outs, counts)
+        if not self.streams:
+            self._stage_and_launch(0, current.cuda_stream, *ranks[0])
+            return ys
+        self.fork.record(current)
+        for i, stream in enumerate(self.streams):
+            stream.wait_event(self.fork)
+            with torch.cuda.stream(stream):
+                self._stage_and_launch(i, stream.cuda_stream, *ranks[i])
+                self.joins[i].record(stream)
+        for join in self.joins:
+            current.wait_event(join)
+        return ys
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+        error = self._reported()
+        if error is not None:
+            if self.workspace.failed and self.group is None:
+                self.recover()
+            raise error
 
     def recover(self) -> None:
         """Return the workspace to its first state; with a group every rank must come here.
@@ -221,6 +277,14 @@ class GpuBackend:
         if self.group is not None:
             self.group.meet(self.timeout_s)
         self.workspace.failed = False
+
+
+def regions_of(layout: Layout, space: str) -> list[Region]:
+    """The regions of a space as the machine names them."""
+    return [
+        Region(r.name, r.offset, r.num_bytes, r.num_bytes // r.shape[0], r.kind == DATA)
+        for r in layout.of_space(space)
+    ]
 
 
 def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:

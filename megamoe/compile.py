@@ -28,6 +28,7 @@ from pathlib import Path
 from megamoe import budget
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.dsl import HAVE_DSL
+from megamoe.machine import host
 
 ARCHITECTURES = ("sm_90a",)
 PREFIX = "megamoe"
@@ -60,6 +61,7 @@ SOURCES = (
     "megamoe/*.py",
     "megamoe/kernels/*.py",
     "megamoe/kernels/sm90/*.py",
+    "megamoe/machine/cudart.c",
     "workspace/*.py",
 )
 #: Modules that a kernel does not depend on.
@@ -160,9 +162,9 @@ def _runtime_archive() -> str:
     )
 
 
-def _link(compiler: str, objects: list[str], library: Path) -> None:
+def _link(compiler: str, objects: list[str], library: Path, options: tuple = ()) -> None:
     """Link a shared library; KernelNotFound with the last words of the compiler if it fails."""
-    command = [compiler, "-O2", "-fPIC", "-shared", "-s", "-o", str(library), *objects]
+    command = [compiler, "-O2", "-fPIC", "-shared", "-s", *options, "-o", str(library), *objects]
     command += ["-ldl", "-lrt", "-lpthread"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
@@ -173,9 +175,15 @@ def _link(compiler: str, objects: list[str], library: Path) -> None:
 
 
 def build(
-    config: MoEConfig, kernel: KernelConfig, out_dir: Path | str, arch: str = "sm_90a"
+    config: MoEConfig,
+    kernel: KernelConfig,
+    out_dir: Path | str,
+    arch: str = "sm_90a",
+    cpu: bool = False,
 ) -> Path:
     """Build the kernel into `out_dir` (atomically) and return the library's path. Needs no GPU.
+
+    `cpu`: not for a GPU but for `megamoe.machine`, with the PTX beside it.
 
     Raises ValueError for a configuration or architecture that is not supported, KernelNotFound
     where the DSL or a C compiler is missing.
@@ -190,14 +198,19 @@ def build(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     name = kernel_name(config, kernel, arch)
-    compiled = trace(config, kernel, arch)
     with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
+        compiled = trace(config, kernel, arch, *([host.OPTIONS.format(scratch)] if cpu else []))
         compiled.export_to_c(file_path=scratch, file_name=PREFIX, function_prefix=PREFIX)
         header = (Path(scratch) / f"{PREFIX}.h").read_text()
         entry = re.search(rf"void (_mlir_{PREFIX}__mlir_ciface_\w+)\(", header).group(1)
-        library = Path(scratch) / f"{name}.so"
+        library = Path(scratch) / (name + (host.SUFFIX if cpu else ".so"))
         objects = [str(Path(scratch) / f"{PREFIX}.o"), _runtime_archive()]
-        _link(compiler, objects, library)
+        if cpu:
+            _link(compiler, [*objects, str(host.RUNTIME_SOURCE)], library, host.LINK_OPTIONS)
+            (ptx,) = Path(scratch).glob("*.ptx")
+            os.replace(ptx, out_dir / f"{name}.ptx")
+        else:
+            _link(compiler, objects, library)
         described = {
             "entry": entry,
             "arch": arch,
@@ -209,7 +222,7 @@ def build(
         description.write_text(json.dumps(described, indent=1))
         os.replace(description, out_dir / description.name)
         os.replace(library, out_dir / library.name)
-    return out_dir / f"{name}.so"
+    return out_dir / library.name
 
 
 def _share_cuda_runtime() -> None:
@@ -231,15 +244,21 @@ def _share_cuda_runtime() -> None:
 
 
 class CompiledKernel:
-    """A loaded kernel library. `launcher()` gives a call with its arguments packed in place."""
+    """A loaded kernel library. `launcher()` gives a call with its arguments packed in place.
+    `launches`: where a library for a CPU hands them over.
+    """
 
     def __init__(self, path: Path):
-        _share_cuda_runtime()
         self.path = path
-        description = json.loads(path.with_suffix(".json").read_text())
+        stem = path.parent / path.name.partition(".")[0]
+        description = json.loads(stem.with_suffix(".json").read_text())
         if description["arguments"] != [name for name, _ in ARGUMENTS]:
             raise KernelNotFound(f"{path} was built for other arguments; build it again")
+        cpu = path.name.endswith(host.SUFFIX)
+        if not cpu:
+            _share_cuda_runtime()
         self._library = ctypes.CDLL(str(path))
+        self.launches = host.Launches(self._library, stem.with_suffix(".ptx")) if cpu else None
         self._entry = getattr(self._library, description["entry"])
         self._module = ctypes.c_void_p()
         self._module_pointer = ctypes.pointer(self._module)
@@ -315,22 +334,24 @@ def load(
     kernel: KernelConfig,
     kernel_dir: Path | str | None = None,
     arch: str = "sm_90a",
+    cpu: bool = False,
 ) -> CompiledKernel:
     """The kernel of this configuration: from `kernel_dir`, from the cache, or built into the cache.
+    `cpu`: see `build`.
 
     Raises KernelNotFound, with the way out, where none exists and none can be built.
     """
-    name = kernel_name(config, kernel, arch)
+    name = kernel_name(config, kernel, arch) + (host.SUFFIX if cpu else ".so")
     directories = [Path(kernel_dir)] if kernel_dir is not None else []
     for directory in (*directories, cache_dir()):
-        path = directory / f"{name}.so"
+        path = directory / name
         if path.exists():
             return _load_library(path.resolve())
     if kernel_dir is not None and not HAVE_DSL:
         raise KernelNotFound(
-            f"{kernel_dir} holds no {name}.so for {config}, and it cannot be built here"
+            f"{kernel_dir} holds no {name} for {config}, and it cannot be built here"
         )
-    return _load_library(build(config, kernel, cache_dir(), arch).resolve())
+    return _load_library(build(config, kernel, cache_dir(), arch, cpu).resolve())
 
 
 def _configs_of(arguments: argparse.Namespace) -> list[tuple[MoEConfig, KernelConfig]]:

@@ -1,7 +1,7 @@
 """MegaMoE: the layer as a Python object. Weights, workspace, forward, checks.
 
-On a GPU a forward is one kernel launch per rank; on a machine without one the emulator runs the
-same protocol. The ranks are either one per process (`group`), each on a GPU of its own, or all in
+On a GPU a forward is one kernel launch per rank; on a machine without one the same launch executes
+the kernel's PTX (`megamoe.machine`). The ranks are either one per process (`group`), each on a GPU of its own, or all in
 this process (`world`): one, or several virtual ranks that share a GPU. Virtual ranks launch side by
 side on streams of their own, so their CTAs must fit the GPU together.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megamoe import budget, compile
-from megamoe.backends import EmulatorBackend, GpuBackend
+from megamoe.backends import CPU_CTAS, CpuBackend, GpuBackend
 from megamoe.config import KernelConfig, MoEConfig, select, supports
 from megamoe.group import Group, where
 from megamoe.inputs import by_rank, check_inputs
@@ -43,7 +43,7 @@ class MegaMoE:
         precision: "bf16"; "fp8_block", e4m3 with a scale per 128 columns of a token and per
             128 x 128 weights, as DeepSeek-V3 checkpoints have them; "fp8_channel", e4m3 with a
             scale per token and per output channel.
-        device: "cuda", "cuda:1", "cpu" (emulated) or a torch.device; default is the current GPU if
+        device: "cuda", "cuda:1", "cpu" (executes the PTX) or a torch.device; default is the current GPU if
             there is one.
         num_sms: CTAs per rank, at most one per SM over all ranks of a GPU; default: all of them.
         timeout_s: seconds that a wait inside a launch may take before it ends with LaunchTimeout;
@@ -112,18 +112,17 @@ class MegaMoE:
             group=self.group and self.group.process_group,
             name=self.group.prefix if self.group else "",
         )
-        if kernel is None:
-            self.backend = EmulatorBackend(self.workspace, activation_clamp)
+        common = self.workspace, kernel, self.num_sms, self.timeout_s
+        if self.device.type == "cpu":
+            self.backend = CpuBackend(*common, activation_clamp)
         else:
-            self.backend = GpuBackend(
-                self.workspace, kernel, self.num_sms, self.timeout_s, self.group, activation_clamp
-            )
+            self.backend = GpuBackend(*common, self.group, activation_clamp)
         self._weights_loaded = False
 
     def _settle(
         self, device, kernel_dir, kernel_options, workspace
-    ) -> compile.CompiledKernel | None:
-        """Check everything that this process can check alone; the kernel, or None to emulate."""
+    ) -> compile.CompiledKernel:
+        """Check everything that this process can check alone; the kernel."""
         supports(self.config)
         self.kernel_config = _kernel_config(self.config, kernel_options)
         self.layout = layout_of(self.config, self.kernel_config)
@@ -144,7 +143,8 @@ class MegaMoE:
         if self.device.type == "cpu":
             if self.group is not None:
                 raise ValueError("group needs one GPU per process; on a CPU use world")
-            return None
+            self.num_sms = self.num_sms or CPU_CTAS
+            return compile.load(self.config, self.kernel_config, kernel_dir, cpu=True)
         ranks_here = 1 if self.group else self.config.num_ranks
         self.num_sms = _check_gpu(self.device, self.num_sms, ranks_here)
         return compile.load(self.config, self.kernel_config, kernel_dir)
@@ -205,7 +205,7 @@ class MegaMoE:
 
     @property
     def nvlink_bytes(self) -> int | None:
-        """Bytes that crossed ranks in the last forward; counted by the emulator only."""
+        """Bytes that crossed ranks in the last forward; counted on a CPU only."""
         return self.backend.nvlink_bytes
 
     def load_weights(
@@ -364,7 +364,7 @@ def _resolve_device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"device={str(device)!r} is not supported; use 'cuda' or 'cpu'")
     if not torch.cuda.is_available():
         raise ValueError(
-            f"device={str(device)!r}, but torch sees no GPU; use device='cpu' for the emulator"
+            f"device={str(device)!r}, but torch sees no GPU; use device='cpu'"
         )
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,521 @@
+"""A PTX entry -> code that both engines execute: an array of instructions over numbered registers.
+
+Owns the meaning of operands: register rows, constants, special registers, parameters, addresses. An
+operation of lanes is a row of `alu.TABLE`; the rest of what an engine does by itself is in `CORE`;
+everything that concerns others (barriers, copies, tensor cores, fences) is a *service*: the engine
+stops there and the machine performs it. An operation that is in none of these is `Unmodelled`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megamoe.machine import alu
+from megamoe.machine.ptx import BITS, Entry, Instr
+
+#: The word of `Instruction` in `core.h`. d, a, b, c: operands; n, x: what the operation makes of
+#: them.
+INSTRUCTION = np.dtype(
+    [("op", "u2"), ("flags", "u2"), *((name, "i4") for name in ("guard", "d", "a", "b", "c", "n", "x"))]
+)  # fmt: skip
+NEGATED, TOUCHES_SUMS, STRONG = 1, 2, 4  # flags
+
+CORE = (
+    "nop", "bra", "ret", "param", "timer", "shfl_idx", "shfl_up", "shfl_down", "shfl_bfly",
+    "vote_ballot", "vote_any", "vote_all", "elect", "ld", "st", "atom", "service",
+)  # fmt: skip
+#: Numbers of the operations of `CORE`, after those of lanes.
+NUMBER = {name: len(alu.OPERATIONS) + i for i, name in enumerate(CORE)}
+ATOMICS = ("add", "exch", "cas", "and", "or", "xor", "min_u", "max_u", "min_s", "max_s")
+GLOBAL, SHARED = 0, 1
+SCOPES = ("cta", "cluster", "gpu", "sys")
+SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x", "%ntid.x", "%laneid", "%warpid")
+SHARED_BASE, PARAM_BASE = 1024, 1 << 60
+NOTHING = ("setmaxnreg", "prefetch", "fence.mbarrier_init")
+
+
+class Unmodelled(NotImplementedError):
+    """The machine does not know an instruction."""
+
+
+@dataclass
+class Operand:
+    """A register or a constant as a service reads it: a row, and how many bits."""
+
+    row: int
+    bits: int
+
+
+@dataclass
+class Service:
+    """What an engine leaves to the machine. `words`: the parts of the operation's name."""
+
+    name: str
+    words: list[str]
+    operands: list
+    instr: Instr
+
+
+@dataclass
+class Order:
+    """Semantics and scope of a strong load, store or atomic."""
+
+    semantics: str
+    scope: str
+    reads: bool
+    writes: bool
+
+
+@dataclass
+class Code:
+    entry: Entry
+    instructions: np.ndarray = None
+    extra: np.ndarray = None  # int32: lists that instructions refer to
+    constants: np.ndarray = None  # uint32 [n, 32]
+    num_rows: int = 0
+    num_predicates: int = 2
+    origin: list[Instr] = field(default_factory=list)  # by instruction
+    services: list[Service] = field(default_factory=list)
+    orders: dict[int, Order] = field(default_factory=dict)
+    special: dict[str, int] = field(default_factory=dict)  # name -> row
+    granule: list[int] = field(default_factory=lambda: [4, 4])  # smallest access by space
+    shared_names: dict[str, int] = field(default_factory=dict)
+    shared_bytes: int = 0  # of variables with a size
+
+
+def decode(entry: Entry) -> Code:
+    return Decoder(entry).code
+
+
+class Decoder:
+    def __init__(self, entry: Entry):
+        self.entry = entry
+        self.code = Code(entry)
+        self.rows: dict[str, int] = {}
+        self.predicates: dict[str, int] = {}
+        self.made: list[tuple] = []
+        self.extra: list[int] = []
+        self.constants: list[np.ndarray] = []
+        self.constant_at: dict[tuple[int, int], int] = {}
+        self._registers()
+        self._shared()
+        starts = []
+        for self.instr in entry.instrs:
+            starts.append(len(self.made))
+            self._decode()
+        starts.append(len(self.made))
+        self._link(starts)
+
+    # Operands
+
+    def _registers(self) -> None:
+        code = self.code
+        for name, bits in self.entry.registers.items():
+            if bits == 1:
+                self.predicates[name] = code.num_predicates
+                code.num_predicates += 1
+            else:
+                self.rows[name] = code.num_rows
+                code.num_rows += 2 if bits == 64 else 1
+        for name in SPECIAL:
+            code.special[name] = self.rows[name] = code.num_rows
+            code.num_rows += 1
+
+    def _shared(self) -> None:
+        position = SHARED_BASE
+        for name, (size, alignment) in sorted(self.entry.shared.items(), key=lambda item: -item[1][0]):
+            position = -(-position // alignment) * alignment  # dynamic memory comes last
+            self.code.shared_names[name] = position
+            position += size
+        self.code.shared_bytes = position - SHARED_BASE
+
+    def bits(self, name: str, default: int) -> int:
+        return self.entry.registers.get(name, default)
+
+    def row(self, text: str, kind: str) -> int:
+        """A register, or a constant as a row of the constant pool (a negative number)."""
+        wide = BITS[kind] == 64
+        if text in self.rows:
+            if (self.bits(text, 32) == 64) != wide:
+                raise Unmodelled(f"{text} as {kind}")
+            return self.rows[text]
+        value = self._value(text)
+        key = value % (1 << (64 if wide else 32)), wide
+        if key not in self.constant_at:
+            self.constant_at[key] = -1 - len(self.constants)
+            row = np.full(32, key[0], np.uint64 if wide else np.uint32).view(np.uint32)
+            self.constants += list(row.reshape(-1, 32))
+        return self.constant_at[key]
+
+    def _value(self, text: str) -> int:
+        if text in self.entry.params:
+            return PARAM_BASE + self.entry.params[text][0]
+        if text in self.code.shared_names:
+            return self.code.shared_names[text]
+        if text.startswith("0f"):
+            return int(text[2:], 16)
+        try:
+            return int(text, 0)
+        except ValueError:
+            raise Unmodelled(f"operand {text}") from None
+
+    def predicate(self, text: str) -> int:
+        """Number of a predicate; of a constant 0 or 1, which never change."""
+        if text.startswith("!"):
+            number = self._temporary()
+            self.emit(alu.TABLE["not.pred"].number, d=number, a=self.predicate(text[1:]), guarded=False)
+            return number
+        if text in self.predicates:
+            return self.predicates[text]
+        return int(self._value(text) != 0)
+
+    def _temporary(self) -> int:
+        self.code.num_predicates += 1
+        return self.code.num_predicates - 1
+
+    def target(self, text: str, kind: str) -> int | None:
+        """The register of a result, or None for nobody's."""
+        if text == "_":
+            return None
+        return self.predicate(text) if kind == "pred" else self.row(text, kind)
+
+    def address(self, text: str) -> tuple[int, int, bool]:
+        """(row of the base, offset, base has 64 bits)"""
+        found = re.fullmatch(r"\[([%\w$@.]+)(?:\+(-?\w+))?\]", text)
+        if not found:
+            raise Unmodelled(f"address {text}")
+        wide = self.bits(found[1], 32) == 64
+        return self.row(found[1], "u64" if wide else "u32"), int(found[2] or "0", 0), wide
+
+    def operand(self, text: str, kind: str) -> Operand:
+        return Operand(self.row(text, kind), BITS[kind])
+
+    def place(self, text: str) -> tuple[Operand, int]:
+        """An address for a service."""
+        row, offset, wide = self.address(text)
+        return Operand(row, 64 if wide else 32), offset
+
+    # Instructions
+
+    def emit(self, op, d=0, a=0, b=0, c=0, n=0, x=0, flags=0, guarded=True) -> None:
+        guard = -1
+        if guarded and self.instr.guard:
+            guard = self.predicate(self.instr.guard)
+            flags |= NEGATED if self.instr.negated else 0
+        number = NUMBER[op] if isinstance(op, str) else op
+        self.made.append((number, flags, guard, d, a, b, c, n, x))
+        self.code.origin.append(self.instr)
+
+    def lanes(self, name: str, d: str, *operands: str) -> None:
+        """An operation of `alu.TABLE`."""
+        operation = alu.TABLE[name]
+        target = self.target(d, operation.out)
+        if target is None:
+            return
+        rows = [
+            self.predicate(text) if kind == "pred" else self.row(text, kind)
+            for text, kind in zip(operands, operation.ins, strict=True)
+        ]
+        self.emit(operation.number, target, *rows)
+
+    def service(self, *operands) -> None:
+        words = self.instr.op.split(".")
+        self.code.services.append(Service(self.name, words, list(operands), self.instr))
+        self.emit("service", x=len(self.code.services) - 1)
+
+    def _decode(self) -> None:
+        op, args = self.instr.op, self.instr.args
+        words = op.split(".")
+        try:
+            if op in alu.TABLE and not any(text[0] in "{%" and self._is_special(text) for text in args):
+                return self.lanes(op, *self._compared(args) if words[0] == "setp" else args)
+            for name, method in METHODS.items():
+                if op.startswith(name):
+                    self.name = name
+                    return method(self, words, args)
+        except Unmodelled as fault:
+            raise self.unmodelled(str(fault)) from None
+        except (KeyError, ValueError, IndexError):
+            pass
+        raise self.unmodelled()
+
+    def unmodelled(self, why: str = "") -> Unmodelled:
+        why = f" ({why})" if why else ""
+        return Unmodelled(f"PTX line {self.instr.line}, {self.instr.place}: {self.instr}{why}")
+
+    def _is_special(self, text: str) -> bool:
+        """A vector, or a register that no instruction writes."""
+        return text[0] == "{" or text in ("%globaltimer", "%clock64", "%clock")
+
+    def _compared(self, args: list[str]) -> list[str]:
+        if len(args) != 3 or "|" in args[0]:
+            raise Unmodelled("setp with more than one result or condition")
+        return args
+
+    def compare(self, words, args) -> None:
+        """setp with a second condition: setp.lt.and.s32 p, a, b, q."""
+        joined = next(word for word in words if word in ("and", "or", "xor"))
+        number = self._temporary()
+        operation = alu.TABLE[f"setp.{words[1]}.{words[-1]}"]
+        rows = [self.row(text, kind) for text, kind in zip(args[1:3], operation.ins, strict=True)]
+        self.emit(operation.number, number, *rows, guarded=False)
+        other = self.predicate(args[3])
+        self.emit(alu.TABLE[f"{joined}.pred"].number, self.predicate(args[0]), number, other)
+
+    def move(self, words, args) -> None:
+        d, source = args
+        kind = words[-1]
+        if source in ("%globaltimer", "%clock64"):
+            self.emit("timer", self.row(d, "u64"))
+        elif d[0] == "{":
+            for i, name in enumerate(vector(d)):
+                self.lanes(f"unpack.{kind}.{i}", name, source)
+        else:
+            self.lanes(f"pack.{kind}.{len(vector(source))}", d, *vector(source))
+
+    def branch(self, words, args) -> None:
+        self.emit("bra", x=self.entry.labels[args[0]])
+
+    def leave(self, words, args) -> None:
+        self.emit("ret")
+
+    def nothing(self, words, args) -> None:
+        self.emit("nop")
+
+    def parameter(self, words, args) -> None:
+        name, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", args[1]).groups()
+        size = BITS[words[-1]] // 8
+        wide = self.bits(args[0], 32) == 64
+        if size != (8 if wide else 4):
+            raise Unmodelled(f"{size} bytes")
+        self.emit("param", self.rows[args[0]], n=self.entry.params[name][0] + int(offset or 0), x=wide)
+
+    def shuffle(self, words, args) -> None:
+        d, _, valid = args[0].partition("|")
+        rows = [self.row(text, "u32") for text in args[1:5]]
+        valid = self.predicate(valid) if valid and valid != "_" else -1
+        self.emit(f"shfl_{words[2]}", self.row(d, "u32"), *rows[:3], n=valid, x=rows[3])
+
+    def vote(self, words, args) -> None:
+        ballot = words[2] == "ballot"
+        d = self.row(args[0], "u32") if ballot else self.predicate(args[0])
+        self.emit(f"vote_{words[2]}", d, self.predicate(args[1]), x=self.row(args[2], "u32"))
+
+    def elect(self, words, args) -> None:
+        d, _, chosen = args[0].partition("|")
+        d = -1 if d == "_" else self.row(d, "u32")
+        self.emit("elect", d, n=self.predicate(chosen), x=self.row(args[1], "u32"))
+
+    # Memory
+
+    def memory(self, words, args) -> None:
+        """ld and st; n: offset of the address, x: [space, bytes, count, signed, wide, rows ...]."""
+        loads = words[0] == "ld"
+        values, place = args if loads else args[::-1]
+        space, kind = self._space(words), words[-1]
+        row, offset, wide = self.address(place)
+        names = vector(values)
+        size = BITS[kind] // 8
+        rows, target = [], False
+        for name in names:
+            target = self.bits(name, 64 if size == 8 else 32) == 64
+            if name == "_":
+                raise Unmodelled("an unused part of a vector")
+            rows.append(self.row(name, "u64" if target else "u32"))
+        self._access(space, size)
+        packed = [space, size, len(rows), int(loads and kind[0] == "s"), int(target), *rows]
+        strong = self._order(words, loads, not loads)
+        self.emit(words[0], a=row, b=wide, n=offset, x=self._list(packed), flags=strong)
+
+    def atomic(self, words, args) -> None:
+        """atom and red; x: [space, bytes, kind of operation, row of the second operand]."""
+        kind = words[-1]
+        what = next(word for word in words if word in (*ATOMICS, "min", "max"))
+        if what in ("min", "max"):
+            what += "_s" if kind[0] == "s" else "_u"
+        if kind[0] not in "bus" or BITS[kind] < 32:
+            raise Unmodelled(kind)
+        d, place, *values = args if words[0] == "atom" else ["_", *args]
+        space = self._space(words)
+        row, offset, wide = self.address(place)
+        rows = [self.row(text, kind) for text in values]
+        target = -1 if d == "_" else self.row(d, kind)
+        size = BITS[kind] // 8
+        self._access(space, size)
+        packed = [space, size, ATOMICS.index(what), rows[-1]]
+        strong = self._order(words, words[0] == "atom", True, "relaxed")
+        self.emit("atom", target, row, wide, rows[0], offset, self._list(packed), strong)
+
+    def _space(self, words: list[str]) -> int:
+        spaces = [word.partition("::")[0] for word in words]
+        if "shared" in spaces:
+            return SHARED
+        if "global" in spaces:
+            return GLOBAL
+        raise Unmodelled("a generic address")
+
+    def _access(self, space: int, size: int) -> None:
+        self.code.granule[space] = min(self.code.granule[space], size)
+
+    def _order(self, words, reads: bool, writes: bool, default: str = "") -> int:
+        """Flags of a load, store or atomic; notes its semantics if it has any."""
+        known = ("relaxed", "acquire", "release", "acq_rel", "volatile")
+        semantics = next((word for word in words if word in known), default)
+        if not semantics:
+            return 0
+        scope = next((word for word in words if word in SCOPES), "sys" if semantics == "volatile" else "gpu")
+        semantics = semantics.replace("volatile", "relaxed")
+        self.code.orders[len(self.made)] = Order(semantics, scope, reads, writes)
+        return STRONG
+
+    def _list(self, values: list[int]) -> int:
+        self.extra += values
+        return len(self.extra) - len(values)
+
+    # Services
+
+    def fence(self, words, args) -> None:
+        self.service()
+
+    def barrier(self, words, args) -> None:
+        """bar.sync, bar.arrive: (number, threads or 0)"""
+        numbers = [int(text, 0) for text in args]
+        self.service(*numbers, *[0] * (2 - len(numbers)))
+
+    def mbarrier(self, words, args) -> None:
+        """(place, operands as in PTX, without the state that nobody uses)"""
+        action = words[1]
+        if action == "init":
+            self.service(self.place(args[0]), self.operand(args[1], "u32"))
+        elif action == "arrive":
+            count = args[2] if len(args) > 2 else "1"
+            self.service(self.place(args[1]), self.operand(count, "u32"))
+        elif action in ("try_wait", "test_wait") and "parity" in words:
+            predicate = self.predicate(args[0])
+            self.service(self.place(args[1]), self.operand(args[2], "u32"), predicate)
+        else:
+            raise Unmodelled(action)
+
+    def bulk(self, words, args) -> None:
+        """Copies between global and shared memory: (target, source, bytes, mbarrier)."""
+        if words[3] in ("commit_group", "wait_group"):
+            return self.service(*[int(text, 0) for text in args])
+        if words[3] == "tensor":
+            found = re.fullmatch(r"\[([%\w@]+),\s*\{(.*)\}\]", args[1])
+            if words[6] != "global" or not words[5].startswith("shared::"):
+                raise Unmodelled("a tensor copy from shared memory")
+            coordinates = [self.operand(text.strip(), "s32") for text in found[2].split(",")]
+            source = self.operand(found[1], "u64"), coordinates
+            return self.service(self.place(args[0]), source, None, self.place(args[2]))
+        size = self.operand(args[2], "u32")
+        loads = words[3].startswith("shared")
+        if not loads and words[3] != "global":
+            raise Unmodelled(words[3])
+        barrier = self.place(args[3]) if loads else None
+        self.service(self.place(args[0]), self.place(args[1]), size, barrier)
+
+    def matrix(self, words, args) -> None:
+        """wgmma: (rows of the accumulator, rows or descriptor of A, descriptor of B, predicate)"""
+        if words[1] in ("fence", "commit_group", "wait_group"):
+            return self.service(*[int(text, 0) for text in args])
+        if words[1] != "mma_async" or set(args[4:6]) != {"1"} or set(args[6:]) > {"0"}:
+            raise Unmodelled("a scale or a transposition")
+        sums = [self.row(name, "u32") for name in vector(args[0])]
+        if args[1][0] == "{":
+            left = [self.row(name, "u32") for name in vector(args[1])]
+        else:
+            left = self.operand(args[1], "u64")
+        self.service(sums, left, self.operand(args[2], "u64"), self.predicate(args[3]))
+
+    def other(self, words, args) -> None:
+        self.service()
+
+    # The end
+
+    def _link(self, starts: list[int]) -> None:
+        code = self.code
+        made = np.array(self.made, INSTRUCTION)
+        branches = np.flatnonzero(made["op"] == NUMBER["bra"])
+        made["x"][branches] = [starts[target] for target in made["x"][branches]]
+        joins = post_dominators(made)
+        for branch in branches:
+            made["n"][branch] = joins[branch]
+        self._touching(made)
+        code.instructions, code.extra = made, np.array([*self.extra, 0], np.int32)
+        code.constants = np.array(self.constants or [np.zeros(32)], np.uint32)
+
+    def _touching(self, made: np.ndarray) -> None:
+        """Mark what reads or writes registers that tensor cores add up in."""
+        services = [s for s in self.code.services if s.name == "wgmma" and s.words[1] == "mma_async"]
+        sums = {row for service in services for row in service.operands[0]}
+        names = {name for name, row in self.rows.items() if row in sums}
+        for index, instr in enumerate(self.code.origin):
+            if not instr.op.startswith("wgmma") and names & set(re.findall(r"%\w[\w@]*", " ".join(instr.args))):
+                made["flags"][index] |= TOUCHES_SUMS
+
+
+METHODS = {
+    "setp": Decoder.compare, "mov": Decoder.move, "bra": Decoder.branch, "ret": Decoder.leave,
+    "exit": Decoder.leave, "ld.param": Decoder.parameter, "shfl.sync": Decoder.shuffle,
+    "vote.sync": Decoder.vote, "elect.sync": Decoder.elect, "ld": Decoder.memory,
+    "st": Decoder.memory, "atom": Decoder.atomic, "red": Decoder.atomic,
+    **dict.fromkeys(NOTHING, Decoder.nothing),
+    "fence.proxy.async": Decoder.fence, "fence.acq_rel": Decoder.fence,
+    "bar.warp.sync": Decoder.other, "bar.sync": Decoder.barrier, "bar.arrive": Decoder.barrier,
+    "mbarrier": Decoder.mbarrier, "cp.async.bulk": Decoder.bulk, "wgmma": Decoder.matrix,
+    "nanosleep": Decoder.other, "griddepcontrol": Decoder.other,
+}  # fmt: skip
+
+
+def vector(text: str) -> list[str]:
+    return [part.strip() for part in text.strip("{}").split(",")]
+
+
+def post_dominators(made: np.ndarray) -> dict[int, int]:
+    """By conditional branch: the instruction where both its ways meet again."""
+    last, op = len(made), made["op"]
+    follow: list[tuple[int, ...]] = []
+    for index in range(last):
+        if op[index] == NUMBER["bra"]:
+            target = int(made["x"][index])
+            follow.append((target, index + 1) if made["guard"][index] >= 0 else (target,))
+        else:
+            follow.append((last,) if op[index] == NUMBER["ret"] else (index + 1,))
+    before: list[list[int]] = [[] for _ in range(last + 1)]
+    for index, nexts in enumerate(follow):
+        for following in nexts:
+            before[following].append(index)
+    order, seen, todo = [], {last}, [(last, iter(before[last]))]  # from the exit backwards
+    while todo:
+        node, rest = todo[-1]
+        for other in rest:
+            if other not in seen:
+                seen.add(other)
+                todo.append((other, iter(before[other])))
+                break
+        else:
+            order.append(node)
+            todo.pop()
+    rank = {node: place for place, node in enumerate(order)}
+    found = {last: last}
+    changed = True
+    while changed:
+        changed = False
+        for node in reversed(order[:-1]):
+            new = None
+            for other in follow[node]:
+                if other not in found:
+                    continue
+                if new is None:
+                    new = other
+                while new != other:  # up the tree to where both meet
+                    if rank[new] < rank[other]:
+                        new = found[new]
+                    else:
+                        other = found[other]
+            if found.get(node) != new:
+                found[node], changed = new, True
+    return {i: found.get(i, last) for i in range(last) if op[i] == NUMBER["bra"]}

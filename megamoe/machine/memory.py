@@ -1,0 +1,100 @@
+"""Global memory: named tensors at their real addresses, and what an address means in words.
+
+A segment is one tensor, of one rank or of nobody in particular; it may be divided into regions with
+names and rows. Whatever lies in no segment is not mapped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megamoe.machine import core
+from megamoe.machine.faults import Fault
+
+HOST = -1  # the rank of memory that belongs to none
+
+
+@dataclass(frozen=True)
+class Region:
+    """A named part of a segment; `begin` counts from its start. `fresh`: plain loads must find what
+    somebody wrote in the same launch.
+    """
+
+    name: str
+    begin: int
+    num_bytes: int
+    row_bytes: int
+    fresh: bool = False
+
+
+@dataclass
+class Segment:
+    name: str
+    base: int
+    bytes: np.ndarray  # uint8
+    rank: int
+    regions: list[Region] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.base + len(self.bytes)
+
+
+class Memory:
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self._table = (core.Segment * 1)()
+
+    def add(
+        self, name: str, tensor: torch.Tensor | None, rank: int = HOST, regions: Iterable[Region] = ()
+    ) -> None:
+        """Map a tensor; one without bytes, or None, is nothing."""
+        if tensor is None or tensor.numel() == 0:
+            return
+        flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        base = flat.__array_interface__["data"][0]
+        assert base == tensor.data_ptr(), f"{name} is not contiguous"
+        self.segments.append(Segment(name, base, flat, rank, sorted(regions, key=_begin)))
+
+    def table(self) -> tuple:
+        """The segments for the engine: an array that must be kept, and their number."""
+        entries = [core.Segment(s.base, s.end, s.rank) for s in self.segments]
+        self._table = (core.Segment * max(1, len(entries)))(*entries)
+        return self._table, len(entries)
+
+    def find(self, address: int, size: int) -> Segment:
+        for segment in self.segments:
+            if segment.base <= address and address + size <= segment.end:
+                return segment
+        raise Fault(f"{size} bytes at {address:#x} lie in no tensor; near: {self.describe(address)}")
+
+    def at(self, address: int, size: int) -> np.ndarray:
+        """The bytes there."""
+        segment = self.find(address, size)
+        return segment.bytes[address - segment.base : address - segment.base + size]
+
+    def describe(self, address: int) -> str:
+        """An address in words: region, row and rank, or the tensor, or the nearest below it."""
+        below = [segment for segment in self.segments if segment.base <= address]
+        if not below:
+            return f"{address:#x}"
+        segment = max(below, key=lambda segment: segment.base)
+        offset = address - segment.base
+        name, rest = segment.name, f" + {offset}"
+        place = bisect([region.begin for region in segment.regions], offset) - 1
+        if 0 <= place and address < segment.end:
+            region = segment.regions[place]
+            row, column = divmod(offset - region.begin, region.row_bytes)
+            if offset < region.begin + region.num_bytes:
+                name, rest = f"{region.name}[{row}]", f" byte {column}" if column else ""
+        beyond = "" if address < segment.end else " (beyond its end)"
+        return name + rest + (f" of rank {segment.rank}" if segment.rank >= 0 else "") + beyond
+
+
+def _begin(region: Region) -> int:
+    return region.begin
