@@ -147,8 +147,7 @@ class CpuBackend(Backend):
         timeout_s: float,
         clamp: float | None,
     ):
-        from megamoe.machine.core import engine  # only here: a GPU host has no use for it
-        from megamoe.machine.machine import Machine
+        from megamoe.machine.machine import Machine  # only here: a GPU host has no use for it
 
         kernel.to_device(0)
         with torch.inference_mode(False):
@@ -156,14 +155,14 @@ class CpuBackend(Backend):
             records = torch.zeros(shape, dtype=torch.int32, device="cpu")
         super().__init__(workspace, kernel, num_ctas, timeout_s, clamp, records)
         self.kernel, self.settings, self.launches = kernel, {}, 0
-        self._engine, self._machine = engine(cache_dir()), Machine
+        self._machine = Machine
         self.machine: Machine | None = None
 
     def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
         if self.workspace.failed:
             self.recover()
         settings = {"roles": CPU_ROLES, "patient": True, "seed": self.launches} | self.settings
-        machine = self.machine = self._machine(self._engine, **settings)
+        machine = self.machine = self._machine(cache_dir(), len(self.ranks), **settings)
         ys, ranks = self._ranks(xs, ids, weights, scales, outs, counts)
         self._map(machine, ranks)
         self.workspace.failed = True  # stays so if the machine raises

@@ -1,8 +1,4 @@
-"""The C core: its structures as ctypes see them, and how it is compiled, cached and loaded.
-
-Both engines work on these structures and on the arrays that they point to, so what one has done the
-other can go on with. `engine()` is the C core, or the reference where no C compiler exists.
-"""
+"""The C core: its structures as ctypes see them, and how it is compiled, cached and loaded."""
 
 from __future__ import annotations
 
@@ -13,75 +9,136 @@ import os
 import shutil
 import subprocess
 import tempfile
+from ctypes import POINTER, Structure, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
 from megamoe.machine import alu
-from megamoe.machine.decode import NUMBER
+from megamoe.machine.decode import NOBODY, NUMBER, PARAM_BASE
 
-RAN, SERVICE, ENDED, FAULT, POLLED = range(5)
-FAULTS = (
-    "", "no memory there", "misaligned", "not all lanes of the mask are there", "branches too deep",
-)  # fmt: skip
 HERE = Path(__file__).parent
+SOURCES = ("engine.c", "order.c", "copies.c", "schedule.c", "machine.h", "lanes.h")
 FLAGS = (
-    "-O3 -std=gnu11 -shared -fPIC -fwrapv -fno-strict-aliasing -ffp-contract=off "
-    "-fno-math-errno -fno-trapping-math -march=native"
+    "-O1 -ftree-vectorize -fvect-cost-model=dynamic -std=gnu11 -shared -fPIC -fwrapv "
+    "-fno-strict-aliasing -ffp-contract=off -fno-math-errno -fno-trapping-math -march=native"
 )
-POLLS, FRAMES = 8, 32
+# Values of the enumerations in machine.h.
+DONE, HOST_TURN, FAULTED, DEADLOCK, TOO_LONG, BREAK = range(6)
+FREE, ON_MBARRIER, ON_BARRIER, ON_LAUNCH = range(4)
+FAULTS = (
+    "", "no memory there", "misaligned", "lanes of the mask are missing", "branches too deep",
+    "no mbarrier there", "too many arrivals at an mbarrier", "too many threads at a barrier",
+    "no tensor map that fits", "several lanes issue a tensor copy", "no multiple of 16",
+    "a descriptor that is not modelled, or leads out of shared memory",
+    "registers of the sums were used since the last wgmma.fence",
+    "the warp ends before its bulk stores or products", "the CTA ends while copies come in",
+)  # fmt: skip
 
 
-class Segment(ctypes.Structure):
+def _fields(text: str) -> list[tuple[str, type]]:
+    """Fields of one type a line: 'int32 a b c'."""
+    kinds = {
+        "int32": c_int32, "int64": c_int64, "uint32": c_uint32, "uint64": c_uint64,
+        "pointer": c_void_p,
+    }  # fmt: skip
+    lines = (line.split() for line in text.strip().splitlines())
+    return [(name, kinds[kind]) for kind, *names in lines for name in names]
+
+
+class CCode(Structure):
     _fields_ = [
-        ("base", ctypes.c_uint64), ("end", ctypes.c_uint64),
-        ("rank", ctypes.c_int32), ("readonly", ctypes.c_int32),
+        *_fields("pointer instructions extra constants\nint32 num_rows num_predicates threads number"),
+        ("shift", c_int32 * 2),
+    ]
+
+
+class Map(Structure):
+    _fields_ = [
+        *_fields("uint64 base\nint32 item rank"),
+        ("size", c_int64 * 5), ("stride", c_int64 * 5), ("box", c_int32 * 5), ("offset", c_int32),
     ]  # fmt: skip
 
 
-class World(ctypes.Structure):
-    """`ordered`: strong accesses are services, whose order the machine follows."""
+class Settings(Structure):
+    _fields_ = _fields("""
+        int32 policy delay budget patient ordered held_share num_ranks max_ctas agents_per_cta num_agents
+        uint64 seed max_steps""")
+
+
+class Race(Structure):
+    _fields_ = _fields("""
+        int32 kind space count rank cta
+        uint32 where other agent other_agent
+        uint64 address""")
+
+
+class CBarrier(Structure):
+    _fields_ = _fields("""
+        uint32 address count flips agent
+        int64 pending bytes
+        uint64 waiting
+        pointer arrived done0 done1""")
+
+
+class Poll(Structure):
+    _fields_ = _fields("int32 pc\nuint64 hash address")
+
+
+class CWarp(Structure):
+    """The beginning of `Warp`."""
 
     _fields_ = [
-        ("segments", ctypes.POINTER(Segment)), ("num_segments", ctypes.c_int32),
-        ("ordered", ctypes.c_int32), ("time", ctypes.c_uint64),
-    ]  # fmt: skip
+        *_fields("""
+        pointer machine cta code rows predicates
+        int32 index pc rejoin depth segment num_polls
+        uint32 mask blocked what ended wrote touched fault
+        uint64 address count
+        uint32 stores_open products_open num_stores num_products late_products
+        pointer stores products"""),
+        ("polls", Poll * 8),
+    ]
 
 
-class Frame(ctypes.Structure):
-    _fields_ = [("join", ctypes.c_int32), ("mask", ctypes.c_uint32), ("rejoin", ctypes.c_int32)]
+class CCta(Structure):
+    """The beginning of `Cta`."""
 
-
-class Poll(ctypes.Structure):
-    _fields_ = [("pc", ctypes.c_int32), ("hash", ctypes.c_uint64)]
-
-
-class WarpState(ctypes.Structure):
     _fields_ = [
-        ("world", ctypes.POINTER(World)),
-        *((name, ctypes.c_void_p) for name in ("code", "extra", "constants", "rows")),
-        *((name, ctypes.c_void_p) for name in ("predicates", "shared", "parameters")),
-        ("shared_end", ctypes.c_uint32),
-        *((name, ctypes.c_int32) for name in ("rank", "pc", "rejoin", "depth")),
-        ("mask", ctypes.c_uint32),
-        ("active", ctypes.c_uint32),
-        *((name, ctypes.c_int32) for name in ("fault", "forced", "touched", "segment", "num_polls")),
-        *((name, ctypes.c_uint64) for name in ("address", "count", "remote")),
-        ("polls", Poll * POLLS),
-        ("frames", Frame * FRAMES),
-    ]  # fmt: skip
+        *_fields("""
+        pointer launch
+        int32 index rank num_warps left let
+        uint32 num_barriers
+        pointer shared barrier_at shadow"""),
+        ("barriers", CBarrier * 96),
+    ]
 
 
-class Core:
-    """The engine in C."""
+class CMachine(Structure):
+    """The beginning of `Machine`."""
 
-    def __init__(self, path: Path):
-        self.library = ctypes.CDLL(str(path))
-        self.run = self.library.run
-        self.advance = self.library.advance
-        state, integer = ctypes.POINTER(WarpState), ctypes.c_int32
-        self.run.argtypes, self.advance.argtypes = (state, integer), (state,)
-        pointer, wide = ctypes.c_void_p, ctypes.c_uint64
-        self.multiply = self.library.multiply
-        self.multiply.argtypes = (state, pointer, pointer, wide, wide, *[integer] * 4)
+    _fields_ = [
+        ("settings", Settings),
+        *_fields("""
+        uint64 time rounds steps remote random watch_low watch_high
+        pointer stopped races
+        int32 num_races"""),
+    ]
+
+
+PROTOTYPES = {
+    "machine_new": (POINTER(CMachine), [POINTER(Settings)]),
+    "machine_free": (None, [POINTER(CMachine)]),
+    "machine_run": (c_int32, [POINTER(CMachine), c_int32]),
+    "add_segment": (None, [POINTER(CMachine), c_uint64, c_uint64, c_int32, c_int32, c_void_p]),
+    "add_launch": (
+        c_int32,
+        [POINTER(CMachine), c_int32, POINTER(CCode), c_int32, c_uint32, c_void_p, c_uint32]
+        + [POINTER(Map), c_int32],
+    ),
+    "host_first": (c_int32, [POINTER(CMachine), c_int32]),
+    "host_done": (None, [POINTER(CMachine), c_int32]),
+    "host_wrote": (None, [POINTER(CMachine), c_int32, c_int32, c_uint64, c_uint64]),
+    "running": (c_int32, [POINTER(CMachine), c_int32, c_int32, c_int32, POINTER(POINTER(CWarp))]),
+    "step": (c_int32, [POINTER(CMachine), POINTER(CWarp)]),
+}
 
 
 def _processor() -> str:
@@ -97,28 +154,38 @@ def build(directory: Path) -> Path:
     """The core's shared library in `directory`, compiled unless it is there; FileNotFoundError
     without a C compiler.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc or gcc) on PATH")
-    numbers = ", ".join(f"OP_{name} = {number}" for name, number in NUMBER.items())
+    numbers = [f"OP_{name} = {number}" for name, number in NUMBER.items()]
+    header = f"enum {{ {', '.join(numbers)}, NOBODY = {NOBODY} }};\n#define PARAM_BASE {PARAM_BASE}ull\n"
     cases = alu.c_cases()
-    sources = [HERE / name for name in ("core.c", "lanes.h")]
-    parts = [FLAGS, numbers, cases, _processor(), *(path.read_text() for path in sources)]
+    parts = [FLAGS, header, cases, _processor(), *((HERE / name).read_text() for name in SOURCES)]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     target = directory / f"machine-{digest}.so"
     if not target.exists():
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if compiler is None:
+            raise FileNotFoundError("no C compiler (cc or gcc) on PATH")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             (Path(scratch) / "cases.h").write_text(cases)
-            (Path(scratch) / "numbers.h").write_text(f"enum {{ {numbers} }};\n")
+            (Path(scratch) / "numbers.h").write_text(header)
             built = Path(scratch) / target.name
-            command = [compiler, *FLAGS.split(), f"-I{scratch}", f"-I{HERE}", "-include", "numbers.h"]
-            subprocess.run([*command, "-o", str(built), str(HERE / "core.c"), "-lm"], check=True)
+            command = [compiler, *FLAGS.split(), f"-I{scratch}", f"-I{HERE}", "-o", str(built)]
+            subprocess.run([*command, str(HERE / "engine.c"), "-lm"], check=True)
             os.replace(built, target)
     return target
 
 
 @functools.cache
-def engine(directory: Path) -> Core:
-    """The engine to use; the core is kept in `directory`."""
-    return Core(build(directory))
+def library(directory: Path) -> ctypes.CDLL:
+    """The core, kept in `directory`."""
+    loaded = ctypes.CDLL(str(build(directory)))
+    for name, (result, arguments) in PROTOTYPES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def bytes_pointer(data: bytes):
+    return ctypes.cast(ctypes.c_char_p(data), c_void_p)
+
+

@@ -1,9 +1,8 @@
 """A PTX entry -> code that both engines execute: an array of instructions over numbered registers.
 
 Owns the meaning of operands: register rows, constants, special registers, parameters, addresses. An
-operation of lanes is a row of `alu.TABLE`; the rest of what an engine does by itself is in `CORE`;
-everything that concerns others (barriers, copies, tensor cores, fences) is a *service*: the engine
-stops there and the machine performs it. An operation that is in none of these is `Unmodelled`.
+operation of lanes is a row of `alu.TABLE`, anything else one of `CORE`; what is in neither is
+`Unmodelled`.
 """
 
 from __future__ import annotations
@@ -16,57 +15,39 @@ import numpy as np
 from megamoe.machine import alu
 from megamoe.machine.ptx import BITS, Entry, Instr
 
-#: The word of `Instruction` in `core.h`. d, a, b, c: operands; n, x: what the operation makes of
-#: them.
+#: `Instruction` in `machine.h`. d, a, b, c: registers; n, x: what the operation makes of them.
 INSTRUCTION = np.dtype(
     [("op", "u2"), ("flags", "u2"), *((name, "i4") for name in ("guard", "d", "a", "b", "c", "n", "x"))]
 )  # fmt: skip
-NEGATED, TOUCHES_SUMS, STRONG = 1, 2, 4  # flags
+NEGATED, TOUCHES_SUMS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS = (1 << bit for bit in range(7))
+SEMANTICS = {
+    "relaxed": STRONG, "volatile": STRONG | SYSTEM, "acquire": STRONG | ACQUIRE,
+    "release": STRONG | RELEASE, "acq_rel": STRONG | ACQUIRE | RELEASE,
+}  # fmt: skip
 
+#: Operations that are not of lanes; those from warp_sync on are for whole warps.
 CORE = (
     "nop", "bra", "ret", "param", "timer", "shfl_idx", "shfl_up", "shfl_down", "shfl_bfly",
-    "vote_ballot", "vote_any", "vote_all", "elect", "ld", "st", "atom", "service",
+    "vote_ballot", "vote_any", "vote_all", "elect", "ld", "st", "atom", "sleep", "fence",
+    "fence_proxy", "launch_wait", "launch_let", "mbarrier_init", "mbarrier_arrive",
+    "mbarrier_expect", "mbarrier_try", "mbarrier_test", "load_bulk", "load_tensor", "store_bulk",
+    "stores_commit", "stores_wait", "warp_sync", "stmatrix", "bar_sync", "bar_arrive", "mma",
+    "mma_fence", "mma_commit", "mma_wait",
 )  # fmt: skip
 #: Numbers of the operations of `CORE`, after those of lanes.
 NUMBER = {name: len(alu.OPERATIONS) + i for i, name in enumerate(CORE)}
 ATOMICS = ("add", "exch", "cas", "and", "or", "xor", "min_u", "max_u", "min_s", "max_s")
 GLOBAL, SHARED = 0, 1
-SCOPES = ("cta", "cluster", "gpu", "sys")
+#: Rows that hold what no instruction writes.
 SPECIAL = ("%tid.x", "%ctaid.x", "%nctaid.x", "%ntid.x", "%laneid", "%warpid")
-SHARED_BASE, PARAM_BASE = 1024, 1 << 60
+SHARED_BASE, PARAM_BASE, NOBODY = 1024, 1 << 60, -(1 << 30)
 NOTHING = ("setmaxnreg", "prefetch", "fence.mbarrier_init")
+SHAPE = re.compile(r"m64n(\d+)k(?:16\.f32\.(bf16)\.bf16|32\.f32\.(e4m3)\.e4m3)$")
+KINDS = {"e4m3": 0, "bf16": 1}
 
 
 class Unmodelled(NotImplementedError):
     """The machine does not know an instruction."""
-
-
-@dataclass
-class Operand:
-    """A register or a constant as a service reads it: a row, and how many bits."""
-
-    row: int
-    bits: int
-
-
-@dataclass
-class Service:
-    """What an engine leaves to the machine. `words`: the parts of the operation's name."""
-
-    name: str
-    words: list[str]
-    operands: list
-    instr: Instr
-
-
-@dataclass
-class Order:
-    """Semantics and scope of a strong load, store or atomic."""
-
-    semantics: str
-    scope: str
-    reads: bool
-    writes: bool
 
 
 @dataclass
@@ -75,12 +56,11 @@ class Code:
     instructions: np.ndarray = None
     extra: np.ndarray = None  # int32: lists that instructions refer to
     constants: np.ndarray = None  # uint32 [n, 32]
+    rows: dict[str, int] = field(default_factory=dict)  # by register
+    predicates: dict[str, int] = field(default_factory=dict)
     num_rows: int = 0
-    num_predicates: int = 2
+    num_predicates: int = 2  # 0 and 1 are false and true
     origin: list[Instr] = field(default_factory=list)  # by instruction
-    services: list[Service] = field(default_factory=list)
-    orders: dict[int, Order] = field(default_factory=dict)
-    special: dict[str, int] = field(default_factory=dict)  # name -> row
     granule: list[int] = field(default_factory=lambda: [4, 4])  # smallest access by space
     shared_names: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0  # of variables with a size
@@ -94,10 +74,10 @@ class Decoder:
     def __init__(self, entry: Entry):
         self.entry = entry
         self.code = Code(entry)
-        self.rows: dict[str, int] = {}
-        self.predicates: dict[str, int] = {}
+        self.rows, self.predicates = self.code.rows, self.code.predicates
         self.made: list[tuple] = []
         self.extra: list[int] = []
+        self.sums: set[str] = set()  # registers that tensor cores add up in
         self.constants: list[np.ndarray] = []
         self.constant_at: dict[tuple[int, int], int] = {}
         self._registers()
@@ -113,16 +93,13 @@ class Decoder:
 
     def _registers(self) -> None:
         code = self.code
-        for name, bits in self.entry.registers.items():
+        for name, bits in {**dict.fromkeys(SPECIAL, 32), **self.entry.registers}.items():
             if bits == 1:
                 self.predicates[name] = code.num_predicates
                 code.num_predicates += 1
             else:
                 self.rows[name] = code.num_rows
                 code.num_rows += 2 if bits == 64 else 1
-        for name in SPECIAL:
-            code.special[name] = self.rows[name] = code.num_rows
-            code.num_rows += 1
 
     def _shared(self) -> None:
         position = SHARED_BASE
@@ -190,13 +167,10 @@ class Decoder:
         wide = self.bits(found[1], 32) == 64
         return self.row(found[1], "u64" if wide else "u32"), int(found[2] or "0", 0), wide
 
-    def operand(self, text: str, kind: str) -> Operand:
-        return Operand(self.row(text, kind), BITS[kind])
-
-    def place(self, text: str) -> tuple[Operand, int]:
-        """An address for a service."""
+    def place(self, text: str) -> list[int]:
+        """An address as part of a list: row, whether it has 64 bits, offset."""
         row, offset, wide = self.address(text)
-        return Operand(row, 64 if wide else 32), offset
+        return [row, int(wide), offset]
 
     # Instructions
 
@@ -221,11 +195,6 @@ class Decoder:
         ]
         self.emit(operation.number, target, *rows)
 
-    def service(self, *operands) -> None:
-        words = self.instr.op.split(".")
-        self.code.services.append(Service(self.name, words, list(operands), self.instr))
-        self.emit("service", x=len(self.code.services) - 1)
-
     def _decode(self) -> None:
         op, args = self.instr.op, self.instr.args
         words = op.split(".")
@@ -234,7 +203,6 @@ class Decoder:
                 return self.lanes(op, *self._compared(args) if words[0] == "setp" else args)
             for name, method in METHODS.items():
                 if op.startswith(name):
-                    self.name = name
                     return method(self, words, args)
         except Unmodelled as fault:
             raise self.unmodelled(str(fault)) from None
@@ -327,11 +295,11 @@ class Decoder:
             rows.append(self.row(name, "u64" if target else "u32"))
         self._access(space, size)
         packed = [space, size, len(rows), int(loads and kind[0] == "s"), int(target), *rows]
-        strong = self._order(words, loads, not loads)
-        self.emit(words[0], a=row, b=wide, n=offset, x=self._list(packed), flags=strong)
+        flags = self._order(words)
+        self.emit(words[0], a=row, b=wide, n=offset, x=self._list(packed), flags=flags)
 
     def atomic(self, words, args) -> None:
-        """atom and red; x: [space, bytes, kind of operation, row of the second operand]."""
+        """atom and red; x: [space, bytes, kind, row of the second operand, whether it reads]."""
         kind = words[-1]
         what = next(word for word in words if word in (*ATOMICS, "min", "max"))
         if what in ("min", "max"):
@@ -345,9 +313,8 @@ class Decoder:
         target = -1 if d == "_" else self.row(d, kind)
         size = BITS[kind] // 8
         self._access(space, size)
-        packed = [space, size, ATOMICS.index(what), rows[-1]]
-        strong = self._order(words, words[0] == "atom", True, "relaxed")
-        self.emit("atom", target, row, wide, rows[0], offset, self._list(packed), strong)
+        x = self._list([space, size, ATOMICS.index(what), rows[-1], int(words[0] == "atom")])
+        self.emit("atom", target, row, wide, rows[0], offset, x, self._order(words, "relaxed"))
 
     def _space(self, words: list[str]) -> int:
         spaces = [word.partition("::")[0] for word in words]
@@ -360,78 +327,96 @@ class Decoder:
     def _access(self, space: int, size: int) -> None:
         self.code.granule[space] = min(self.code.granule[space], size)
 
-    def _order(self, words, reads: bool, writes: bool, default: str = "") -> int:
-        """Flags of a load, store or atomic; notes its semantics if it has any."""
-        known = ("relaxed", "acquire", "release", "acq_rel", "volatile")
-        semantics = next((word for word in words if word in known), default)
-        if not semantics:
-            return 0
-        scope = next((word for word in words if word in SCOPES), "sys" if semantics == "volatile" else "gpu")
-        semantics = semantics.replace("volatile", "relaxed")
-        self.code.orders[len(self.made)] = Order(semantics, scope, reads, writes)
-        return STRONG
+    def _order(self, words: list[str], default: str = "") -> int:
+        """Flags of a load, store, atomic or fence."""
+        semantics = next((word for word in words if word in SEMANTICS), default)
+        return SEMANTICS.get(semantics, 0) | (SYSTEM if "sys" in words else 0)
 
     def _list(self, values: list[int]) -> int:
         self.extra += values
         return len(self.extra) - len(values)
 
-    # Services
+    def _at(self, op: str, place: str, x: int = 0, c: int = 0, d: int = 0) -> None:
+        """What begins with an address."""
+        row, offset, wide = self.address(place)
+        self.emit(op, d, row, wide, c, offset, x)
+
+    def matrices(self, words, args) -> None:
+        """stmatrix; x: [matrices, transposed, rows ...]"""
+        rows = [self.row(name, "u32") for name in vector(args[1])]
+        if words[-1] != "b16" or "m8n8" not in words or "shared" not in words:
+            raise Unmodelled(words[-1])
+        self._at("stmatrix", args[0], self._list([len(rows), int("trans" in words), *rows]))
+
+    # Order, barriers, copies, tensor cores
 
     def fence(self, words, args) -> None:
-        self.service()
+        self.emit("fence", flags=self._order(words))
+
+    def proxy_fence(self, words, args) -> None:
+        """n: 1 for global, 2 for shared memory, 3 for both."""
+        spaces = [word.partition("::")[0] for word in words]
+        self.emit("fence_proxy", n=1 * ("shared" not in spaces) + 2 * ("global" not in spaces))
+
+    def plain(self, words, args) -> None:
+        names = {"bar": "warp_sync", "nanosleep": "sleep"}
+        names |= {"wait": "launch_wait", "launch_dependents": "launch_let"}
+        self.emit(names.get(words[0]) or names[words[1]])
 
     def barrier(self, words, args) -> None:
-        """bar.sync, bar.arrive: (number, threads or 0)"""
-        numbers = [int(text, 0) for text in args]
-        self.service(*numbers, *[0] * (2 - len(numbers)))
+        """n: number, x: threads or 0"""
+        number, threads = [*(int(text, 0) for text in args), 0][:2]
+        self.emit(f"bar_{words[1]}", n=number, x=threads)
 
     def mbarrier(self, words, args) -> None:
-        """(place, operands as in PTX, without the state that nobody uses)"""
+        """c: count, bytes or parity; the state that nobody uses is left out."""
         action = words[1]
         if action == "init":
-            self.service(self.place(args[0]), self.operand(args[1], "u32"))
+            self._at("mbarrier_init", args[0], c=self.row(args[1], "u32"))
         elif action == "arrive":
-            count = args[2] if len(args) > 2 else "1"
-            self.service(self.place(args[1]), self.operand(count, "u32"))
+            name = "mbarrier_expect" if "expect_tx" in words else "mbarrier_arrive"
+            self._at(name, args[1], c=self.row(args[2] if len(args) > 2 else "1", "u32"))
         elif action in ("try_wait", "test_wait") and "parity" in words:
-            predicate = self.predicate(args[0])
-            self.service(self.place(args[1]), self.operand(args[2], "u32"), predicate)
+            parity, done = self.row(args[2], "u32"), self.predicate(args[0])
+            self._at(f"mbarrier_{action[:-5]}", args[1], c=parity, d=done)
         else:
             raise Unmodelled(action)
 
     def bulk(self, words, args) -> None:
-        """Copies between global and shared memory: (target, source, bytes, mbarrier)."""
-        if words[3] in ("commit_group", "wait_group"):
-            return self.service(*[int(text, 0) for text in args])
+        """cp.async.bulk; lists as in `copies.c`."""
+        if words[3] == "commit_group":
+            return self.emit("stores_commit")
+        if words[3] == "wait_group":  # whoever waits only for reads waits for all
+            return self.emit("stores_wait", n=int(args[0], 0))
         if words[3] == "tensor":
             found = re.fullmatch(r"\[([%\w@]+),\s*\{(.*)\}\]", args[1])
             if words[6] != "global" or not words[5].startswith("shared::"):
                 raise Unmodelled("a tensor copy from shared memory")
-            coordinates = [self.operand(text.strip(), "s32") for text in found[2].split(",")]
-            source = self.operand(found[1], "u64"), coordinates
-            return self.service(self.place(args[0]), source, None, self.place(args[2]))
-        size = self.operand(args[2], "u32")
-        loads = words[3].startswith("shared")
-        if not loads and words[3] != "global":
+            at = [self.row(text.strip(), "s32") for text in found[2].split(",")]
+            x = [self.row(found[1], "u64"), len(at), *at, *self.place(args[2])]
+            return self._at("load_tensor", args[0], self._list(x))
+        x = [*self.place(args[1]), self.row(args[2], "u32")]
+        if words[3].startswith("shared"):
+            return self._at("load_bulk", args[0], self._list([*x, *self.place(args[3])]))
+        if words[3] != "global":
             raise Unmodelled(words[3])
-        barrier = self.place(args[3]) if loads else None
-        self.service(self.place(args[0]), self.place(args[1]), size, barrier)
+        self._at("store_bulk", args[0], self._list(x))
 
     def matrix(self, words, args) -> None:
-        """wgmma: (rows of the accumulator, rows or descriptor of A, descriptor of B, predicate)"""
-        if words[1] in ("fence", "commit_group", "wait_group"):
-            return self.service(*[int(text, 0) for text in args])
-        if words[1] != "mma_async" or set(args[4:6]) != {"1"} or set(args[6:]) > {"0"}:
-            raise Unmodelled("a scale or a transposition")
+        """wgmma; a, b: descriptors, c: predicate, x: [kind, columns, rows of the sums, and of A]"""
+        if words[1] == "fence":
+            return self.emit("mma_fence")
+        if words[1] in ("commit_group", "wait_group"):
+            return self.emit(f"mma_{words[1][:-6]}", n=int(args[0], 0) if args else 0)
+        found = SHAPE.search(self.instr.op)
+        if not found or set(args[4:6]) != {"1"} or set(args[6:]) > {"0"}:
+            raise Unmodelled("a shape, a scale or a transposition")
         sums = [self.row(name, "u32") for name in vector(args[0])]
-        if args[1][0] == "{":
-            left = [self.row(name, "u32") for name in vector(args[1])]
-        else:
-            left = self.operand(args[1], "u64")
-        self.service(sums, left, self.operand(args[2], "u64"), self.predicate(args[3]))
-
-    def other(self, words, args) -> None:
-        self.service()
+        left = [self.row(name, "u32") for name in vector(args[1])] if args[1][0] == "{" else []
+        a = NOBODY if left else self.row(args[1], "u64")
+        x = self._list([KINDS[found[2] or found[3]], int(found[1]), *sums, *left])
+        self.sums |= set(vector(args[0]))
+        self.emit("mma", a=a, b=self.row(args[2], "u64"), c=self.predicate(args[3]), x=x)
 
     # The end
 
@@ -449,11 +434,9 @@ class Decoder:
 
     def _touching(self, made: np.ndarray) -> None:
         """Mark what reads or writes registers that tensor cores add up in."""
-        services = [s for s in self.code.services if s.name == "wgmma" and s.words[1] == "mma_async"]
-        sums = {row for service in services for row in service.operands[0]}
-        names = {name for name, row in self.rows.items() if row in sums}
         for index, instr in enumerate(self.code.origin):
-            if not instr.op.startswith("wgmma") and names & set(re.findall(r"%\w[\w@]*", " ".join(instr.args))):
+            names = re.findall(r"%\w[\w@]*", " ".join(instr.args))
+            if not instr.op.startswith("wgmma") and not self.sums.isdisjoint(names):
                 made["flags"][index] |= TOUCHES_SUMS
 
 
@@ -461,12 +444,12 @@ METHODS = {
     "setp": Decoder.compare, "mov": Decoder.move, "bra": Decoder.branch, "ret": Decoder.leave,
     "exit": Decoder.leave, "ld.param": Decoder.parameter, "shfl.sync": Decoder.shuffle,
     "vote.sync": Decoder.vote, "elect.sync": Decoder.elect, "ld": Decoder.memory,
-    "st": Decoder.memory, "atom": Decoder.atomic, "red": Decoder.atomic,
+    "stmatrix": Decoder.matrices, "st": Decoder.memory, "atom": Decoder.atomic, "red": Decoder.atomic,
     **dict.fromkeys(NOTHING, Decoder.nothing),
-    "fence.proxy.async": Decoder.fence, "fence.acq_rel": Decoder.fence,
-    "bar.warp.sync": Decoder.other, "bar.sync": Decoder.barrier, "bar.arrive": Decoder.barrier,
+    "fence.proxy.async": Decoder.proxy_fence, "fence.acq_rel": Decoder.fence,
+    "bar.warp.sync": Decoder.plain, "bar.sync": Decoder.barrier, "bar.arrive": Decoder.barrier,
     "mbarrier": Decoder.mbarrier, "cp.async.bulk": Decoder.bulk, "wgmma": Decoder.matrix,
-    "nanosleep": Decoder.other, "griddepcontrol": Decoder.other,
+    "nanosleep": Decoder.plain, "griddepcontrol": Decoder.plain,
 }  # fmt: skip
 
 

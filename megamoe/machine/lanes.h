@@ -28,10 +28,12 @@ typedef float f32;
 
 // For the active lanes `m`; all of them are a loop that the compiler vectorises.
 #define EACH(body)                                                                       \
-  if (m == ~0u) {                                                                        \
-    _Pragma("GCC ivdep") for (int l = 0; l < 32; l++) { body; }                          \
-  } else {                                                                               \
-    for (u32 rest = m; rest; rest &= rest - 1) { int l = __builtin_ctz(rest); body; }    \
+  {                                                                                      \
+    if (m == ~0u) {                                                                      \
+      _Pragma("GCC ivdep") for (int l = 0; l < 32; l++) { body; }                        \
+    } else {                                                                             \
+      for (u32 rest_ = m; rest_; rest_ &= rest_ - 1) { int l = __builtin_ctz(rest_); body; } \
+    }                                                                                    \
   }
 #define OUT_u16(value) EACH(pd[l] = (u16)(value))
 #define OUT_s16(value) EACH(pd[l] = (u16)(value))

@@ -1,9 +1,8 @@
-"""The machine: streams of launches, CTAs, warps of 32 lanes, and who runs when.
+"""The machine: streams of launches on ranks that share memory, executed by the C core.
 
 A rank has a stream; its launches run one after the other, those of different ranks side by side. In
 a round every warp that can run executes up to `budget` instructions, so time, which is counted in
-instructions, is that of warps side by side. An engine executes instructions; where it stops at a
-service, the machine performs it.
+instructions, is that of warps side by side.
 
 Policies of what is asynchronous: "eager", copies at once; "late", copies some rounds later;
 "tardy", tensor cores and bulk stores read at their waits; "random", any of it. A seed other than 0
@@ -13,385 +12,244 @@ also shuffles warps and cuts their turns.
 from __future__ import annotations
 
 import ctypes
-import random
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
 
-from megamoe.machine import barriers, copies, report, tensorcores
-from megamoe.machine.barriers import LEFT, NEXT, PAUSE
-from megamoe.machine.core import ENDED, FAULT, FAULTS, POLLED, RAN, SERVICE, WarpState, World
-from megamoe.machine.decode import PARAM_BASE, SHARED_BASE, Code, Operand
-from megamoe.machine.faults import Deadlock, Fault, StepLimit
-from megamoe.machine.memory import Memory, Segment
+from megamoe.machine import core, report
+from megamoe.machine.decode import SHARED_BASE, Code
+from megamoe.machine.faults import Deadlock, Fault, Races, StepLimit
+from megamoe.machine.memory import Memory
+from megamoe.machine.tensormap import TensorMap
 
 POLICIES = ("eager", "late", "tardy", "random")
-ALL = 0xFFFFFFFF
-KINDS = {"e4m3": 0, "bf16": 1}
-#: What the clock jumps by when everybody only waits: more than any timeout.
-PATIENCE = 10**14
-#: Rounds in which nothing happens before that is a deadlock: a wait looks at the clock now and then.
-IDLE_ROUNDS = 400
-
-
-class Launch:
-    """One grid. `parameters`: the bytes that the kernel finds as its parameters."""
-
-    def __init__(self, code: Code, grid: int, parameters: bytes, rank: int, dynamic_shared: int):
-        self.code, self.grid, self.rank, self.parameters = code, grid, rank, parameters
-        self.shared_end = SHARED_BASE + code.shared_bytes + dynamic_shared
-        self.maps = {
-            offset: copies.TensorMap(parameters[offset : offset + size])
-            for offset, size in code.entry.params.values()
-            if size == 128
-        }
-        self.ctas: list[CTA] = []
-        self.number = 0  # in its stream
-        self.running = self.early = grid  # CTAs that have not ended, or let dependents start
-        self.waiting: list[Warp] = []  # of the launch behind it
-
-
-class CTA:
-    def __init__(self, launch: Launch, index: int):
-        self.launch, self.index, self.rank = launch, index, launch.rank
-        raw = np.full(launch.shared_end + 1024, 0xCB, np.uint8)
-        self.shared = raw[-raw.ctypes.data % 1024 :][: launch.shared_end + 15 & ~15]
-        self.barriers: dict[int, barriers.Barrier] = {}
-        self.meetings: dict[int, barriers.Meeting] = {}
-        self.parameters = np.frombuffer(launch.parameters + bytes(8), np.uint8)
-        self.warps: list[Warp] = []
-        self.early = False
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}, CTA {self.index}"
+LATE_ROUNDS = 8  # that a late copy takes
+BUDGET = 1000
+#: Agents of a CTA: four a warp, and one for each of its mbarriers (`order.c`).
+MAX_WARPS, MAX_BARRIERS = 32, 96
 
 
 class Warp:
-    def __init__(self, machine: Machine, cta: CTA, index: int):
-        self.machine, self.cta, self.index = machine, cta, index
-        code = self.code = cta.launch.code
-        self.blocked = None  # what it waits for
-        self.done = False
-        self.bulk: list[list[Callable]] = [[]]  # groups of bulk stores; the last is open
-        self.mma: list[list[Callable]] = [[]]
-        self.late_products = 0
-        self.wrote = False
-        self.rows = np.full((code.num_rows, 32), 0xDEADBEEF, np.uint32)
-        self.predicates = np.zeros(code.num_predicates, np.uint32)
-        self.predicates[1] = ALL
-        lanes = np.arange(32)
-        threads = code.entry.threads
-        special = {
-            "%tid.x": 32 * index + lanes, "%ctaid.x": cta.index, "%nctaid.x": cta.launch.grid,
-            "%ntid.x": threads, "%laneid": lanes, "%warpid": index,
-        }  # fmt: skip
-        for name, value in special.items():
-            self.rows[code.special[name]] = value
-        self._flat, self._wide = self.rows.reshape(-1), self.rows.reshape(-1).view(np.uint64)
-        self._pool = code.constants.reshape(-1)
-        pointers = {
-            "code": code.instructions, "extra": code.extra, "constants": code.constants,
-            "rows": self.rows, "predicates": self.predicates, "shared": cta.shared,
-            "parameters": cta.parameters,
-        }  # fmt: skip
-        self.s = WarpState(
-            world=ctypes.pointer(machine.world), rank=cta.rank, rejoin=-1, mask=ALL,
-            shared_end=cta.launch.shared_end,
-            **{name: array.ctypes.data for name, array in pointers.items()},
-        )  # fmt: skip
-        self.reference = ctypes.byref(self.s)
+    """A warp that runs, as the core has it."""
+
+    def __init__(self, machine: Machine, rank: int, cta: int, index: int, state):
+        self.machine, self.rank, self.cta, self.index, self.state = machine, rank, cta, index, state
+        self.code = machine.codes[core.CCode.from_address(state.code).number]
 
     def __str__(self) -> str:
-        role = self.machine.names.role(self.index)
-        return f"{self.cta}, warp {self.index}" + (f" ({role})" if role else "")
+        return self.machine.name_of(self.rank, self.cta, self.index)
 
     @property
     def instr(self):
-        return self.code.origin[min(self.s.pc, len(self.code.origin) - 1)]
+        return self.code.origin[min(self.state.pc, len(self.code.origin) - 1)]
 
     @property
-    def first(self) -> int:
-        """The first active lane."""
-        active = self.s.active
-        return (active & -active).bit_length() - 1
+    def block(self) -> core.CCta:
+        return core.CCta.from_address(self.state.cta)
 
-    def lanes(self) -> list[int]:
-        active = self.s.active
-        return [lane for lane in range(32) if active >> lane & 1]
+    def rows(self) -> np.ndarray:
+        """Its registers: uint32 [rows, 32]."""
+        size = self.code.num_rows * 32
+        return _array(self.state.rows, ctypes.c_uint32, size).reshape(-1, 32)
 
-    def value(self, operand: Operand, lane: int) -> int:
-        row = operand.row
-        if row >= 0:
-            return int(self._wide[16 * row + lane] if operand.bits == 64 else self._flat[32 * row + lane])
-        return int(self._pool[32 * (-1 - row) + lane])
+    def register(self, name: str) -> np.ndarray:
+        """The lanes of a register by its name in PTX: uint32, uint64, or bool of a predicate."""
+        if name in self.code.predicates:
+            mask = _array(self.state.predicates, ctypes.c_uint32, self.code.num_predicates)
+            return (mask[self.code.predicates[name]] >> np.arange(32, dtype=np.uint32) & 1).astype(bool)
+        row, bits = self.code.rows[name], self.code.entry.registers.get(name, 32)
+        lanes = self.rows()[row : row + bits // 32 or 1].reshape(-1)
+        return lanes.view(np.uint64) if bits == 64 else lanes
 
-    def signed(self, operand: Operand, lane: int) -> int:
-        value = self.value(operand, lane)
-        return value - (1 << 32) if value >> 31 else value
+    def shared(self) -> np.ndarray:
+        """Shared memory of its CTA."""
+        return _array(self.block.shared, ctypes.c_uint8, self.machine.shared_end)
 
-    def predicate(self, number: int, lane: int) -> int:
-        return int(self.predicates[number]) >> lane & 1
 
-    def set_predicate(self, number: int, value: bool) -> None:
-        active = self.s.active
-        self.predicates[number] = int(self.predicates[number]) & ~active | (active if value else 0)
-
-    def advance(self) -> None:
-        self.machine.engine.advance(self.reference)
-
-    def crosses(self, segment: Segment, num_bytes: int) -> None:
-        if segment.rank >= 0 and segment.rank != self.cta.rank:
-            self.s.remote += num_bytes
+def _array(address: int, kind: type, count: int) -> np.ndarray:
+    return np.ctypeslib.as_array((kind * count).from_address(address))
 
 
 class Machine:
-    """`engine`: what executes instructions. `roles`: names of a CTA's warps. `patient`: a launch in
-    which everybody waits goes on at a later time, so that its own timeouts end it.
+    """directory: where the core is kept. num_ranks: that launch here. checks: follow the order of
+    accesses and report races. held_share: percent of releases at which stores that nobody has
+    ordered yet stay unseen; with checks. roles: names of a CTA's warps. patient: a launch in which
+    everybody waits goes on at a later time, so that its own timeouts end it.
     """
 
     def __init__(
         self,
-        engine,
+        directory: Path,
+        num_ranks: int = 1,
         policy: str = "eager",
         seed: int = 0,
+        checks: bool = False,
+        held_share: int = 0,
         roles: Sequence[str] = (),
         patient: bool = False,
         max_steps: int = 0,
-        budget: int = 1000,
+        budget: int = BUDGET,
     ):
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} is not one of {POLICIES}")
-        self.engine, self.policy, self.seed, self.budget = engine, policy, seed, budget
-        self.patient, self.max_steps = patient, max_steps
-        self.random = random.Random(seed)
-        self.memory, self.names, self.world = Memory(), report.Names(roles), World()
-        self.order = None
-        self.streams: dict[int, deque] = {}
-        self.current: dict[int, Launch] = {}
-        self.delay = 8  # rounds that a late copy takes
-        self.steps = self.rounds = self.remote_bytes = 0
-        self._ready: list[Warp] = []
-        self._flight: list[tuple[int, Callable]] = []
-        self._idle = 0
+        self.core, self.num_ranks, self.roles = core.library(directory), num_ranks, tuple(roles)
+        self.settings = core.Settings(
+            policy=POLICIES.index(policy), delay=LATE_ROUNDS, budget=budget, patient=patient,
+            ordered=checks, held_share=held_share, num_ranks=num_ranks, seed=seed,
+            max_steps=max_steps, agents_per_cta=4 * MAX_WARPS + MAX_BARRIERS,
+        )  # fmt: skip
+        self.memory = Memory()
+        self.codes: list[Code] = []
+        self.shared_end = 0
+        self.on_break: Callable[[Warp], None] | None = None
+        self._streams: list[list] = [[] for _ in range(num_ranks)]
+        self._c = None
+        self._kept: list = []
 
     # What is to be done
 
     def launch(
         self, code: Code, grid: int, parameters: bytes, dynamic_shared: int = 0, rank: int = 0
-    ) -> Launch:
-        """Append a launch to the stream of a rank."""
-        launch = Launch(code, grid, parameters, rank, dynamic_shared)
-        self.streams.setdefault(rank, deque()).append(launch)
-        return launch
+    ) -> None:
+        """Append a launch to the stream of a rank. `parameters`: the bytes that it finds."""
+        self._streams[rank].append((code, grid, parameters, dynamic_shared))
 
     def call(self, function: Callable[[], None], rank: int = 0) -> None:
         """Append what the host does to a stream: after the launches before it."""
-        self.streams.setdefault(rank, deque()).append(function)
-
-    # Policies
-
-    def stores_read_late(self) -> bool:
-        return self.policy in ("late", "tardy") or (self.policy == "random" and self.random.random() < 0.5)
-
-    def multiplies_late(self) -> bool:
-        return self.policy == "tardy" or (self.policy == "random" and self.random.random() < 0.5)
-
-    def start_copy(self, cta: CTA, action: Callable[[], None]) -> None:
-        """Perform an asynchronous load, now or later."""
-        if self.policy in ("eager", "tardy"):
-            action()
-        else:
-            late = self.delay if self.policy == "late" else self.random.randrange(self.delay)
-            self._flight.append((self.rounds + late, action))
-
-    def multiply(self, warp, sums, left, a, b, columns, keep, kind, first) -> None:
-        rows = (ctypes.c_int32 * len(sums))(*sums)
-        left = (ctypes.c_int32 * len(left))(*left) if left else None
-        self.engine.multiply(warp.reference, rows, left, a, b, columns, keep, KINDS[kind], first)
+        self._streams[rank].append(function)
 
     # Running
 
     def run(self) -> None:
-        """Run every stream to its end; raises a `MachineError` if it does not come to one."""
-        table, count = self.memory.table()
-        self.world.segments, self.world.num_segments = table, count
-        for rank in self.streams:
-            self._next(rank)
-        while self._ready or self._flight or self.current:
-            self._round()
-
-    def _next(self, rank: int, behind: Launch | None = None) -> None:
-        """Start the next launch of a rank, whose stream is empty but for `behind`."""
-        stream = self.streams[rank]
-        while stream and not isinstance(stream[0], Launch):
-            if behind:
-                return
-            stream.popleft()()
-        if not stream:
-            return
-        launch = stream.popleft()
-        launch.behind = behind
-        self.current[rank] = launch
-        for index in range(launch.grid):
-            cta = CTA(launch, index)
-            threads = launch.code.entry.threads
-            cta.warps = [Warp(self, cta, number) for number in range(threads // 32)]
-            launch.ctas.append(cta)
-            self._ready += cta.warps
-
-    def _round(self) -> None:
-        self.rounds += 1
-        ready, self._ready = self._ready, []
-        if self.seed:
-            self.random.shuffle(ready)
-        longest, busy = 0, False
-        for warp in ready:
-            ran, idle = self._turn(warp)
-            longest = max(longest, ran)
-            busy |= not idle
-            if not warp.done and warp.blocked is None:
-                self._ready.append(warp)
-        self.world.time += longest
-        busy |= self._land(everything=not busy)
-        if self.max_steps and self.steps > self.max_steps:
-            raise StepLimit(f"no end after {self.max_steps} instructions\n{report.waits(self)}")
-        self._idle = 0 if busy else self._idle + 1
-        if self._idle == 2 and self.patient:
-            self.world.time += PATIENCE
-        elif self._idle == 2 or self._idle > IDLE_ROUNDS:
-            raise Deadlock("nobody can go on:\n" + report.waits(self))
-
-    def _land(self, everything: bool) -> bool:
-        """Perform copies whose time has come; True if there were any."""
-        due = [item for item in self._flight if everything or item[0] <= self.rounds]
-        if due:
-            self._flight = [item for item in self._flight if item not in due]
-            for _, action in due:
-                action()
-        return bool(due)
-
-    def _turn(self, warp: Warp) -> tuple[int, bool]:
-        """Let a warp execute: (instructions, whether it did nothing but wait)."""
-        budget = self.random.randint(self.budget // 10, self.budget) if self.seed else self.budget
-        state, run, begin = warp.s, self.engine.run, warp.s.count
-        end, warp.wrote = begin + budget, False
-        while True:
-            status = run(warp.reference, end - state.count)
-            if status == SERVICE:
-                status = self.perform(warp)
-                if status == NEXT:
-                    self.engine.advance(warp.reference)
-                    state.count += 1
-                    continue
-                if status == LEFT and warp.blocked is None:
-                    continue
-                if status == PAUSE:
-                    self.engine.advance(warp.reference)
-                idle = status == PAUSE and not warp.wrote
-                break
-            if status == FAULT:
-                raise Fault(self._fault(warp))
-            if status == ENDED:
-                self._end(warp)
-            idle = status == POLLED and not warp.wrote
-            break
-        ran = state.count - begin
-        self.steps += ran
-        return ran, idle
-
-    def _fault(self, warp: Warp) -> str:
-        code, instr = warp.s.fault, warp.instr
-        shared = ".shared" in instr.op
-        place = f"shared {warp.s.address}" if shared else self.memory.describe(warp.s.address)
-        address = f" at {place}" if code <= 2 else ""
-        return f"{warp}: {report.where(instr)}: {FAULTS[code]}{address}"
-
-    def perform(self, warp: Warp) -> int:
-        """A service: NEXT, go on behind it; STAY, blocked at it; LEFT, behind it already; PAUSE, go
-        on in the next round.
+        """Run every stream to its end; raises a `MachineError` if it does not come to one, or if
+        checks find that accesses race.
         """
-        service = warp.code.services[int(warp.code.instructions["x"][warp.s.pc])]
-        name = service.name
-        if name not in ("nanosleep",) and service.words[1:2] not in (["try_wait"], ["test_wait"]):
-            warp.wrote, warp.s.num_polls = True, 0
-        return SERVICES[name](self, warp, service)
+        self._make()
+        while (status := self.core.machine_run(self._c, 1 << 30)) != core.DONE:
+            if status == core.HOST_TURN:
+                self._hosts()
+            elif status == core.FAULTED:
+                raise Fault(self._fault())
+            elif status == core.DEADLOCK:
+                raise Deadlock("nobody can go on:\n" + report.waits(self))
+            elif status == core.TOO_LONG:
+                limit = self.settings.max_steps
+                raise StepLimit(f"no end after {limit} instructions\n{report.waits(self)}")
+            elif self.on_break:
+                self.on_break(self.stopped())
+        races = report.races(self)
+        if races:
+            raise Races("\n".join(races))
 
-    def wake(self, warp: Warp) -> None:
-        warp.blocked = None
-        self._ready.append(warp)
+    def __del__(self):
+        if getattr(self, "_c", None):
+            self.core.machine_free(self._c)
 
-    def _end(self, warp: Warp) -> None:
-        warp.done = True
-        cta, launch = warp.cta, warp.cta.launch
-        self.remote_bytes += warp.s.remote
-        if any(warp.bulk) or any(warp.mma):
-            raise Fault(f"{warp} ended before its bulk stores or products")
-        if all(other.done for other in cta.warps):
-            for barrier in cta.barriers.values():
-                if barrier.bytes:
-                    raise Fault(f"{cta} ended while copies come in at {barrier}")
-            launch.running -= 1
-            self.let_dependents_start(cta)
-            if launch.running == 0:
-                self._ended(launch)
+    def _make(self) -> None:
+        grids = [item[1] for stream in self._streams for item in stream if isinstance(item, tuple)]
+        settings, shift = self.settings, 2
+        settings.max_ctas = max(grids, default=1)
+        settings.num_agents = self.num_ranks * (1 + settings.max_ctas * settings.agents_per_cta)
+        self._c = self.core.machine_new(settings)
+        for stream in self._streams:
+            for item in stream:
+                if isinstance(item, tuple):
+                    shift = min(shift, item[0].granule[0].bit_length() - 1)
+        for segment in self.memory.segments:
+            fresh = segment.fresh_lines() if settings.ordered else None
+            self._kept.append(fresh)
+            pointer = None if fresh is None else fresh.ctypes.data
+            size = len(segment.bytes)
+            self.core.add_segment(self._c, segment.base, size, segment.rank, shift, pointer)
+        for rank, stream in enumerate(self._streams):
+            for item in stream:
+                if isinstance(item, tuple):
+                    self._add(rank, *item)
+                else:
+                    self.core.add_launch(self._c, rank, None, 0, 0, None, 0, None, 0)
 
-    def let_dependents_start(self, cta: CTA) -> None:
-        launch = cta.launch
-        if not cta.early:
-            cta.early = True
-            launch.early -= 1
-            if launch.early == 0 and launch.running and self.current.get(launch.rank) is launch:
-                self._next(launch.rank, launch)
+    def _add(self, rank: int, code: Code, grid: int, parameters: bytes, dynamic: int) -> None:
+        if code not in self.codes:
+            self.codes.append(code)
+        number = self.codes.index(code)
+        c_code = core.CCode(
+            code.instructions.ctypes.data, code.extra.ctypes.data, code.constants.ctypes.data,
+            code.num_rows, code.num_predicates, code.entry.threads, number,
+            (ctypes.c_int32 * 2)(*(size.bit_length() - 1 for size in code.granule)),
+        )  # fmt: skip
+        found = [
+            TensorMap(parameters[offset : offset + size]).packed(offset, self.memory)
+            for offset, size in code.entry.params.values()
+            if size == 128
+        ]
+        maps = (core.Map * max(1, len(found)))(*found)
+        self.shared_end = SHARED_BASE + code.shared_bytes + dynamic
+        data = core.bytes_pointer(parameters)
+        self.core.add_launch(
+            self._c, rank, c_code, grid, self.shared_end, data, len(parameters), maps, len(found)
+        )
+        self._kept += [c_code, parameters, maps]
 
-    def _ended(self, launch: Launch) -> None:
-        for warp in launch.waiting:
-            self.wake(warp)
-        launch.waiting.clear()
-        if self.current.get(launch.rank) is launch:
-            del self.current[launch.rank]
-            self._next(launch.rank)
+    def _hosts(self) -> None:
+        """Do what the hosts do that come first in their streams."""
+        for rank, stream in enumerate(self._streams):
+            if self.core.host_first(self._c, rank):
+                next(item for item in stream if not isinstance(item, tuple))()
+                stream.remove(next(item for item in stream if not isinstance(item, tuple)))
+                self.core.host_done(self._c, rank)
 
-    def running(self) -> list[CTA]:
-        launches = list(self.current.values())
-        launches += [launch.behind for launch in launches if launch.behind and launch.behind.running]
-        return [cta for launch in launches for cta in launch.ctas]
+    def host_wrote(self, rank: int, address: int, num_bytes: int, launch: int = 1) -> None:
+        """Bytes that the host has stored for a launch, by number in the stream of a rank."""
 
-    def watching(self, warp: Warp) -> str:
-        """What a warp that is not blocked looks at."""
-        address = warp.s.address
-        if not warp.s.num_polls or not any(s.base <= address < s.end for s in self.memory.segments):
-            return ""
-        value = int(self.memory.at(address & ~3, 4).view(np.int32)[0])
-        return f"polls {self.memory.describe(address)}, which is {value}"
+    # What it is at
 
+    @property
+    def steps(self) -> int:
+        """Instructions that have been executed."""
+        return self._c.contents.steps if self._c else 0
 
-def nanosleep(machine: Machine, warp: Warp, service) -> int:
-    return PAUSE
+    @property
+    def rounds(self) -> int:
+        return self._c.contents.rounds
 
+    @property
+    def remote_bytes(self) -> int:
+        """Bytes of accesses to memory of other ranks."""
+        return self._c.contents.remote
 
-def dependents(machine: Machine, warp: Warp, service) -> int:
-    """griddepcontrol: wait for the launch before this one, or let the one behind it start."""
-    launch = warp.cta.launch
-    if service.words[1] == "launch_dependents":
-        machine.let_dependents_start(warp.cta)
-    elif launch.behind and launch.behind.running:
-        launch.behind.waiting.append(warp)
-        warp.blocked = "the launch before"
-        return barriers.STAY
-    return NEXT
+    @property
+    def warps_per_cta(self) -> int:
+        return max(code.entry.threads for code in self.codes) // 32
 
+    def found_races(self) -> list[core.Race]:
+        machine = self._c.contents
+        return list((core.Race * machine.num_races).from_address(machine.races))
 
-def fence(machine: Machine, warp: Warp, service) -> int:
-    if machine.order:
-        machine.order.fence(warp, service)
-    return NEXT
+    def name_of(self, rank: int, cta: int, warp: int) -> str:
+        role = f" ({self.roles[warp]})" if warp < len(self.roles) else ""
+        return f"rank {rank}, CTA {cta}, warp {warp}{role}"
 
+    def warps(self) -> Iterator[Warp]:
+        """Those that have not ended, of the launches that run last."""
+        pointer = ctypes.POINTER(core.CWarp)()
+        for rank in range(self.num_ranks):
+            for cta in range(self.settings.max_ctas):
+                for index in range(MAX_WARPS):
+                    found = self.core.running(self._c, rank, cta, index, ctypes.byref(pointer))
+                    if found == 2:
+                        yield Warp(self, rank, cta, index, pointer.contents)
 
-SERVICES = {
-    "nanosleep": nanosleep, "griddepcontrol": dependents, "fence.proxy.async": fence,
-    "fence.acq_rel": fence, "bar.warp.sync": barriers.of_warp, "bar.sync": barriers.named,
-    "bar.arrive": barriers.named, "mbarrier": barriers.mbarrier, "cp.async.bulk": copies.bulk,
-    "wgmma": tensorcores.wgmma,
-}  # fmt: skip
+    def stopped(self) -> Warp:
+        """The warp that the last stop is about."""
+        state = core.CWarp.from_address(self._c.contents.stopped)
+        block = core.CCta.from_address(state.cta)
+        return Warp(self, block.rank, block.index, state.index, state)
+
+    def _fault(self) -> str:
+        warp = self.stopped()
+        shared = ".shared" in warp.instr.op.partition(".global")[0]
+        address = warp.state.address
+        place = f"shared {address}" if shared else self.memory.describe(address)
+        fault = core.FAULTS[warp.state.fault]
+        return f"{warp}: {report.where(warp.instr)}: {fault}; last access: {place}"

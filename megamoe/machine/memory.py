@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megamoe.machine import core
 from megamoe.machine.faults import Fault
 
 HOST = -1  # the rank of memory that belongs to none
@@ -44,11 +43,20 @@ class Segment:
     def end(self) -> int:
         return self.base + len(self.bytes)
 
+    def fresh_lines(self) -> np.ndarray | None:
+        """For every 128 bytes whether they belong to a fresh region; None if there is none."""
+        if not any(region.fresh for region in self.regions):
+            return None
+        lines = np.zeros(len(self.bytes) // 128 + 1, np.uint8)
+        for region in self.regions:
+            if region.fresh:
+                lines[region.begin // 128 : -(-(region.begin + region.num_bytes) // 128)] = 1
+        return lines
+
 
 class Memory:
     def __init__(self) -> None:
         self.segments: list[Segment] = []
-        self._table = (core.Segment * 1)()
 
     def add(
         self, name: str, tensor: torch.Tensor | None, rank: int = HOST, regions: Iterable[Region] = ()
@@ -60,12 +68,6 @@ class Memory:
         base = flat.__array_interface__["data"][0]
         assert base == tensor.data_ptr(), f"{name} is not contiguous"
         self.segments.append(Segment(name, base, flat, rank, sorted(regions, key=_begin)))
-
-    def table(self) -> tuple:
-        """The segments for the engine: an array that must be kept, and their number."""
-        entries = [core.Segment(s.base, s.end, s.rank) for s in self.segments]
-        self._table = (core.Segment * max(1, len(entries)))(*entries)
-        return self._table, len(entries)
 
     def find(self, address: int, size: int) -> Segment:
         for segment in self.segments:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from megamoe.machine import core
 from megamoe.machine.ptx import Instr, Place
 
 
@@ -50,33 +51,77 @@ def where(instr: Instr) -> str:
     return f"{instr.place}{f' in {function}' if function else ''} (PTX {instr.line}: {instr.op})"
 
 
-class Names:
-    """Names of warps and barriers of one machine. `roles`: of the warps of a CTA, in order."""
+def barrier_name(warp, address: int) -> str:
+    """An mbarrier is called by the source of its first argument where it is initialised, and
+    numbered among those that the same line makes: mbarrier_init(pipes.full + stage, ...).
+    """
+    made = []
+    for instr in warp.code.origin:
+        if instr.op.startswith("mbarrier.init"):
+            found = re.search(r"mbarrier_init\(\s*([\w.]+)", text_of(instr.place))
+            made.append(found[1] if found else f"mbarrier of {instr.place}")
+    block = warp.block
+    for number in range(block.num_barriers):
+        if block.barriers[number].address == address and number < len(made):
+            return f"{made[number]}[{made[:number].count(made[number])}]"
+    return f"mbarrier at {address}"
 
-    def __init__(self, roles: Sequence[str] = ()):
-        self.roles = tuple(roles)
-        self._counts: Counter = Counter()
 
-    def role(self, index: int) -> str:
-        return self.roles[index] if index < len(self.roles) else ""
-
-    def barrier(self, cta, instr: Instr) -> str:
-        """An mbarrier is called by the source of its first argument where it is initialised, and
-        numbered among those that the same line makes: mbarrier_init(pipes.full + stage, ...).
-        """
-        found = re.search(r"mbarrier_init\(\s*([\w.]+)", text_of(instr.place))
-        name = found[1] if found else f"mbarrier of {instr.place}"
-        key = cta, name
-        self._counts[key] += 1
-        return f"{name}[{self._counts[key] - 1}]"
+def waiting_for(warp) -> str:
+    """What a warp waits for, in words."""
+    state, memory = warp.state, warp.machine.memory
+    if state.blocked == core.ON_MBARRIER:
+        (barrier,) = (b for b in warp.block.barriers if b.address == state.what)
+        missing = f"{barrier.pending} of {barrier.count} arrivals and {barrier.bytes} bytes"
+        return f"waits for {barrier_name(warp, state.what)}, phase {barrier.flips}: {missing} missing"
+    if state.blocked == core.ON_BARRIER:
+        return f"waits at barrier {state.what}"
+    if state.blocked == core.ON_LAUNCH:
+        return "waits for the launch before"
+    polled = []
+    for poll in state.polls[: state.num_polls]:
+        if any(s.base <= poll.address < s.end for s in memory.segments):
+            value = int(memory.at(poll.address & ~3, 4).view(np.int32)[0])
+            polled.append(f"{memory.describe(poll.address)}, which is {value}")
+    return f"polls {'; '.join(polled)}" if polled else "can go on"
 
 
 def waits(machine) -> str:
     """A line for every warp that has not ended: who waits where for what."""
+    return "\n".join(f"{w}: {where(w.instr)} {waiting_for(w)}" for w in machine.warps())
+
+
+KINDS = (
+    "{what} is not ordered after the write", "write is not ordered after the write",
+    "write is not ordered after the read", "read of what nobody wrote in this launch",
+    "read of what another launch wrote",
+)  # fmt: skip
+
+
+def agent_name(machine, agent: int) -> str:
+    """An agent of `order.c` in words."""
+    if agent < machine.num_ranks:
+        return f"host of rank {agent}"
+    cta, part = divmod(agent - machine.num_ranks, machine.settings.agents_per_cta)
+    rank, cta = divmod(cta, machine.settings.max_ctas)
+    warp, kind = divmod(part, 4)
+    if warp >= machine.warps_per_cta:
+        return f"copies of rank {rank}, CTA {cta}"
+    kinds = ("lane 0 of", "lanes 1 to 31 of", "bulk stores of", "tensor cores for")
+    return f"{kinds[kind]} {machine.name_of(rank, cta, warp)}"
+
+
+def races(machine) -> list[str]:
+    """A line for every race, once per pair of places."""
     lines = []
-    for cta in machine.running():
-        for warp in cta.warps:
-            if not warp.done:
-                reason = f"waits for {warp.blocked}" if warp.blocked else machine.watching(warp)
-                lines.append(f"{warp}: {where(warp.instr)} {reason}")
-    return "\n".join(lines)
+    for found in machine.found_races():
+        one, two = (
+            where(machine.codes[place >> 20].origin[place & 0xFFFFF]) for place in (found.where, found.other)
+        )
+        place = f"shared {found.address}" if found.space else machine.memory.describe(found.address)
+        first, second = agent_name(machine, found.agent), agent_name(machine, found.other_agent)
+        text = f"{place}: {KINDS[found.kind].format(what='read')}: {one} by {first}"
+        if found.kind < 3:
+            text += f", after {two} by {second}"
+        lines.append(text + (f" ({found.count} times)" if found.count > 1 else ""))
+    return lines

@@ -1,0 +1,343 @@
+// Barriers of a CTA, asynchronous copies and tensor cores.
+//
+// Loads complete on an mbarrier, at their issue or later as the policy says; bulk stores and products
+// belong to groups of their warp, and read shared memory at their issue or at the wait for the group.
+
+static void wake(Warp *w) {
+  w->blocked = FREE;
+  w->machine->next[w->machine->num_next++] = w;
+}
+static int block(Warp *w, int kind, u32 what) { return w->blocked = kind, w->what = what, BLOCKED; }
+
+static void wake_all(Cta *c, u64 *waiting) {
+  for (; *waiting; *waiting &= *waiting - 1) wake(c->warps + __builtin_ctzll(*waiting));
+}
+
+// mbarriers
+
+static Barrier *barrier_at(Warp *w, u64 address) {
+  w->address = address;
+  u32 number = address >= BASE && address < w->cta->launch->shared_end ? w->cta->barrier_at[address / 8] : 0;
+  if (address & 7 || !number) return fail(w, NO_BARRIER), NULL;
+  return w->cta->barriers + number - 1;
+}
+
+static int settle(Cta *c, Barrier *b) {
+  if (b->pending < 0) return MANY_ARRIVALS;
+  if (b->pending || b->bytes) return NO_FAULT;
+  b->pending = b->count;
+  b->flips++;
+  if (c->warps->machine->settings.ordered) phase_done(c->warps->machine, b);
+  wake_all(c, &b->waiting);
+  return NO_FAULT;
+}
+
+// init, arrive, arrive.expect_tx; c: row of the count or of the bytes.
+static int mbarrier(Warp *w, const Instruction *i, u32 m) {
+  w->num_polls = 0, w->wrote = 1;
+  int ordered = w->machine->settings.ordered;
+  for (u32 rest = m; rest; rest &= rest - 1) {
+    int l = __builtin_ctz(rest);
+    u64 address = place(w, i->a, i->b, i->n, l);
+    u32 amount = value(w, i->c, 0, l);
+    Cta *c = w->cta;
+    if (i->op == OP_mbarrier_init) {
+      if (!find(w, SHARED, address, 8) || address & 7 || c->num_barriers == MAX_BARRIERS) return fail(w, NO_BARRIER);
+      c->barrier_at[address / 8] = ++c->num_barriers;
+      Barrier *b = c->barriers + c->num_barriers - 1;
+      b->address = address, b->count = b->pending = amount;
+      b->agent = w->agent - 4 * w->index + 4 * c->num_warps + c->num_barriers - 1;
+      continue;
+    }
+    Barrier *b = barrier_at(w, address);
+    if (!b) return FAULT;
+    if (ordered) arrived(w, l, b);
+    if (i->op == OP_mbarrier_expect) b->bytes += amount, b->pending--;
+    else b->pending -= amount;
+    int fault = settle(c, b);
+    if (fault) return fail(w, fault);
+  }
+  if (ordered && i->op != OP_mbarrier_init) tick(w, m);
+  return RAN;
+}
+
+// try_wait and test_wait for a parity; c: its row, d: a predicate.
+static int mbarrier_wait(Warp *w, const Instruction *i, u32 m) {
+  int l = __builtin_ctz(m);
+  Barrier *b = barrier_at(w, place(w, i->a, i->b, i->n, l));
+  if (!b) return FAULT;
+  u32 passed = (b->flips & 1) != value(w, i->c, 0, l);
+  if (!passed && i->op == OP_mbarrier_try) {
+    b->waiting |= 1ull << w->index;
+    return block(w, ON_MBARRIER, b->address);
+  }
+  OUT_mask(passed ? ~0u : 0)
+  if (passed && w->machine->settings.ordered) passed_phase(w, m, b);
+  return passed ? RAN : PAUSED;
+}
+
+// bar.sync and bar.arrive. n: number, x: threads or 0.
+static int meet(Warp *w, const Instruction *i) {
+  Cta *c = w->cta;
+  Meeting *meeting = c->meetings + (i->n & 15);
+  u32 threads = i->x ? i->x : w->code->threads;
+  w->num_polls = 0, w->wrote = 1;
+  meeting->threads += 32;
+  if (w->machine->settings.ordered) came(w, meeting);
+  if (meeting->threads > threads) return fail(w, MANY_THREADS);
+  if (i->op == OP_bar_sync) meeting->waiting |= 1ull << w->index;
+  if (meeting->threads == threads) {
+    if (w->machine->settings.ordered) met(c, meeting);
+    meeting->threads = 0;
+    meeting->waiting &= ~(1ull << w->index);
+    wake_all(c, &meeting->waiting);
+  } else if (i->op == OP_bar_sync) {
+    go(w, w->pc + 1);
+    return block(w, ON_BARRIER, i->n);
+  }
+  return RAN;
+}
+
+// Loads
+
+static void read_box(Machine *m, const Copy *c) {
+  const Map *map = c->map;
+  u8 *shared = c->cta->shared;
+  s32 last = 0, k[5] = {0};
+  s64 low = c->at[0] < 0 ? -c->at[0] : 0, high = map->size[0] - c->at[0];
+  if (high > map->box[0]) high = map->box[0];
+  for (u32 target = c->target; target < c->target + c->bytes; target += 128) {
+    s64 offset = c->at[0] * map->stride[0];
+    int inside = high > low;
+    for (int d = 1; d < map->rank; d++) {
+      s64 at = (s64)c->at[d] + k[d];
+      inside &= at >= 0 && at < map->size[d];
+      offset += at * map->stride[d];
+    }
+    for (int d = 1; d < map->rank && ++k[d] == map->box[d]; d++) k[d] = 0;
+    u8 line[128] = {0};
+    if (inside) {
+      u64 source = map->base + offset + low * map->item;
+      u32 bytes = (high - low) * map->item;
+      memcpy(line + low * map->item, (const u8 *)source, bytes);
+      if (m->settings.ordered) copied(m, c, GLOBAL, source, bytes, 0, &last);
+    }
+    for (int chunk = 0; chunk < 8; chunk++)  // the 128-byte swizzle
+      memcpy(shared + target + ((chunk ^ (target >> 7 & 7)) << 4), line + 16 * chunk, 16);
+  }
+}
+
+static int perform(Machine *m, Copy *c) {
+  s32 last = 0;
+  if (c->map) read_box(m, c);
+  else {
+    memcpy(c->cta->shared + c->target, (const u8 *)c->source, c->bytes);
+    if (m->settings.ordered) copied(m, c, GLOBAL, c->source, c->bytes, 0, &last);
+  }
+  if (m->settings.ordered) {
+    copied(m, c, SHARED, c->target, c->bytes, 1, &last);
+    landed(m, c);
+  }
+  c->barrier->bytes -= c->bytes;
+  return settle(c->cta, c->barrier);
+}
+
+// x, bulk: row, width and offset of the source, row of the bytes; tensor: row of the map, rank, rows of
+// the coordinates; both then: row, width and offset of the mbarrier.
+static int load(Warp *w, const Instruction *i, u32 m) {
+  Machine *machine = w->machine;
+  const s32 *x = w->code->extra + i->x;
+  w->num_polls = 0, w->wrote = 1;
+  if (i->op == OP_load_tensor && m & (m - 1)) return fail(w, MANY_LANES);
+  for (u32 rest = m; rest; rest &= rest - 1) {
+    int l = __builtin_ctz(rest);
+    Copy c = {w->cta, .target = place(w, i->a, i->b, i->n, l), .where = where(w, i)};
+    const s32 *b;
+    if (i->op == OP_load_bulk) {
+      c.source = place(w, x[0], x[1], x[2], l), c.bytes = value(w, x[3], 0, l), b = x + 4;
+      if ((c.source | c.bytes | c.target) & 15) return w->address = c.source, fail(w, NOT_16);
+      if (!find(w, GLOBAL, c.source, c.bytes)) return FAULT;
+    } else {
+      s32 offset = value(w, x[0], 1, l) - PARAM_BASE;
+      for (s32 n = 0; n < w->cta->launch->num_maps; n++)
+        if (w->cta->launch->maps[n].offset == offset) c.map = w->cta->launch->maps + n;
+      if (!c.map || c.map->rank != x[1]) return fail(w, NO_MAP);
+      c.bytes = 128;
+      for (int d = 0; d < x[1]; d++) {
+        c.at[d] = value(w, x[2 + d], 0, l);
+        if (d) c.bytes *= c.map->box[d];
+      }
+      b = x + 2 + x[1];
+      if (c.target & 127) return w->address = c.target, fail(w, NOT_16);
+    }
+    if (!find(w, SHARED, c.target, c.bytes)) return FAULT;
+    c.barrier = barrier_at(w, place(w, b[0], b[1], b[2], l));
+    if (!c.barrier) return FAULT;
+    if (machine->settings.ordered) c.clock = issued(w, l, &c.stamp);
+    int policy = machine->settings.policy;
+    if (policy == EAGER || policy == TARDY) {
+      int fault = perform(machine, &c);
+      if (fault) return fail(w, fault);
+    } else {
+      c.due = machine->rounds + (policy == LATE ? machine->settings.delay : drawn(machine) % machine->settings.delay);
+      machine->copies = realloc(machine->copies, (machine->num_copies + 1) * sizeof c);
+      machine->copies[machine->num_copies++] = c;
+    }
+  }
+  return RAN;
+}
+
+// Bulk stores
+
+static int reads_late(Machine *m, int tardy_only) {
+  int policy = m->settings.policy;
+  return policy == TARDY || (policy == LATE && !tardy_only) || (policy == RANDOM && drawn(m) & 1);
+}
+
+static void perform_store(Warp *w, Store *s) {
+  s32 last = 0;
+  memcpy((u8 *)s->target, w->cta->shared + s->source, s->bytes);
+  if (w->machine->settings.ordered) {
+    stored(w, s, SHARED, s->source, 0, &last);
+    stored(w, s, GLOBAL, s->target, 1, &last);
+  }
+  s->performed = 1;
+}
+
+// a, b, n: target; x: row, width and offset of the source, row of the bytes.
+static int store(Warp *w, const Instruction *i, u32 m) {
+  const s32 *x = w->code->extra + i->x;
+  w->num_polls = 0, w->wrote = 1;
+  for (u32 rest = m; rest; rest &= rest - 1) {
+    int l = __builtin_ctz(rest);
+    Store s = {place(w, i->a, i->b, i->n, l), place(w, x[0], x[1], x[2], l), value(w, x[3], 0, l), where(w, i)};
+    if ((s.target | s.source | s.bytes) & 15) return w->address = s.target, fail(w, NOT_16);
+    if (!find(w, GLOBAL, s.target, s.bytes) || !find(w, SHARED, s.source, s.bytes)) return FAULT;
+    s.group = w->stores_open;
+    if (w->machine->settings.ordered) s.clock = issued(w, l, &s.stamp);
+    if (!reads_late(w->machine, 0)) perform_store(w, &s);
+    w->stores = realloc(w->stores, (w->num_stores + 1) * sizeof s);
+    w->stores[w->num_stores++] = s;
+  }
+  return RAN;
+}
+
+// Wait for the groups below `group`.
+static void finish_stores(Warp *w, u32 m, s64 group) {
+  u32 n = 0;
+  for (; n < w->num_stores && (s64)w->stores[n].group < group; n++) {
+    Store *s = w->stores + n;
+    if (!s->performed) perform_store(w, s);
+    if (s->clock) finished(w, m, 2, s->stamp), free(s->clock);
+  }
+  w->num_stores -= n;
+  memmove(w->stores, w->stores + n, w->num_stores * sizeof(Store));
+}
+
+// Tensor cores
+
+static const f32 *values_of_e4m3(void) {
+  static f32 table[256];
+  if (!table[1])
+    for (int b = 0; b < 256; b++) {
+      int e = b >> 3 & 15, f = b & 7;
+      f32 v = (b & 127) == 127 ? NAN : e ? ldexpf(8 + f, e - 10) : ldexpf(f, -9);
+      table[b] = b > 127 ? -v : v;
+    }
+  return table;
+}
+
+// Where the two halves of row r of a K-major operand with a 128-byte swizzle lie.
+static u32 operand_at(u64 descriptor, int r, int half) {
+  u32 start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  u32 address = start + r / 8 * stride + r % 8 * 128 + 16 * half;
+  return address ^ (address >> 7 & 7) << 4;
+}
+
+static void decode(const u8 *bytes, int kind, f32 *out) {
+  if (kind == BF16)
+    for (int k = 0; k < 16; k++) out[k] = float_of((u32)((const u16 *)bytes)[k] << 16);
+  else {
+    const f32 *table = values_of_e4m3();
+    for (int k = 0; k < 32; k++) out[k] = table[bytes[k]];
+  }
+}
+
+static void operand(const Warp *w, u64 descriptor, int r, int kind, f32 *out) {
+  u8 bytes[32];
+  for (int half = 0; half < 2; half++) memcpy(bytes + 16 * half, w->cta->shared + operand_at(descriptor, r, half), 16);
+  decode(bytes, kind, out);
+}
+
+typedef f32 Eight __attribute__((vector_size(32), aligned(4)));
+
+// One warp's share of wgmma: its 16 rows of A, of registers or by descriptor, times all columns. Sums in
+// float32, in the order of K; products are exact. Lane l of register 4 g + j has row l / 4 + 8 (j / 2)
+// and column 8 g + 2 (l % 4) + j % 2. x: kind, columns, rows of the sums, and of A if it is in registers.
+static void multiply(Warp *w, const Product *p) {
+  f32 A[2][32][4][8], B[2][32][8], line[32];  // as the lanes need them, by half and k, by j % 2 and k
+  const s32 *x = w->code->extra + p->i->x, *sums = x + 2, *left = sums + x[1] / 2;
+  int kind = x[0], depth = kind == BF16 ? 16 : 32;
+  for (int r = 0; r < 16; r++) {
+    if (p->a) operand(w, p->a, 16 * (w->index % 4) + r, kind, line);
+    else {
+      u8 bytes[32];
+      for (int q = 0; q < 8; q++)  // words of a row: two registers, four lanes
+        memcpy(bytes + 4 * q, row(w, left[r / 8 + q / 4 * 2]) + r % 8 * 4 + q % 4, 4);
+      decode(bytes, kind, line);
+    }
+    for (int k = 0; k < depth; k++)
+      for (int q = 0; q < 4; q++) A[r / 8][k][r % 8 / 2][r % 2 * 4 + q] = line[k];
+  }
+  for (int g = 0; g < x[1] / 8; g++) {
+    for (int c = 0; c < 8; c++) {
+      operand(w, p->b, 8 * g + c, kind, line);
+      for (int k = 0; k < depth; k++) B[c % 2][k][c / 2] = B[c % 2][k][c / 2 + 4] = line[k];
+    }
+    for (int j = 0; j < 4; j++) {
+      Eight *sum = (Eight *)row(w, sums[4 * g + j]), total[4] = {0};
+      if (p->keep) memcpy(total, sum, sizeof total);
+      for (int k = 0; k < depth; k++) {
+        Eight column = *(Eight *)B[j % 2][k];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) total[v] += *(Eight *)A[j / 2][k][v] * column;
+      }
+      memcpy(sum, total, sizeof total);
+    }
+  }
+}
+
+static int product(Warp *w, const Instruction *i) {
+  const s32 *x = w->code->extra + i->x;
+  Product p = {i, i->a == NOBODY ? 0 : value(w, i->a, 1, 0), value(w, i->b, 1, 0), w->predicates[i->c] & 1};
+  for (int side = 0; side < 2; side++) {
+    u64 descriptor = side ? p.b : p.a;
+    if (!descriptor) continue;
+    for (int r = side ? x[1] - 1 : 63; r >= 0; r -= 7)
+      if (descriptor >> 62 != 1 || !find(w, SHARED, operand_at(descriptor, r, 1), 16)) return fail(w, BAD_DESCRIPTOR);
+  }
+  p.group = w->products_open;
+  w->wrote = 1, w->num_polls = 0;
+  if (w->machine->settings.ordered) {
+    if (w->touched) return fail(w, NO_FENCE);
+    p.stamp = ++w->machine->stamps;
+    if (p.a) operand_read(w, &p, p.a, 16 * (w->index % 4), 16);
+    operand_read(w, &p, p.b, 0, x[1]);
+  }
+  if (w->late_products || reads_late(w->machine, 1)) w->late_products++;
+  else multiply(w, &p), p.performed = 1;
+  w->products = realloc(w->products, (w->num_products + 1) * sizeof p);
+  w->products[w->num_products++] = p;
+  return RAN;
+}
+
+static void finish_products(Warp *w, s64 group) {
+  u32 n = 0;
+  for (; n < w->num_products && (s64)w->products[n].group < group; n++) {
+    Product *p = w->products + n;
+    if (!p->performed) multiply(w, p), w->late_products--;
+    if (w->machine->settings.ordered) finished(w, ~0u, 3, p->stamp);
+  }
+  w->num_products -= n;
+  memmove(w->products, w->products + n, w->num_products * sizeof(Product));
+}
