@@ -28,6 +28,7 @@ from megamoe.kernels.ptx import (
     nanosleep,
     pack_bf16x2,
     store_global_v4,
+    store_shared_volatile,
     unpack_bf16x2,
 )
 from megamoe.schedule import ceil_div
@@ -69,7 +70,7 @@ def combine(
     )
     if thread == 0:
         sync.mark(launch, "combined")
-        flag_smem[FLAG_STOP] = Int32(1)
+        store_shared_volatile(flag_smem + FLAG_STOP, Int32(1))
     if flag_smem[FLAG_OK] == 1:
         clean_up(launch, thread, epoch, threads)
     sync.cta_barrier(handover_id, handover_threads)  # nobody else reduces any more

@@ -96,6 +96,11 @@ def load_shared_volatile(pointer):
     )
 
 
+def store_shared_volatile(pointer, word):
+    """One Int32 that another warp looks at while it is stored."""
+    arch.inline_ptx("st.volatile.shared.b32 [{$r0}], {$r1};", read_only_args=[pointer, word])
+
+
 def store_shared(pointer, word):
     arch.inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[pointer, word])
 
