@@ -222,12 +222,12 @@ def leave_out_empty(launch: Launch, received, expert_ids, flag_smem):
         if expert < local:
             rows = received[expert]
         filled = arch.vote_ballot_sync(rows > 0)
+        arch.sync_warp()  # a vote orders no accesses: all have read before places are taken
         if rows > 0:
             index = found + arch.popc(filled & ((Int32(1) << lane) - 1))
             received[index] = rows
             expert_ids[index] = Int16(expert)
         found += arch.popc(filled)
-        arch.sync_warp()
     if lane == 0:
         flag_smem[FLAG_LIVE] = found
 
