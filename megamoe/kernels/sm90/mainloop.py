@@ -110,6 +110,7 @@ def accumulate_scaled(
             if const_expr(part >= 0):
                 warpgroup.wait_group(min(step, parts - 1) - part)
                 if const_expr(part == parts - 1):
+                    arch.sync_warp()  # every lane has read its scales
                     release(pipes.empty, stage, lane, warps)
                 for i in range_constexpr(size):
                     index = size * part + i
