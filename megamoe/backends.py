@@ -82,23 +82,22 @@ class Backend:
             )
 
     def _ranks(self, xs, ids, weights, scales, outs, counts) -> tuple[list, list[tuple]]:
-        """(outputs, arguments of `_stage_and_launch` by rank)"""
+        """(outputs, what `_stage` and `launch` take by rank)"""
         ys = [
             output[: x.shape[0]] if out is None else out
             for output, out, x in zip(self.outputs, outs, xs, strict=True)
         ]
-        return ys, list(zip(xs, ids, weights, ys, scales, counts, strict=True))
+        return ys, list(zip(xs, scales, ids, weights, ys, counts, strict=True))
 
-    def _stage_and_launch(self, index: int, stream: int, x, idx, weight, y, scale, counts) -> None:
-        """Put x where peers can read it, unless the launch itself does, then launch. A job of one
-        rank without scales reads x itself.
+    def _stage(self, index: int, x, scale) -> bool:
+        """Put x where peers can read it, unless the launch itself does; True if it is there
+        quantised. A job of one rank without scales reads x itself.
         """
         if scale is not None:
             _copy_unless_there(self.staged_scales[index], scale)
         if scale is not None or (self.layout.config.num_ranks > 1 and not self.quantizes):
             _copy_unless_there(self.staged[index], x)
-        staged = scale is not None
-        self.launch(index, x, idx, weight, y, stream, staged, counts)
+        return scale is not None
 
     def launch(
         self, index: int, x, idx, weight, y, stream: int, staged: bool = False, counts=None
@@ -158,24 +157,30 @@ class CpuBackend(Backend):
         self._machine = Machine
         self.machine: Machine | None = None
 
-    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
+    def forward(self, *columns) -> list[torch.Tensor]:
+        (ys,) = self.forward_many([columns])
+        return ys
+
+    def forward_many(self, forwards: list[tuple]) -> list[list[torch.Tensor]]:
+        """Forwards in stream order on every rank, which meet only inside the launches."""
         if self.workspace.failed:
             self.recover()
         settings = {"roles": CPU_ROLES, "patient": True, "seed": self.launches} | self.settings
         machine = self.machine = self._machine(cache_dir(), len(self.ranks), **settings)
-        ys, ranks = self._ranks(xs, ids, weights, scales, outs, counts)
-        self._map(machine, ranks)
+        all_ys = []
+        for columns in forwards:
+            ys, ranks = self._ranks(*columns)
+            all_ys.append(ys)
+            self._map(machine, ranks)
+            for index, (x, scale, *rest) in enumerate(ranks):
+                self._enqueue(machine, index, x, scale, *rest)
         self.workspace.failed = True  # stays so if the machine raises
-        for index, rank in enumerate(self.ranks):
-            self.kernel.launches.on_launch = functools.partial(machine.launch, rank=rank)
-            self._stage_and_launch(index, 0, *ranks[index])
-            self.kernel.launches.check()
         machine.run()
         self.workspace.failed = False
         self.launches += 1
         self.nvlink_bytes = machine.remote_bytes
         self.synchronize()
-        return ys
+        return all_ys
 
     def _map(self, machine, ranks: list[tuple]) -> None:
         """Everything that a launch may touch."""
@@ -184,7 +189,7 @@ class CpuBackend(Backend):
             for space, span in self.workspace.allocation.spaces[rank].items():
                 add(space, span, rank, regions_of(layout, space))
             stored, scales = self.weights[index]
-            x, idx, weight, y, _, counts = ranks[index]
+            x, _, idx, weight, y, counts = ranks[index]
             named = dict(
                 w13=stored.w13, w2=stored.w2, w13_sf=scales[0], w2_sf=scales[1], x=x, y=y,
                 topk_idx=idx, topk_weights=weight, expert_counts=counts,
@@ -192,6 +197,14 @@ class CpuBackend(Backend):
             )  # fmt: skip
             for name, tensor in named.items():
                 add(f"{name} of rank {rank}", tensor)
+
+    def _enqueue(self, machine, index: int, x, scale, idx, weight, y, counts) -> None:
+        rank = self.ranks[index]
+        if scale is not None or not self.quantizes:
+            machine.call(functools.partial(self._stage, index, x, scale), rank)
+        self.kernel.launches.on_launch = functools.partial(machine.launch, rank=rank)
+        self.launch(index, x, idx, weight, y, 0, scale is not None, counts)
+        self.kernel.launches.check()
 
     def synchronize(self) -> None:
         """Raise what the last launch reported."""
@@ -242,17 +255,21 @@ class GpuBackend(Backend):
         current = torch.cuda.current_stream()
         ys, ranks = self._ranks(xs, ids, weights, scales, outs, counts)
         if not self.streams:
-            self._stage_and_launch(0, current.cuda_stream, *ranks[0])
+            self._stage_and_launch(0, current, *ranks[0])
             return ys
         self.fork.record(current)
         for i, stream in enumerate(self.streams):
             stream.wait_event(self.fork)
             with torch.cuda.stream(stream):
-                self._stage_and_launch(i, stream.cuda_stream, *ranks[i])
+                self._stage_and_launch(i, stream, *ranks[i])
                 self.joins[i].record(stream)
         for join in self.joins:
             current.wait_event(join)
         return ys
+
+    def _stage_and_launch(self, index: int, stream, x, scale, idx, weight, y, counts) -> None:
+        staged = self._stage(index, x, scale)
+        self.launch(index, x, idx, weight, y, stream.cuda_stream, staged, counts)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -279,11 +296,15 @@ class GpuBackend(Backend):
 
 
 def regions_of(layout: Layout, space: str) -> list[Region]:
-    """The regions of a space as the machine names them."""
+    """The regions of a space as the machine names them. What a launch finds in those that the host
+    fills or reads was not written in the same launch.
+    """
     return [
-        Region(r.name, r.offset, r.num_bytes, r.num_bytes // r.shape[0], r.kind == DATA)
+        Region(r.name, r.offset, r.num_bytes, r.num_bytes // r.shape[0], r.kind == DATA and not (
+            r.name.startswith("input_") or r.name.endswith("trace")
+        ))
         for r in layout.of_space(space)
-    ]
+    ]  # fmt: skip
 
 
 def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:

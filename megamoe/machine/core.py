@@ -22,7 +22,7 @@ FLAGS = (
     "-fno-strict-aliasing -ffp-contract=off -fno-math-errno -fno-trapping-math -march=native"
 )
 # Values of the enumerations in machine.h.
-DONE, HOST_TURN, FAULTED, DEADLOCK, TOO_LONG, BREAK = range(6)
+DONE, HOST_TURN, FAULTED, DEADLOCK, TOO_LONG, BREAK, MORE = range(7)
 FREE, ON_MBARRIER, ON_BARRIER, ON_LAUNCH = range(4)
 FAULTS = (
     "", "no memory there", "misaligned", "lanes of the mask are missing", "branches too deep",
@@ -137,6 +137,7 @@ PROTOTYPES = {
     "host_done": (None, [POINTER(CMachine), c_int32]),
     "host_wrote": (None, [POINTER(CMachine), c_int32, c_int32, c_uint64, c_uint64]),
     "running": (c_int32, [POINTER(CMachine), c_int32, c_int32, c_int32, POINTER(POINTER(CWarp))]),
+    "begin": (None, [POINTER(CMachine)]),
     "step": (c_int32, [POINTER(CMachine), POINTER(CWarp)]),
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from megamoe.faults import MegaMoEError
 
-class MachineError(RuntimeError):
+
+class MachineError(MegaMoEError):
     """A launch on the machine could not go on."""
 
 

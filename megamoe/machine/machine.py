@@ -26,6 +26,7 @@ from megamoe.machine.tensormap import TensorMap
 POLICIES = ("eager", "late", "tardy", "random")
 LATE_ROUNDS = 8  # that a late copy takes
 BUDGET = 1000
+ROUNDS = 500  # between two looks at signals
 #: Agents of a CTA: four a warp, and one for each of its mbarriers (`order.c`).
 MAX_WARPS, MAX_BARRIERS = 32, 96
 
@@ -126,7 +127,7 @@ class Machine:
         checks find that accesses race.
         """
         self._make()
-        while (status := self.core.machine_run(self._c, 1 << 30)) != core.DONE:
+        while (status := self.core.machine_run(self._c, ROUNDS)) != core.DONE:
             if status == core.HOST_TURN:
                 self._hosts()
             elif status == core.FAULTED:
@@ -136,7 +137,7 @@ class Machine:
             elif status == core.TOO_LONG:
                 limit = self.settings.max_steps
                 raise StepLimit(f"no end after {limit} instructions\n{report.waits(self)}")
-            elif self.on_break:
+            elif status == core.BREAK and self.on_break:
                 self.on_break(self.stopped())
         races = report.races(self)
         if races:
@@ -198,9 +199,6 @@ class Machine:
                 next(item for item in stream if not isinstance(item, tuple))()
                 stream.remove(next(item for item in stream if not isinstance(item, tuple)))
                 self.core.host_done(self._c, rank)
-
-    def host_wrote(self, rank: int, address: int, num_bytes: int, launch: int = 1) -> None:
-        """Bytes that the host has stored for a launch, by number in the stream of a rank."""
 
     # What it is at
 

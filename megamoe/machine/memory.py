@@ -61,8 +61,11 @@ class Memory:
     def add(
         self, name: str, tensor: torch.Tensor | None, rank: int = HOST, regions: Iterable[Region] = ()
     ) -> None:
-        """Map a tensor; one without bytes, or None, is nothing."""
+        """Map a tensor; one without bytes, or None, is nothing, and so is one that is there."""
         if tensor is None or tensor.numel() == 0:
+            return
+        size = tensor.numel() * tensor.element_size()
+        if any(s.base <= tensor.data_ptr() and tensor.data_ptr() + size <= s.end for s in self.segments):
             return
         flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
         base = flat.__array_interface__["data"][0]

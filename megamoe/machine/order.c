@@ -63,7 +63,8 @@ static void check(Machine *m, Shadow *s, u64 address, u32 bytes, const Access *a
     u32 first = granule % PAGE, last = first + (end - granule) > PAGE ? PAGE : first + (end - granule);
     u64 seen = ~0ull, cell;
     granule -= first;
-    for (u32 k = first; k < last; k++) {
+    u32 same = first + 1 == last || !memcmp(p->cell + first, p->cell + first + 1, 8 * (last - first - 1));
+    for (u32 k = first; k < (same ? first + 1 : last); k++) {
       memcpy(&cell, p->cell + k, 8);
       if (cell == seen) continue;
       seen = cell;
@@ -356,7 +357,7 @@ static void poison(Machine *m, const Launch *l) {
 static void order_launch(Machine *m, Launch *l) {
   const Settings *set = &m->settings;
   s32 n = set->num_agents;
-  poison(m, l);
+  if (!l->behind) poison(m, l);
   everything_known(m, m->hosts[l->rank]);
   for (s32 k = 0; k < l->grid; k++) {
     Cta *c = l->ctas + k;

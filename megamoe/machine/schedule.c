@@ -84,6 +84,7 @@ static int end_warp(Warp *w) {
     for (u32 n = 0; n < l->num_waiting; n++) wake(l->waiting[n]);
     l->num_waiting = 0;
     if (m->current[l->rank] == l) m->current[l->rank] = NULL;
+    else if (m->settings.ordered) poison(m, m->current[l->rank]);
   }
   return RAN;
 }
@@ -165,7 +166,7 @@ int machine_run(Machine *m, s32 max_rounds) {
       m->time += 100000000000000;  // more than any timeout, which ends the launch
     } else if (m->idle > PATIENCE_ROUNDS) return DEADLOCK;
   }
-  return TOO_LONG;
+  return MORE;
 }
 
 // What Python calls
@@ -224,8 +225,15 @@ s32 running(Machine *m, s32 rank, s32 cta, s32 warp, Warp **found) {
   return 1 + !(*found)->ended;
 }
 
-// One instruction of a warp that can run, by itself.
-s32 step(Machine *m, Warp *w) { return execute(w, 1); }
+// For tests: start the first launch of every rank, then execute single instructions of warps.
+void begin(Machine *m) {
+  for (s32 r = 0; r < m->settings.num_ranks; r++) next_launch(m, r);
+}
+s32 step(Machine *m, Warp *w) {
+  m->num_next = 0;
+  s32 status = execute(w, 1);
+  return status == ENDED ? end_warp(w), ENDED : status;
+}
 
 static void free_launch(Launch *l) {
   for (s32 n = 0; l->ctas && n < l->grid; n++) {

@@ -63,7 +63,9 @@ def add(sums: Sums, kind: str, a: np.ndarray, b: np.ndarray, accumulator: np.nda
     values, as float32).
     """
     if sums.bits is None:
-        return accumulator + a @ b.T
+        for left, right in zip(a.T, b.T, strict=True):
+            accumulator = accumulator + left[:, None] * right
+        return accumulator
     result = accumulator.astype(np.float64)
     with np.errstate(invalid="ignore"):
         for first in range(0, a.shape[1], sums.group):

@@ -39,6 +39,22 @@ class TensorMap:
         reach = [(size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True)]
         return sum(reach) + self.item
 
+    def box_of(self, memory: Memory, coordinates: list[int]) -> np.ndarray:
+        """What a box at these coordinates holds: uint8 [rows, 128], as `read_box` in `copies.c`."""
+        start, inside = np.zeros(1, np.int64), np.ones(1, bool)
+        for d in range(1, len(self.size)):
+            index = coordinates[d] + np.arange(self.box[d])
+            good = (index >= 0) & (index < self.size[d])
+            start = (start + (index * self.stride[d])[:, None]).reshape(-1)
+            inside = (inside & good[:, None]).reshape(-1)
+        low, high = max(0, -coordinates[0]), min(self.box[0], self.size[0] - coordinates[0])
+        rows = np.zeros((len(start), 128), np.uint8)
+        for number in np.flatnonzero(inside) if low < high else ():
+            first = self.base + int(start[number]) + (coordinates[0] + low) * self.item
+            columns = slice(low * self.item, high * self.item)
+            rows[number, columns] = memory.at(first, (high - low) * self.item)
+        return rows
+
     def packed(self, offset: int, memory: Memory) -> core.Map:
         """For the core, as the parameter at `offset`; Fault if it leads out of a tensor."""
         memory.find(self.base, self.extent)

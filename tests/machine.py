@@ -1,0 +1,113 @@
+"""A layer on the machine for tests: kernel, random inputs, comparison with the oracle."""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe import MegaMoE, reference
+from megamoe.reference import Weights
+from megamoe.weights import quantize_weights
+from tests.routing import make_routing
+
+#: One unit in the last place of bfloat16: products of other shapes add in another order, and move
+#: a rounding here and there. A wrong row is off by a hundred times as much.
+MAX_RELATIVE_ERROR = {"bf16": 2**-8, "fp8_block": 2**-7, "fp8_channel": 2**-7}
+
+
+class WrongResult(AssertionError):
+    """A launch that ended without an error and gave wrong numbers."""
+
+
+class Layer:
+    """One layer over `world` ranks of two CTAs; `check` runs a launch and compares every rank.
+    Settings are of `Machine`.
+    """
+
+    def __init__(
+        self,
+        world: int,
+        tokens: int = 8,
+        top_k: int = 2,
+        experts: int | None = None,
+        hidden: int = 128,
+        inner: int = 128,
+        precision: str = "bf16",
+        num_ctas: int = 2,
+        clamp: float | None = None,
+        overrides: dict | None = None,
+        **settings,
+    ):
+        self.experts, self.clamp = experts or 2 * world, clamp
+        self.moe = MegaMoE(
+            num_experts=self.experts, top_k=top_k, hidden_size=hidden, intermediate_size=inner,
+            max_tokens_per_rank=tokens, world=world, precision=precision, device="cpu",
+            num_sms=num_ctas, activation_clamp=clamp, kernel_options=overrides,
+        )  # fmt: skip
+        self.config, self.workspace = self.moe.config, self.moe.workspace
+        self.backend = self.moe.backend
+        self.backend.settings = {"checks": True, "policy": "random"} | settings
+        self.random = torch.Generator().manual_seed(world * 1000 + hidden)
+        w13 = self._draw(self.experts, 2 * inner, hidden) / hidden**0.5
+        w2 = self._draw(self.experts, hidden, inner) / inner**0.5
+        self.weights = Weights(w13, w2)
+        if self.config.recipe.scaled:
+            self.weights = quantize_weights(w13, w2, precision)
+        self.moe.load_weights(*self.weights)
+
+    def _draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.random).bfloat16()
+
+    def inputs(self, routing: str, seed: int) -> tuple[list, list, list]:
+        """(xs, topk_idx, topk_weights) of one launch."""
+        config = self.config
+        idx, weights = make_routing(
+            routing, config.num_ranks, config.max_tokens_per_rank, config.top_k, self.experts, seed
+        )
+        return [self._draw(len(rows), config.hidden_size) for rows in idx], idx, weights
+
+    def forward(self, inputs: tuple, seed: int = 0) -> list[torch.Tensor]:
+        self.backend.settings["seed"] = seed
+        xs, idx, weights = inputs
+        nothing = [None] * len(xs)
+        return self.backend.forward(xs, idx, weights, nothing, nothing, nothing)
+
+    def compare(self, outputs: list[torch.Tensor], inputs: tuple[list, list, list]) -> None:
+        for rank, (out, x, idx, weights) in enumerate(zip(outputs, *inputs, strict=True)):
+            expected = reference.moe_forward(
+                x, idx, weights, *self.weights, precision=self.config.precision, clamp=self.clamp
+            )
+            error = reference.relative_error(out, expected)
+            if not error <= MAX_RELATIVE_ERROR[self.config.precision]:
+                raise WrongResult(f"rank {rank}: relative error {error}")
+
+    def check(self, routing: str, seed: int) -> list[torch.Tensor]:
+        """One launch whose inputs and interleaving follow from the seed."""
+        inputs = self.inputs(routing, seed)
+        outputs = self.forward(inputs, seed)
+        self.compare(outputs, inputs)
+        return outputs
+
+    def check_many(self, routings: list[str], seed: int) -> None:
+        """Launches back to back, in which ranks meet only inside the kernels."""
+        launches = [self.inputs(routing, seed + n) for n, routing in enumerate(routings)]
+        nothing = [None] * self.config.num_ranks
+        outs = [[torch.empty_like(x) for x in xs] for xs, _, _ in launches]
+        self.backend.settings["seed"] = seed
+        self.backend.forward_many(
+            [
+                (xs, idx, weights, nothing, out, nothing)
+                for (xs, idx, weights), out in zip(launches, outs, strict=True)
+            ]
+        )
+        for outputs, inputs in zip(outs, launches, strict=True):
+            self.compare(outputs, inputs)
+
+    def assert_at_rest(self) -> None:
+        """Every rank is as a finished launch leaves it."""
+        for rank in self.moe.local_ranks:
+            views = self.workspace.regions(rank)
+            left = [r.name for r in self.moe.layout.regions.values() if r.resets and views[r.name].any()]
+            assert not left, f"rank {rank}: {left} are not zero"
+            signals = views["nvlink_barrier_signal"][:, 0]
+            assert (signals == views["nvlink_barrier_counter"][0]).all()
+            assert not views["abort_flag"].any()
