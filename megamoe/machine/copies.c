@@ -51,7 +51,7 @@ static int mbarrier(Warp *w, const Instruction *i, u32 m) {
     }
     Barrier *b = barrier_at(w, address);
     if (!b) return FAULT;
-    if (ordered) arrived(w, l, b);
+    if (ordered && !(i->flags & RELAXED)) arrived(w, l, b);
     if (i->op == OP_mbarrier_expect) b->bytes += amount, b->pending--;
     else b->pending -= amount;
     int fault = settle(c, b);
@@ -72,7 +72,7 @@ static int mbarrier_wait(Warp *w, const Instruction *i, u32 m) {
     return block(w, ON_MBARRIER, b->address);
   }
   OUT_mask(passed ? ~0u : 0)
-  if (passed && w->machine->settings.ordered) passed_phase(w, m, b);
+  if (passed && w->machine->settings.ordered && !(i->flags & RELAXED)) passed_phase(w, m, b);
   return passed ? RAN : PAUSED;
 }
 

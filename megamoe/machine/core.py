@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 SOURCES = ("engine.c", "order.c", "copies.c", "schedule.c", "machine.h", "lanes.h")
 FLAGS = (
     "-O1 -ftree-vectorize -fvect-cost-model=dynamic -std=gnu11 -shared -fPIC -fwrapv "
-    "-fno-strict-aliasing -ffp-contract=off -fno-math-errno -fno-trapping-math -march=native"
+    "-fno-strict-aliasing -ffp-contract=off -fno-math-errno -fno-trapping-math"
 )
 # Values of the enumerations in machine.h.
 DONE, HOST_TURN, FAULTED, DEADLOCK, TOO_LONG, BREAK, MORE = range(7)
@@ -47,8 +47,8 @@ def _fields(text: str) -> list[tuple[str, type]]:
 class CCode(Structure):
     _fields_ = [
         *_fields("pointer instructions extra constants\nint32 num_rows num_predicates threads number"),
-        ("shift", c_int32 * 2),
-    ]
+        ("shift", c_int32 * 2), ("seen", c_void_p),
+    ]  # fmt: skip
 
 
 class Map(Structure):
@@ -151,35 +151,52 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def build(directory: Path) -> Path:
-    """The core's shared library in `directory`, compiled unless it is there; FileNotFoundError
-    without a C compiler.
-    """
+def _generated() -> dict[str, str]:
+    """The headers that are made from tables."""
     numbers = [f"OP_{name} = {number}" for name, number in NUMBER.items()]
-    header = f"enum {{ {', '.join(numbers)}, NOBODY = {NOBODY} }};\n#define PARAM_BASE {PARAM_BASE}ull\n"
-    cases = alu.c_cases()
-    parts = [FLAGS, header, cases, _processor(), *((HERE / name).read_text() for name in SOURCES)]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    target = directory / f"machine-{digest}.so"
-    if not target.exists():
-        compiler = shutil.which("cc") or shutil.which("gcc")
-        if compiler is None:
-            raise FileNotFoundError("no C compiler (cc or gcc) on PATH")
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as scratch:
-            (Path(scratch) / "cases.h").write_text(cases)
-            (Path(scratch) / "numbers.h").write_text(header)
-            built = Path(scratch) / target.name
-            command = [compiler, *FLAGS.split(), f"-I{scratch}", f"-I{HERE}", "-o", str(built)]
-            subprocess.run([*command, str(HERE / "engine.c"), "-lm"], check=True)
-            os.replace(built, target)
+    numbers = f"enum {{ {', '.join(numbers)}, NOBODY = {NOBODY} }};\n#define PARAM_BASE {PARAM_BASE}ull\n"
+    return {"cases.h": alu.c_cases(), "numbers.h": numbers}
+
+
+def path_in(directory: Path, native: bool = True) -> Path:
+    """Where the core lies in a directory: for this processor, or for any."""
+    parts = [FLAGS, *_generated().values(), *((HERE / name).read_text() for name in SOURCES)]
+    digest = hashlib.sha256("\n".join([*parts, _processor() * native]).encode()).hexdigest()[:16]
+    return directory / f"machine-{'native' if native else 'any'}-{digest}.so"
+
+
+def build(directory: Path, native: bool = True) -> Path:
+    """Compile the core into `directory`, unless it is there; FileNotFoundError without a C
+    compiler.
+    """
+    target = path_in(directory, native)
+    if target.exists():
+        return target
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (cc or gcc) on PATH")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        for name, text in _generated().items():
+            (Path(scratch) / name).write_text(text)
+        built = Path(scratch) / target.name
+        command = [compiler, *FLAGS.split(), *["-march=native"] * native, f"-I{scratch}", f"-I{HERE}"]
+        subprocess.run([*command, "-o", built, HERE / "engine.c", "-lm"], check=True)
+        os.replace(built, target)
     return target
 
 
 @functools.cache
-def library(directory: Path) -> ctypes.CDLL:
-    """The core, kept in `directory`."""
-    loaded = ctypes.CDLL(str(build(directory)))
+def library(directory: Path, *others: Path) -> ctypes.CDLL:
+    """The core, kept in `directory`; without a C compiler one that lies in `others`."""
+    ready = [path for place in others if (path := path_in(place, native=False)).exists()]
+    try:
+        path = build(directory)
+    except FileNotFoundError:
+        if not ready:
+            raise
+        path = ready[0]
+    loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in PROTOTYPES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

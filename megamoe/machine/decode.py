@@ -19,7 +19,9 @@ from megamoe.machine.ptx import BITS, Entry, Instr
 INSTRUCTION = np.dtype(
     [("op", "u2"), ("flags", "u2"), *((name, "i4") for name in ("guard", "d", "a", "b", "c", "n", "x"))]
 )  # fmt: skip
-NEGATED, TOUCHES_SUMS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS = (1 << bit for bit in range(7))
+NEGATED, TOUCHES_SUMS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS, RELAXED = (
+    1 << bit for bit in range(8)
+)
 SEMANTICS = {
     "relaxed": STRONG, "volatile": STRONG | SYSTEM, "acquire": STRONG | ACQUIRE,
     "release": STRONG | RELEASE, "acq_rel": STRONG | ACQUIRE | RELEASE,
@@ -64,6 +66,8 @@ class Code:
     granule: list[int] = field(default_factory=lambda: [4, 4])  # smallest access by space
     shared_names: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0  # of variables with a size
+    #: By instruction, if somebody asks: address of the last access, mask of who executed it.
+    seen: np.ndarray | None = None  # uint64 [n, 2]
 
 
 def decode(entry: Entry) -> Code:
@@ -339,7 +343,8 @@ class Decoder:
     def _at(self, op: str, place: str, x: int = 0, c: int = 0, d: int = 0) -> None:
         """What begins with an address."""
         row, offset, wide = self.address(place)
-        self.emit(op, d, row, wide, c, offset, x)
+        flags = RELAXED if ".relaxed" in self.instr.op else 0
+        self.emit(op, d, row, wide, c, offset, x, flags)
 
     def matrices(self, words, args) -> None:
         """stmatrix; x: [matrices, transposed, rows ...]"""

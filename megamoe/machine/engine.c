@@ -307,6 +307,7 @@ static int execute(Warp *w, s32 budget) {
         case OP_mma_commit: w->products_open++; break;
         case OP_mma_wait: finish_products(w, w->products_open - i->n); break;
       }
+      if (w->code->seen) w->code->seen[w->pc].address = w->address, w->code->seen[w->pc].warps |= 1ull << w->index;
       if (status >= BLOCKED) break;
     }
     go(w, w->pc + 1);

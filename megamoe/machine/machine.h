@@ -4,7 +4,7 @@
 
 enum { E4M3, BF16 };
 enum { GLOBAL, SHARED };
-enum { NEGATED = 1, TOUCHES_SUMS = 2, STRONG = 4, ACQUIRE = 8, RELEASE = 16, SYSTEM = 32, STOPS = 64 };
+enum { NEGATED = 1, TOUCHES_SUMS = 2, STRONG = 4, ACQUIRE = 8, RELEASE = 16, SYSTEM = 32, STOPS = 64, RELAXED = 128 };
 enum { EAGER, LATE, TARDY, RANDOM };
 // What ends a turn of a warp, and a run.
 enum { RAN, POLLED, PAUSED, BLOCKED, ENDED, FAULT, STOPPED };
@@ -29,6 +29,7 @@ typedef struct {
   const u32 *constants;
   s32 num_rows, num_predicates, threads, number;
   s32 shift[2];  // log2 of the smallest access by space
+  struct { u64 address, warps; } *seen;  // by instruction, if somebody asks: last access, who executed it
 } Code;
 typedef struct { u64 base; s32 item, rank; s64 size[5], stride[5]; s32 box[5]; s32 offset; } Map;
 

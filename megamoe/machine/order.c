@@ -202,6 +202,7 @@ static void proxy_fence(Warp *w, const Instruction *i, u32 m) {
       if (i->n & part)
         for (s32 k = 0; k < n; k++)
           if (w->clock[h][part * n + k] < w->clock[h][k]) w->clock[h][part * n + k] = w->clock[h][k];
+  tick(w, m);
 }
 
 // Words that are used atomically
@@ -317,7 +318,7 @@ static void copied(Machine *m, const Copy *c, int space, u64 address, u32 bytes,
 static void landed(Machine *m, Copy *c) {
   if (!c->barrier->arrived) c->barrier->arrived = clock_new(m);
   stamp(m, c->barrier->arrived, c->barrier->agent, c->stamp);
-  free(c->clock);
+  free(c->clock), c->clock = NULL;
 }
 static void stored(Warp *w, const Store *s, int space, u64 address, int write, s32 *last) {
   async_access(w->machine, w->cta, w->agent + 2, s->stamp, s->clock, s->where, space, address, s->bytes, write, last);
@@ -380,12 +381,19 @@ static void launch_visible(Warp *w) {
   learn(w, ~0u, w->machine->hosts[w->cta->rank]);
 }
 static void warp_ended(Warp *w) {
-  flush_held(w, NULL);
   for (int h = 0; h < 2; h++) {
     join(w->machine, w->machine->hosts[w->cta->rank], w->clock[h]);
     free(w->clock[h]), free(w->fenced[h]), free(w->observed[h]);
   }
-  free(w->held);
+}
+static void order_ended(Machine *m, Launch *l) {  // only now is everything seen
+  for (s32 n = 0; n < l->grid; n++)
+    for (s32 k = 0; k < l->ctas[n].num_warps; k++) {
+      Warp *w = l->ctas[n].warps + k;
+      flush_held(w, NULL);
+      free(w->held), w->held = NULL;
+    }
+  if (m->current[l->rank] && m->current[l->rank] != l) poison(m, m->current[l->rank]);
 }
 
 // The host of a rank has written bytes for its next launch, number `launch`.

@@ -62,6 +62,12 @@ static int wait_for_launch(Warp *w) {
   return block(w, ON_LAUNCH, 0);
 }
 
+static void free_barriers(Cta *c) {
+  for (u32 n = 0; n < c->num_barriers; n++) free(c->barriers[n].arrived), free(c->barriers[n].done[0]), free(c->barriers[n].done[1]);
+  for (int n = 0; n < 16; n++) free(c->meetings[n].clock);
+  free(c->barrier_at), free_shadow(c->shadow);
+}
+
 static int end_warp(Warp *w) {
   Machine *m = w->machine;
   Cta *c = w->cta;
@@ -71,20 +77,17 @@ static int end_warp(Warp *w) {
   w->ended = 1;
   free(w->rows), free(w->predicates), free(w->stores), free(w->products);
   if (--c->left) return RAN;
-  free(c->shared), free(c->barrier_at), free_shadow(c->shadow), c->shadow = NULL;
-  for (u32 n = 0; n < c->num_barriers; n++) {
-    Barrier *b = c->barriers + n;
-    if (b->bytes) return w->address = b->address, fail(w, BYTES_MISSING);
-    free(b->arrived), free(b->done[0]), free(b->done[1]);
-  }
-  for (int n = 0; n < 16; n++) free(c->meetings[n].clock);
+  for (u32 n = 0; n < c->num_barriers; n++)
+    if (c->barriers[n].bytes) return w->address = c->barriers[n].address, fail(w, BYTES_MISSING);
+  free_barriers(c);
   l->running--;
   let_dependents(c);
   if (!l->running) {
     for (u32 n = 0; n < l->num_waiting; n++) wake(l->waiting[n]);
     l->num_waiting = 0;
+    if (m->settings.ordered) order_ended(m, l);
+    for (s32 n = 0; n < l->grid; n++) free(l->ctas[n].shared), l->ctas[n].shared = NULL;
     if (m->current[l->rank] == l) m->current[l->rank] = NULL;
-    else if (m->settings.ordered) poison(m, m->current[l->rank]);
   }
   return RAN;
 }
@@ -241,16 +244,19 @@ static void free_launch(Launch *l) {
     for (s32 k = 0; k < c->num_warps; k++) {
       Warp *w = c->warps + k;
       if (w->ended) continue;
+      for (u32 s = 0; s < w->num_stores; s++) free(w->stores[s].clock);
       free(w->rows), free(w->predicates), free(w->stores), free(w->products), free(w->held);
       for (int h = 0; h < 2; h++) free(w->clock[h]), free(w->fenced[h]), free(w->observed[h]);
     }
-    if (c->left) free(c->shared), free(c->barrier_at), free_shadow(c->shadow);
+    if (c->left) free_barriers(c);
+    free(c->shared);
     free(c->warps);
   }
   free(l->ctas), free(l->parameters), free(l->maps), free(l);
 }
 
 void machine_free(Machine *m) {
+  for (s32 n = 0; n < m->num_copies; n++) free(m->copies[n].clock);
   for (Launch *l = m->all, *next; l; l = next) next = l->before, free_launch(l);
   for (s32 n = 0; n < m->num_segments; n++) free_shadow(m->segments[n].shadow);
   for (s32 r = 0; r < m->settings.num_ranks; r++) free(m->hosts[r]);

@@ -1,0 +1,135 @@
+"""Kernels with one ordering operation dropped or weakened: copies of decoded code with an
+instruction changed, named by what it does and who does it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megamoe.machine import alu, decode, report
+from megamoe.machine.decode import ACQUIRE, NUMBER, RELAXED, RELEASE, STRONG, SYSTEM, Code
+from tests.machine import Layer
+
+NAMES = {number: name for name, number in NUMBER.items()}
+PLENTY = 0x3FFFFFFF  # what a wait reads that does not wait
+OR = decode.ATOMICS.index("or")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    code: Code
+
+
+def watch(layer: Layer) -> Code:
+    """The layer's code, which from now on notes who executes what."""
+    (code,) = layer.backend.kernel.launches.codes().values()
+    code.seen = np.zeros((len(code.instructions), 2), np.uint64)
+    return code
+
+
+def install(layer: Layer, code: Code) -> None:
+    layer.backend.kernel.launches.codes = lambda: {code.entry.name: code}
+
+
+class Mutator:
+    """Changes of `code`, which has been watched while a layer ran."""
+
+    def __init__(self, layer: Layer, code: Code):
+        self.layer, self.code = layer, code
+        self.roles = layer.backend.machine.roles
+        inits = [i for i in self._executed() if self._op(i) == "mbarrier_init"]
+        made: Counter = Counter()
+        self.barriers = {}
+        for index in inits:
+            name = report.text_of(code.origin[index].place).partition("(")[2].partition(" ")[0]
+            name = name.rpartition(".")[2]
+            self.barriers[int(code.seen[index, 0])] = name
+            made[name] += 1
+
+    def _executed(self) -> list[int]:
+        return np.flatnonzero(self.code.seen[:, 1]).tolist()
+
+    def _op(self, index: int) -> str:
+        return NAMES.get(int(self.code.instructions["op"][index]), "")
+
+    def _who(self, index: int) -> str:
+        mask = int(self.code.seen[index, 1])
+        roles = {role for warp, role in enumerate(self.roles) if mask >> warp & 1}
+        return "all" if len(roles) > 3 else "+".join(sorted(roles))
+
+    def _subject(self, index: int) -> str:
+        """What an instruction is about: barrier, region or nothing."""
+        op, instr = self._op(index), self.code.origin[index]
+        address = int(self.code.seen[index, 0])
+        if op.startswith("mbarrier"):
+            return self.barriers[address]
+        if op.startswith("bar_"):
+            return f"barrier {self.code.instructions['n'][index]}"
+        if op in ("ld", "st", "atom"):
+            if ".shared" in instr.op:
+                return "shared"
+            return self.layer.backend.machine.memory.describe(address).partition("[")[0]
+        return ""
+
+    def _changed(self, index: int, **fields: int) -> Code:
+        code = copy.copy(self.code)
+        code.instructions, code.seen = code.instructions.copy(), None
+        for name, value in fields.items():
+            code.instructions[name][index] = value
+        return code
+
+    def _constant(self, code: Code, value: int) -> int:
+        code.constants = np.concatenate([code.constants, np.full((1, 32), value, np.uint32)])
+        return -len(code.constants)
+
+    def _variants(self, index: int) -> Iterator[tuple[str, Code]]:
+        """(what is done to the instruction, the code)"""
+        op, flags = self._op(index), int(self.code.instructions["flags"][index])
+        nop = NUMBER["nop"]
+        if op in ("fence", "fence_proxy", "warp_sync", "bar_sync", "stores_wait", "mma_fence", "mma_wait"):
+            yield f"no {op}", self._changed(index, op=nop)
+        elif op in ("mbarrier_try", "mbarrier_test"):
+            moved = alu.TABLE["mov.pred"].number
+            yield "no wait", self._changed(index, op=moved, a=1)
+            yield "relaxed wait", self._changed(index, flags=flags | RELAXED)
+        elif op in ("mbarrier_arrive", "mbarrier_expect"):
+            yield "no arrival", self._changed(index, op=nop)
+            yield "relaxed arrival", self._changed(index, flags=flags | RELAXED)
+        elif op == "atom":
+            code = self._changed(index, n=self.code.instructions["n"][index])
+            x = int(code.instructions["x"][index])
+            code.extra = np.concatenate([code.extra, code.extra[x : x + 5]])
+            code.extra[-3] = OR
+            code.instructions["x"][index] = len(code.extra) - 5
+            code.instructions["c"][index] = self._constant(code, 0)
+            yield "no increment", code
+        elif op == "st" and flags & STRONG:
+            yield "no store", self._changed(index, op=nop)
+        elif op == "ld" and flags & STRONG and not flags & ACQUIRE:
+            code = self._changed(index, op=alu.TABLE["mov.b32"].number)
+            x = int(code.instructions["x"][index])
+            code.instructions["d"][index] = code.extra[x + 5]
+            code.instructions["a"][index] = self._constant(code, PLENTY)
+            yield "reads plenty", code
+        if op in ("atom", "ld", "st", "fence") and "volatile" not in self.code.origin[index].op:
+            for bit, name in ((ACQUIRE, "acquire"), (RELEASE, "release"), (SYSTEM, "sys scope")):
+                if flags & bit and (op != "fence" or bit == SYSTEM):
+                    yield f"no {name}", self._changed(index, flags=flags & ~bit)
+
+    def mutants(self) -> list[Mutant]:
+        found, counts = [], Counter()
+        for index in self._executed():
+            for what, code in self._variants(index):
+                function = report.function_of(self.code.origin[index].place)
+                parts = [what, self._subject(index), f"by {self._who(index)} in {function}"]
+                name = " ".join(filter(None, parts))
+                counts[name] += 1
+                number = f" #{counts[name]}" if counts[name] > 1 else ""
+                found.append(Mutant(name + number, code))
+        return found
