@@ -135,7 +135,8 @@ class CpuBackend(Backend):
     """Forward by the machine: the kernel's own PTX, all ranks in this process. A launch has ended
     when `forward` returns, so what it reports is raised there.
 
-    `settings`: arguments of `Machine` for the forwards to come. `machine`: that of the last one.
+    `settings`: arguments of `Machine` for the forwards to come. `prepare`: called with the machine
+    before it runs. `machine`: that of the last forward.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class CpuBackend(Backend):
             records = torch.zeros(shape, dtype=torch.int32, device="cpu")
         super().__init__(workspace, kernel, num_ctas, timeout_s, clamp, records)
         self.kernel, self.settings, self.launches = kernel, {}, 0
+        self.prepare = lambda machine: None
         self._machine = Machine
         self.machine: Machine | None = None
 
@@ -174,6 +176,7 @@ class CpuBackend(Backend):
             self._map(machine, ranks)
             for index, (x, scale, *rest) in enumerate(ranks):
                 self._enqueue(machine, index, x, scale, *rest)
+        self.prepare(machine)
         self.workspace.failed = True  # stays so if the machine raises
         machine.run()
         self.workspace.failed = False

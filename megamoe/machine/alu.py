@@ -35,7 +35,10 @@ class Operation:
     def compute(self, *operands: np.ndarray) -> np.ndarray:
         names = dict(zip("abc", operands, strict=False))
         with np.errstate(all="ignore"):
-            return eval(self.expression, globals(), names)
+            result = eval(self.expression, globals(), names)
+        if self.out == "f32":  # every NaN is the same one
+            result = np.where(result != result, QUIET_NAN, bits_of(result)).view(np.float32)
+        return result
 
 
 def _integers() -> Iterator[tuple[str, str, str, str]]:

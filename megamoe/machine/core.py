@@ -92,7 +92,7 @@ class CWarp(Structure):
         int32 index pc rejoin depth segment num_polls
         uint32 mask blocked what ended wrote touched fault
         uint64 address count
-        uint32 stores_open products_open num_stores num_products late_products
+        uint32 stores_open products_open num_stores num_products late_products slow lazy
         pointer stores products"""),
         ("polls", Poll * 8),
     ]
@@ -187,14 +187,14 @@ def build(directory: Path, native: bool = True) -> Path:
 
 
 @functools.cache
-def library(directory: Path, *others: Path) -> ctypes.CDLL:
-    """The core, kept in `directory`; without a C compiler one that lies in `others`."""
-    ready = [path for place in others if (path := path_in(place, native=False)).exists()]
+def library(directory: Path, *others: Path) -> ctypes.CDLL | None:
+    """The core, kept in `directory`; without a C compiler one that lies in `others`, or None."""
     try:
         path = build(directory)
     except FileNotFoundError:
+        ready = [path for place in others if (path := path_in(place, native=False)).exists()]
         if not ready:
-            raise
+            return None
         path = ready[0]
     loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in PROTOTYPES.items():

@@ -77,7 +77,7 @@ static int watched(Warp *w, u32 m, const u64 *address, u32 bytes) {
   if (!machine->watch_high) return RAN;
   for (u32 rest = m; rest; rest &= rest - 1) {
     u64 at = address[__builtin_ctz(rest)];
-    if (at < machine->watch_high && at + bytes > machine->watch_low) return go(w, w->pc + 1), STOPPED;
+    if (at < machine->watch_high && at + bytes > machine->watch_low) return w->what = w->pc, go(w, w->pc + 1), STOPPED;
   }
   return RAN;
 }

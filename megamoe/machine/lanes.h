@@ -39,7 +39,7 @@ typedef float f32;
 #define OUT_s16(value) EACH(pd[l] = (u16)(value))
 #define OUT_u32(value) EACH(pd[l] = (u32)(value))
 #define OUT_s32(value) EACH(pd[l] = (u32)(value))
-#define OUT_f32(value) EACH(((f32 *)pd)[l] = (value))
+#define OUT_f32(value) EACH(f32 v = (value); ((f32 *)pd)[l] = v != v ? quiet_nan() : v)
 #define OUT_u64(value) EACH(((u64 *)pd)[l] = (u64)(value))
 #define OUT_s64(value) EACH(((s64 *)pd)[l] = (s64)(value))
 #define OUT_mask(value) w->predicates[i->d] = (w->predicates[i->d] & ~m) | ((value) & m);

@@ -66,7 +66,7 @@ struct Warp {
   s32 index, pc, rejoin, depth, segment, num_polls;
   u32 mask, blocked, what, ended, wrote, touched, fault;
   u64 address, count;  // of the last access; instructions
-  u32 stores_open, products_open, num_stores, num_products, late_products;
+  u32 stores_open, products_open, num_stores, num_products, late_products, slow, lazy;
   Store *stores;
   Product *products;
   struct { s32 pc; u64 hash, address; } polls[POLLS];

@@ -21,6 +21,7 @@ from megamoe.machine import core, report
 from megamoe.machine.decode import SHARED_BASE, Code
 from megamoe.machine.faults import Deadlock, Fault, Races, StepLimit
 from megamoe.machine.memory import Memory
+from megamoe.machine.reference import Reference
 from megamoe.machine.tensormap import TensorMap
 
 POLICIES = ("eager", "late", "tardy", "random")
@@ -94,7 +95,8 @@ class Machine:
     ):
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} is not one of {POLICIES}")
-        self.core, self.num_ranks, self.roles = core.library(directory), num_ranks, tuple(roles)
+        self.num_ranks, self.roles = num_ranks, tuple(roles)
+        self.core = core.library(directory)
         self.settings = core.Settings(
             policy=POLICIES.index(policy), delay=LATE_ROUNDS, budget=budget, patient=patient,
             ordered=checks, held_share=held_share, num_ranks=num_ranks, seed=seed,
@@ -104,8 +106,9 @@ class Machine:
         self.codes: list[Code] = []
         self.shared_end = 0
         self.on_break: Callable[[Warp], None] | None = None
+        self.watched = 0, 0
         self._streams: list[list] = [[] for _ in range(num_ranks)]
-        self._c = None
+        self.c = None
         self._kept: list = []
 
     # What is to be done
@@ -120,14 +123,25 @@ class Machine:
         """Append what the host does to a stream: after the launches before it."""
         self._streams[rank].append(function)
 
+    def launched(self) -> list[Code]:
+        """The code of all launches."""
+        items = [item for stream in self._streams for item in stream if isinstance(item, tuple)]
+        return list({id(item[0]): item[0] for item in items}.values())
+
+    def watch(self, low: int, high: int) -> None:
+        """Stop after stores of warps to these addresses."""
+        self.watched = low, high
+
     # Running
 
     def run(self) -> None:
         """Run every stream to its end; raises a `MachineError` if it does not come to one, or if
         checks find that accesses race.
         """
-        self._make()
-        while (status := self.core.machine_run(self._c, ROUNDS)) != core.DONE:
+        if self.core is None:
+            return self._run_reference()
+        self.make()
+        while (status := self.core.machine_run(self.c, ROUNDS)) != core.DONE:
             if status == core.HOST_TURN:
                 self._hosts()
             elif status == core.FAULTED:
@@ -144,15 +158,33 @@ class Machine:
             raise Races("\n".join(races))
 
     def __del__(self):
-        if getattr(self, "_c", None):
-            self.core.machine_free(self._c)
+        if getattr(self, "c", None):
+            self.core.machine_free(self.c)
 
-    def _make(self) -> None:
+    def onto(self, reference: Reference) -> None:
+        """The same launches."""
+        for rank, stream in enumerate(self._streams):
+            for item in stream:
+                if isinstance(item, tuple):
+                    reference.launch(*item, rank)
+                else:
+                    item()
+
+    def _run_reference(self) -> None:
+        if self.settings.ordered or any(len(stream) > 2 for stream in self._streams):
+            raise Fault("checks, and several launches at once, need a C compiler")
+        reference = Reference(self.memory)
+        self.onto(reference)
+        reference.run()
+
+    def make(self) -> None:
+        """The core's machine, with all memory and launches."""
         grids = [item[1] for stream in self._streams for item in stream if isinstance(item, tuple)]
         settings, shift = self.settings, 2
         settings.max_ctas = max(grids, default=1)
         settings.num_agents = self.num_ranks * (1 + settings.max_ctas * settings.agents_per_cta)
-        self._c = self.core.machine_new(settings)
+        self.c = self.core.machine_new(settings)
+        self.c.contents.watch_low, self.c.contents.watch_high = self.watched
         for stream in self._streams:
             for item in stream:
                 if isinstance(item, tuple):
@@ -162,13 +194,13 @@ class Machine:
             self._kept.append(fresh)
             pointer = None if fresh is None else fresh.ctypes.data
             size = len(segment.bytes)
-            self.core.add_segment(self._c, segment.base, size, segment.rank, shift, pointer)
+            self.core.add_segment(self.c, segment.base, size, segment.rank, shift, pointer)
         for rank, stream in enumerate(self._streams):
             for item in stream:
                 if isinstance(item, tuple):
                     self._add(rank, *item)
                 else:
-                    self.core.add_launch(self._c, rank, None, 0, 0, None, 0, None, 0)
+                    self.core.add_launch(self.c, rank, None, 0, 0, None, 0, None, 0)
 
     def _add(self, rank: int, code: Code, grid: int, parameters: bytes, dynamic: int) -> None:
         if code not in self.codes:
@@ -189,40 +221,40 @@ class Machine:
         self.shared_end = SHARED_BASE + code.shared_bytes + dynamic
         data = core.bytes_pointer(parameters)
         self.core.add_launch(
-            self._c, rank, c_code, grid, self.shared_end, data, len(parameters), maps, len(found)
+            self.c, rank, c_code, grid, self.shared_end, data, len(parameters), maps, len(found)
         )
         self._kept += [c_code, parameters, maps]
 
     def _hosts(self) -> None:
         """Do what the hosts do that come first in their streams."""
         for rank, stream in enumerate(self._streams):
-            if self.core.host_first(self._c, rank):
+            if self.core.host_first(self.c, rank):
                 next(item for item in stream if not isinstance(item, tuple))()
                 stream.remove(next(item for item in stream if not isinstance(item, tuple)))
-                self.core.host_done(self._c, rank)
+                self.core.host_done(self.c, rank)
 
     # What it is at
 
     @property
     def steps(self) -> int:
         """Instructions that have been executed."""
-        return self._c.contents.steps if self._c else 0
+        return self.c.contents.steps if self.c else 0
 
     @property
     def rounds(self) -> int:
-        return self._c.contents.rounds
+        return self.c.contents.rounds
 
     @property
     def remote_bytes(self) -> int:
         """Bytes of accesses to memory of other ranks."""
-        return self._c.contents.remote
+        return self.c.contents.remote if self.c else 0
 
     @property
     def warps_per_cta(self) -> int:
         return max(code.entry.threads for code in self.codes) // 32
 
     def found_races(self) -> list[core.Race]:
-        machine = self._c.contents
+        machine = self.c.contents
         return list((core.Race * machine.num_races).from_address(machine.races))
 
     def name_of(self, rank: int, cta: int, warp: int) -> str:
@@ -235,13 +267,13 @@ class Machine:
         for rank in range(self.num_ranks):
             for cta in range(self.settings.max_ctas):
                 for index in range(MAX_WARPS):
-                    found = self.core.running(self._c, rank, cta, index, ctypes.byref(pointer))
+                    found = self.core.running(self.c, rank, cta, index, ctypes.byref(pointer))
                     if found == 2:
                         yield Warp(self, rank, cta, index, pointer.contents)
 
     def stopped(self) -> Warp:
         """The warp that the last stop is about."""
-        state = core.CWarp.from_address(self._c.contents.stopped)
+        state = core.CWarp.from_address(self.c.contents.stopped)
         block = core.CCta.from_address(state.cta)
         return Warp(self, block.rank, block.index, state.index, state)
 

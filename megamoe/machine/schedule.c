@@ -17,9 +17,11 @@ static void start(Machine *m, Launch *l, Launch *behind) {
     memset(c->shared, 0xcb, l->shared_end);
     c->barrier_at = calloc(l->shared_end / 8 + 1, 1);
     c->warps = calloc(warps, sizeof(Warp));
+    int slow = m->settings.seed && drawn(m) % 4 == 0;
     for (s32 k = 0; k < warps; k++) {
       Warp *w = c->warps + k;
       w->machine = m, w->cta = c, w->code = l->code, w->index = k, w->rejoin = -1, w->mask = ~0u;
+      w->slow = slow || (m->settings.seed && drawn(m) % 8 == 0);
       w->rows = calloc(l->code->num_rows + 1, 128);
       w->predicates = calloc(l->code->num_predicates, 4);
       w->predicates[1] = ~0u;
@@ -99,6 +101,7 @@ static int turn(Machine *m, Warp *w, int *status) {
   u64 before = w->count;
   w->wrote = 0;
   *status = execute(w, budget);
+  w->lazy = *status == RAN && w->slow;  // whoever only waits takes every turn
   if (*status == ENDED) *status = end_warp(w) == FAULT ? FAULT : ENDED;
   m->steps += w->count - before;
   return *status == RAN || *status == ENDED || w->wrote;
@@ -148,6 +151,7 @@ int machine_run(Machine *m, s32 max_rounds) {
     for (; at < m->num_ready; at++) {
       Warp *w = m->ready[at];
       u64 count = w->count;
+      if (w->lazy && drawn(m) % 16) { enqueue(m, w), busy = 1; continue; }
       busy |= turn(m, w, &status);
       if (w->count - count > longest) longest = w->count - count;
       if (status < BLOCKED) enqueue(m, w);
@@ -228,9 +232,11 @@ s32 running(Machine *m, s32 rank, s32 cta, s32 warp, Warp **found) {
   return 1 + !(*found)->ended;
 }
 
-// For tests: start the first launch of every rank, then execute single instructions of warps.
+// For tests: start the first launch of every rank, whose host has done its part, then execute single
+// instructions of warps.
 void begin(Machine *m) {
-  for (s32 r = 0; r < m->settings.num_ranks; r++) next_launch(m, r);
+  for (s32 r = 0; r < m->settings.num_ranks; r++)
+    while (next_launch(m, r)) host_done(m, r);
 }
 s32 step(Machine *m, Warp *w) {
   m->num_next = 0;

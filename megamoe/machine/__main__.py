@@ -1,0 +1,7 @@
+"""`python -m megamoe.machine`"""
+
+import sys
+
+from megamoe.machine.debug import main
+
+sys.exit(main())
