@@ -1,4 +1,4 @@
-// Barriers of a CTA, asynchronous copies and tensor cores.
+// Barriers of a CTA, asynchronous copies and groups of products.
 //
 // Loads complete on an mbarrier, at their issue or later as the policy says; bulk stores and products
 // belong to groups of their warp, and read shared memory at their issue or at the wait for the group.
@@ -234,78 +234,7 @@ static void finish_stores(Warp *w, u32 m, s64 group) {
   memmove(w->stores, w->stores + n, w->num_stores * sizeof(Store));
 }
 
-// Tensor cores
-
-static const f32 *values_of_e4m3(void) {
-  static f32 table[256];
-  if (!table[1])
-    for (int b = 0; b < 256; b++) {
-      int e = b >> 3 & 15, f = b & 7;
-      f32 v = (b & 127) == 127 ? NAN : e ? ldexpf(8 + f, e - 10) : ldexpf(f, -9);
-      table[b] = b > 127 ? -v : v;
-    }
-  return table;
-}
-
-// Where the two halves of row r of a K-major operand with a 128-byte swizzle lie.
-static u32 operand_at(u64 descriptor, int r, int half) {
-  u32 start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  u32 address = start + r / 8 * stride + r % 8 * 128 + 16 * half;
-  return address ^ (address >> 7 & 7) << 4;
-}
-
-static void decode(const u8 *bytes, int kind, f32 *out) {
-  if (kind == BF16)
-    for (int k = 0; k < 16; k++) out[k] = float_of((u32)((const u16 *)bytes)[k] << 16);
-  else {
-    const f32 *table = values_of_e4m3();
-    for (int k = 0; k < 32; k++) out[k] = table[bytes[k]];
-  }
-}
-
-static void operand(const Warp *w, u64 descriptor, int r, int kind, f32 *out) {
-  u8 bytes[32];
-  for (int half = 0; half < 2; half++) memcpy(bytes + 16 * half, w->cta->shared + operand_at(descriptor, r, half), 16);
-  decode(bytes, kind, out);
-}
-
-typedef f32 Eight __attribute__((vector_size(32), aligned(4)));
-
-// One warp's share of wgmma: its 16 rows of A, of registers or by descriptor, times all columns. Sums in
-// float32, in the order of K; products are exact. Lane l of register 4 g + j has row l / 4 + 8 (j / 2)
-// and column 8 g + 2 (l % 4) + j % 2. x: kind, columns, rows of the sums, and of A if it is in registers.
-static void multiply(Warp *w, const Product *p) {
-  f32 A[2][32][4][8], B[2][32][8], line[32];  // as the lanes need them, by half and k, by j % 2 and k
-  const s32 *x = w->code->extra + p->i->x, *sums = x + 2, *left = sums + x[1] / 2;
-  int kind = x[0], depth = kind == BF16 ? 16 : 32;
-  for (int r = 0; r < 16; r++) {
-    if (p->a) operand(w, p->a, 16 * (w->index % 4) + r, kind, line);
-    else {
-      u8 bytes[32];
-      for (int q = 0; q < 8; q++)  // words of a row: two registers, four lanes
-        memcpy(bytes + 4 * q, row(w, left[r / 8 + q / 4 * 2]) + r % 8 * 4 + q % 4, 4);
-      decode(bytes, kind, line);
-    }
-    for (int k = 0; k < depth; k++)
-      for (int q = 0; q < 4; q++) A[r / 8][k][r % 8 / 2][r % 2 * 4 + q] = line[k];
-  }
-  for (int g = 0; g < x[1] / 8; g++) {
-    for (int c = 0; c < 8; c++) {
-      operand(w, p->b, 8 * g + c, kind, line);
-      for (int k = 0; k < depth; k++) B[c % 2][k][c / 2] = B[c % 2][k][c / 2 + 4] = line[k];
-    }
-    for (int j = 0; j < 4; j++) {
-      Eight *sum = (Eight *)row(w, sums[4 * g + j]), total[4] = {0};
-      if (p->keep) memcpy(total, sum, sizeof total);
-      for (int k = 0; k < depth; k++) {
-        Eight column = *(Eight *)B[j % 2][k];
-#pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) total[v] += *(Eight *)A[j / 2][k][v] * column;
-      }
-      memcpy(sum, total, sizeof total);
-    }
-  }
-}
+#include "sums.c"
 
 static int product(Warp *w, const Instruction *i) {
   const s32 *x = w->code->extra + i->x;

@@ -16,7 +16,9 @@ from megamoe.machine import alu
 from megamoe.machine.decode import NOBODY, NUMBER, PARAM_BASE
 
 HERE = Path(__file__).parent
-SOURCES = ("engine.c", "order.c", "copies.c", "schedule.c", "machine.h", "lanes.h")
+SOURCES = (
+    "engine.c", "order.c", "copies.c", "sums.c", "schedule.c", "machine.h", "lanes.h"
+)  # fmt: skip
 FLAGS = (
     "-O1 -ftree-vectorize -fvect-cost-model=dynamic -std=gnu11 -shared -fPIC -fwrapv "
     "-fno-strict-aliasing -ffp-contract=off -fno-math-errno -fno-trapping-math"

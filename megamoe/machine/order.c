@@ -20,6 +20,7 @@ enum { BUCKETS = 1024 };
 
 typedef struct {
   u32 agent, clock, where, write, flags, launch, plain_load;
+  u32 beside, beside_clock;  // the other half of the warp
   const Clock *writes, *reads;  // what it comes after
   const u8 *fresh;
 } Access;
@@ -69,6 +70,8 @@ static void check(Machine *m, Shadow *s, u64 address, u32 bytes, const Access *a
       if (cell == seen) continue;
       seen = cell;
       Cell c = p->cell[k];
+      // Lanes that store to one place with one instruction: one of them wins.
+      if (a->write && c.clock == a->beside_clock && c.agent == a->beside && p->where[k] == a->where) continue;
       if (c.clock > a->writes[c.agent] && !both_strong(m, a, c.agent, c.flags))
         race(m, s, a->write ? WRITE_WRITE : WRITE_READ, granule + k, a, c.agent, p->where[k]);
       else if (a->fresh && a->fresh[((granule + k) << s->shift) / 128] && c.launch != (u8)a->launch)
@@ -264,6 +267,7 @@ static void before_access(Warp *w, const Instruction *i, u32 m, int space, const
     }
     if (w->num_held && from < w->held_high && to > w->held_low && (reads || a.flags)) flush_held(w, NULL);
     a.agent = w->agent + h, a.clock = w->clock[h][a.agent];
+    a.beside = w->agent + !h, a.beside_clock = w->clock[!h][a.beside];
     a.writes = a.reads = w->clock[h];
     touch(machine, w->cta, space, from, to - from, &a, &last);
   }

@@ -17,7 +17,7 @@ from megamoe.machine.decode import (
     CORE, KINDS, NEGATED, NOBODY, PARAM_BASE, SHARED, SHARED_BASE, SPECIAL, Code,
 )  # fmt: skip
 from megamoe.machine.faults import Deadlock, Fault
-from megamoe.machine.sums import MODELS, add
+from megamoe.machine.sums import add
 from megamoe.machine.tensormap import TensorMap
 
 ALL = 0xFFFFFFFF
@@ -364,7 +364,7 @@ class Warp:
         total = np.zeros((16, columns), np.float32)
         if self.predicates[c] & 1:
             total[at] = self.rows[sums].view(np.float32)
-        total = add(MODELS[name], name, values(left, name), values(right, name), total)
+        total = add(name, values(left, name), values(right, name), total)
         self.rows[sums] = total[at].view(np.uint32)
 
     def _operand(self, descriptor: int, first: int, rows: int) -> np.ndarray:

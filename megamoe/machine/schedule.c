@@ -168,7 +168,7 @@ int machine_run(Machine *m, s32 max_rounds) {
     if (landed < 0) return FAULTED;
     if (m->settings.max_steps && m->steps > m->settings.max_steps) return TOO_LONG;
     m->idle = busy || landed ? 0 : m->idle + 1;
-    if (m->idle == 2) {  // everybody waits
+    if (m->idle == IDLE_ROUNDS) {  // everybody waits
       if (!m->settings.patient) return DEADLOCK;
       m->time += 100000000000000;  // more than any timeout, which ends the launch
     } else if (m->idle > PATIENCE_ROUNDS) return DEADLOCK;

@@ -1,0 +1,190 @@
+"""Launches of the kernel on the machine: right numbers and no races under hard routings and any
+interleaving, and what a launch that fails says.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megamoe.faults import InvalidExpertError, LaunchTimeout
+from megamoe.machine.faults import Fault, StepLimit
+from megamoe.precision import PRECISIONS
+from megamoe.reference import Weights, quantize
+from tests.machine import Layer, WrongResult
+from tests.routing import ROUTINGS
+from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
+RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
+FP8_RECIPES = ("fp8_block", "fp8_channel")
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def ring(request) -> Layer:
+    return Layer(**RING, precision=request.param)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_hard_routings(ring, routing):
+    for seed in range(2):
+        ring.check(routing, seed)
+        ring.assert_at_rest()
+
+
+@pytest.mark.parametrize("policy", ["eager", "late", "tardy", "random"])
+def test_policies(ring, policy):
+    ring.backend.settings["policy"] = policy
+    for share in (0, 50, 100):
+        ring.backend.settings["held_share"] = share
+        ring.check("skewed", share + 1)
+    ring.backend.settings |= {"policy": "random", "held_share": 0}
+
+
+def test_ranks_may_run_ahead(ring):
+    """No meeting point between launches: a fast rank starts while peers still reduce."""
+    for seed in range(1, 3):
+        ring.check_many(["uniform", "silent_rank", "ragged", "masked", "skewed"], seed)
+        ring.assert_at_rest()
+
+
+@pytest.mark.parametrize("precision,world", [("bf16", 8), ("fp8_block", 8), ("bf16", 16)])
+def test_many_ranks(precision, world):
+    layer = Layer(world, 6, 3, hidden=256, inner=256, precision=precision)
+    for seed, routing in enumerate(("uniform", "skewed", "ragged")):
+        layer.check(routing, seed)
+        layer.assert_at_rest()
+
+
+@pytest.mark.parametrize(
+    ("precision", "num_ctas"), [("bf16", 1), ("bf16", 3), ("fp8_block", 3), ("fp8_channel", 2)]
+)
+def test_experts_of_several_blocks(precision, num_ctas):
+    """More than block_m rows for one expert, through a ring that is smaller than the expert."""
+    layer = Layer(
+        2, 150, inner=256, num_ctas=num_ctas, overrides={"pool_blocks": 2}, precision=precision
+    )
+    for routing in ("skewed", "all_to_one_expert"):
+        layer.check(routing, num_ctas)
+        layer.assert_at_rest()
+
+
+@pytest.mark.parametrize(("chunk", "pieces"), [(400, 2), (100, 8)])
+def test_rows_in_pieces(chunk, pieces):
+    overrides = {"pull_chunk_bytes": chunk, "pool_blocks": 2}
+    layer = Layer(2, hidden=384, experts=8, overrides=overrides)
+    for seed in range(2):
+        layer.check("uniform", seed)
+
+
+def test_seed_decides_everything(ring):
+    inputs = ring.inputs("uniform", 0)
+    seen = []
+    for seed in (3, 3, 4):
+        ys = [y.clone() for y in ring.forward(inputs, seed)]
+        seen.append((ring.backend.machine.steps, ys))
+    assert seen[0][0] == seen[1][0] != seen[2][0]
+    for _, ys in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ys, seen[0][1], strict=True))
+
+
+@pytest.mark.parametrize("precision", FP8_RECIPES)
+def test_the_launch_quantises_as_the_caller_would(precision):
+    layer = Layer(**RING, precision=precision)
+    xs, *routing = layer.inputs("ragged", 1)
+    ys = [y.clone() for y in layer.forward((xs, *routing))]
+    pairs = [quantize(x, layer.config.recipe.token_block) for x in xs]
+    for rank, (x, scale) in enumerate(pairs):
+        views = layer.workspace.regions(rank)
+        rows = views["input_token_buffer"][: len(x)]
+        assert torch.equal(rows.view(torch.uint8), x.view(torch.uint8))
+        assert torch.equal(views["input_sf_buffer"][: len(x), : scale.shape[1]], scale)
+    again = layer.moe([x for x, _ in pairs], *routing, [scale for _, scale in pairs])
+    assert all(torch.equal(a, b) for a, b in zip(ys, again, strict=True))
+
+
+def test_nvlink_bytes(ring):
+    """Rows, records, combine rows and signals of remote slots; count records of all experts."""
+    config = ring.config
+    _, idx, _ = inputs = ring.inputs("masked", 3)
+    ring.forward(inputs)
+    remote = sum(
+        ((rows >= 0) & (rows // config.experts_per_rank != rank)).sum().item()
+        for rank, rows in enumerate(idx)
+    )
+    token = 768 if config.precision == "bf16" else 384 + 16
+    expected = remote * (ROUTED_RECORD_BYTES + 4 + token + 768)  # 4: the arrival of a combine row
+    expected += 2 * (config.experts_per_rank * COUNT_RECORD_BYTES + 2 * 4)
+    assert ring.moe.nvlink_bytes == expected
+
+
+def test_poison_is_left_where_nobody_writes(ring):
+    ring.forward(ring.inputs("uniform", 0))
+    for name in ("l1_token_buffer", "fc1_output", "routed_record"):
+        bytes_of = ring.workspace.regions(1)[name].view(torch.uint8)
+        assert (bytes_of == 0xFF).sum() > 100
+
+
+# Failures
+
+
+def test_a_missing_rank_is_named_by_the_kernel(ring, monkeypatch):
+    """As on a GPU: every wait times out, and the workspace recovers."""
+    enqueue = ring.backend._enqueue
+    monkeypatch.setattr(
+        ring.backend, "_enqueue", lambda m, index, *rest: index == 1 or enqueue(m, index, *rest)
+    )
+    with pytest.raises(
+        LaunchTimeout, match=r"rank 0, role count: waited for nvlink_barrier_signal\[1\] to reach"
+    ):
+        ring.check("uniform", 0)
+    monkeypatch.undo()
+    ring.check("uniform", 1)
+    ring.assert_at_rest()
+
+
+def test_invalid_experts_are_masked_and_reported(ring):
+    for _ in range(2):  # in every launch anew
+        xs, idx, weights = ring.inputs("uniform", 0)
+        idx[0][1, 0] = ring.experts
+        with pytest.raises(InvalidExpertError, match=r"topk_idx\[1, 0\] = 12 on rank 0"):
+            ring.forward((xs, idx, weights))
+        idx[0][1, 0] = -1
+        ring.compare(ring.backend.outputs, (xs, idx, weights))
+    ring.check("uniform", 1)
+
+
+def test_a_failed_launch_is_recovered_from(ring):
+    ring.backend.settings["max_steps"] = 30_000
+    with pytest.raises(StepLimit, match="30000 instructions"):
+        ring.check("uniform", 1)
+    ring.backend.settings["max_steps"] = 0
+    ring.check("uniform", 2)
+    ring.assert_at_rest()
+
+
+def test_wrong_numbers_are_noticed(ring):
+    """The comparison is not vacuous: one expert's weights differ, by little."""
+    right = ring.weights
+    inputs = ring.inputs("uniform", 0)
+    outputs = ring.forward(inputs)
+    if ring.config.recipe.scaled:
+        scale = right.w2_scale.clone()
+        scale.view(scale.shape[0], -1)[0] *= 1.2
+        ring.weights = right._replace(w2_scale=scale)
+    else:
+        ring.weights = Weights(right.w13, right.w2 * torch.tensor([1.2] + [1] * 11)[:, None, None])
+    with pytest.raises(WrongResult):
+        ring.compare(outputs, inputs)
+    ring.weights = right
+
+
+def test_a_map_that_leads_out_of_its_tensor_is_refused(ring):
+    rank, scales = ring.backend.weights[0]
+    ring.backend.weights[0] = rank._replace(w2=rank.w2[:-1]), scales
+    with pytest.raises(Fault, match="lie in no tensor; near: w2 of rank 0"):
+        ring.check("uniform", 0)
+    ring.backend.weights[0] = rank, scales
+    ring.check("uniform", 0)
