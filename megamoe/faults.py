@@ -1,9 +1,8 @@
 """What a launch reports when it cannot finish: the error record, its fields and the Python errors
 made from it.
 
-The kernel writes one record of int32 words into host-visible memory, `STATUS` last; the emulator
-raises the same errors. Owns the numbering of roles and of record fields; region numbers are
-positions in the region table.
+The kernel writes one record of int32 words into host-visible memory, `STATUS` last. Owns the
+numbering of roles and of record fields; region numbers are positions in the region table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The integer logic of the kernel, written once: which tile next, where a token goes, how many
 arrivals a block needs.
 
-Every function here is plain Python to the emulator and the tests, and device code to the kernel
+Every function here is plain Python to the tests, and device code to the kernel
 (see `dsl`). `counts` is anything indexable by an integer: a list here, a pointer into shared or
 global memory there. Integers only; no division of negative numbers.
 

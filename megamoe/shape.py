@@ -1,5 +1,5 @@
 """Integers of one rank's launch that follow from the configuration, named as the protocol names
-them. The kernel and the emulator both read them from here.
+them. The kernel and the tests both read them from here.
 """
 
 from __future__ import annotations

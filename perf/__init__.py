@@ -8,6 +8,6 @@ is kept), `plan` and `measure` (what to run, and running it), `processes`, `samp
 and `progress` (command lines). `compare` judges two result files; `curves`, `plots` and `report`
 draw them; `probes` and `ceilings` measure what bounds the layer; `accuracy` compares it with exact
 arithmetic; `zeroing` times what it does without and `ablation` the parts of a launch alone; `trace`
-records one launch, with `timeline` (its events), `emulated_trace` (the emulator's) and `phases`
+records one launch, with `timeline` (its events) and `phases`
 (where its time went). `publish` runs published measurements in one go.
 """

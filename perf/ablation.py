@@ -159,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list_configs:
         return plan.list_configs(args, KERNELS)
     if args.device == "cpu":
-        raise ValueError("an ablation needs --device cuda: the emulator runs whole launches")
+        raise ValueError("an ablation needs --device cuda: a CPU's times say nothing of its parts")
     check_memory_and_kernels(plan.plans_of(args, place_of(os.environ)))
     title = "microseconds of all and of each part alone, and what overlap saves:"
     return run_table(args, AblationRunner, AblationProcessRunner, title, table)

@@ -11,7 +11,7 @@ Exact is float64, one expert at a time, from either of two things:
 The unfused pipeline is the baseline of the precision, over the very weights and scales of the
 layer: tokens quantised; FC1, stored in BF16; SwiGLU; hidden rows quantised; FC2, rows stored in
 BF16; weighted sum. On a GPU its products are torch's scaled ones, on a CPU float32 products of
-dequantised operands; the layer is the kernel, or on a CPU the emulator. With `fp8_channel` it
+dequantised operands; the layer is the kernel, on a CPU too. With `fp8_channel` it
 stores hidden rows with one scale each, the finest that torch multiplies by output channels.
 
 Errors are over the tokens of all ranks together, at most SAMPLED of each rank, spread evenly.

@@ -13,7 +13,7 @@ over three of its errors; the rest is room for repetitions that drift together, 
 calm rows have hardly any spread within a run, yet clocks, temperature and memory placement differ
 between runs: hence a least noise, FLOOR. Published measurements that were repeated at one commit on
 H200 (2026-11) lay within 1.6 %. B is slower where B / A > 1 + noise, faster where A / B > 1 +
-noise. Times of the CPU emulator depend on whatever else the CPU does and on no kernel: they are
+noise. Times of a CPU depend on whatever else it does: they are
 shown and not judged, unless a threshold is given.
 
 B is wrong, however fast, where its relative error is infinite, as for an output with NaN, or more
@@ -38,7 +38,7 @@ SUMMARY = "join two result files and flag what got slower beyond noise, or wrong
 #: Inputs come from a seed: errors repeat to the last digit, and from 8 tokens on those of all the
 #: layers in one precision lie within a factor of 2 (H200, 2026-11).
 ERROR_FACTOR = 3
-#: About what rounding to BF16 costs. The emulator's error may be 0; sums in another order end that.
+#: About what rounding to BF16 costs. An error may be 0; sums in another order end that.
 ROUNDING = 1e-3
 
 EPILOG = (
@@ -201,7 +201,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=percent,
         metavar="PERCENT",
-        help=f"least difference that counts (default: {100 * FLOOR:g}; the CPU emulator's times "
+        help=f"least difference that counts (default: {100 * FLOOR:g}; a CPU's times "
         "are judged only if this is given); the rows' own spread may ask for more",
     )
 
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(f"{count[word]} {word}" for word in words))
     if count[UNJUDGED]:
         print(
-            "times of the CPU emulator say nothing of a GPU; --threshold judges them all the same"
+            "times of a CPU say nothing of a GPU; --threshold judges them all the same"
         )
     blind = sum(VISIBLE < pair.noise < inf for pair in pairs)
     if blind:

@@ -102,7 +102,7 @@ class Point:
     work: Work
     roofline: Roofline | None  # None where the time is no GPU's, or not of all of the work
     error: float | None
-    nvlink_bytes: int | None = None  # counted by the emulator
+    nvlink_bytes: int | None = None  # counted on a CPU
     reset_bytes: int | None = None
     workspace_bytes: int | None = None
     config: str = ""

@@ -18,6 +18,7 @@ import torch
 
 from megamoe import budget, compile, dsl
 from megamoe.config import select
+from megamoe.machine.host import SUFFIX
 from megamoe.module import MegaMoE
 from megamoe.precision import ITEM_BYTES, PRECISIONS
 from perf import deepep, routings
@@ -333,7 +334,7 @@ def plan_of(
     """
     default, device = DEFAULTS[args.device], torch.device(args.device)
     if place and args.device == "cpu":
-        raise ValueError("torchrun needs --device cuda; the emulator holds all ranks by itself")
+        raise ValueError("torchrun needs --device cuda; on a CPU one process holds all ranks")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available; use --device cpu")
     mode = args.mode or default.mode
@@ -341,10 +342,7 @@ def plan_of(
         raise ValueError("--graph needs --device cuda; use --eager")
     l2 = getattr(args, "l2", WARM)
     if args.device == "cpu" and l2 == COLD:
-        raise ValueError("--l2 cold needs --device cuda: the emulator has no L2 to flush")
-    for option, value in (("--num-sms", args.num_sms), ("--kernel-dir", args.kernel_dir)):
-        if args.device == "cpu" and value:
-            raise ValueError(f"{option} {value} needs --device cuda: the emulator has no kernel")
+        raise ValueError("--l2 cold needs --device cuda: a CPU's L2 is another")
     if place:
         if place.local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -382,7 +380,7 @@ def _ceilings(args: argparse.Namespace, device: torch.device, case: Case) -> Cei
     found = DEFAULT_CEILINGS
     if device.type == "cpu":
         if args.ceilings:
-            raise ValueError("--ceilings needs --device cuda: the emulator has no roofline")
+            raise ValueError("--ceilings needs --device cuda: a CPU has no roofline")
         return found
     if args.ceilings:
         found = ceilings_of(args.ceilings, torch.cuda.get_device_name(device), case.num_gpus)
@@ -403,28 +401,36 @@ def plans_of(args: argparse.Namespace, place: Place | None = None) -> list[Plan]
     return [plan_of(args, place, precision) for precision in args.precision]
 
 
+def _check_gpu(plan: Plan) -> None:
+    """ValueError unless the GPU has the SMs and the memory."""
+    gpu = torch.cuda.get_device_properties(plan.device)
+    case, sms = plan.case, gpu.multi_processor_count
+    if (plan.num_sms or 0) * case.ranks_per_gpu > sms:
+        raise ValueError(
+            f"--num-sms {plan.num_sms} x {case.ranks_per_gpu} rank(s) is more "
+            f"than the {sms} SMs of {gpu.name}"
+        )
+    needed = case.ranks_per_gpu * (plan.workspace_bytes + plan.weight_bytes)
+    if needed > gpu.total_memory:
+        raise ValueError(
+            f"{case.model.name} in {case.precision} needs at least {needed / 2**30:.0f} GiB on "
+            f"a GPU, {gpu.name} has {gpu.total_memory / 2**30:.0f}; try fewer --num-experts"
+        )
+
+
 def check_here(plans: Sequence[Plan]) -> None:
     """ValueError unless this machine holds what `plans` need: on a GPU, memory for weights and
     workspace, SMs, and kernels where none can be built.
     """
     for plan in plans:
-        if plan.emulated:
-            continue
-        gpu = torch.cuda.get_device_properties(plan.device)
-        case, sms = plan.case, gpu.multi_processor_count
-        if (plan.num_sms or 0) * case.ranks_per_gpu > sms:
-            raise ValueError(f"--num-sms {plan.num_sms} x {case.ranks_per_gpu} rank(s) is more "
-                             f"than the {sms} SMs of {gpu.name}")  # fmt: skip
-        needed = case.ranks_per_gpu * (plan.workspace_bytes + plan.weight_bytes)
-        if needed > gpu.total_memory:
-            raise ValueError(
-                f"{case.model.name} in {case.precision} needs at least {needed / 2**30:.0f} GiB on "
-                f"a GPU, {gpu.name} has {gpu.total_memory / 2**30:.0f}; try fewer --num-experts"
-            )
+        case = plan.case
+        if not plan.emulated:
+            _check_gpu(plan)
         if not dsl.HAVE_DSL:
             config = case.config(plan.max_tokens)
             kernel = select(config, **plan.kernel_options)
-            file = f"{compile.kernel_name(config, kernel)}.so"
+            suffix = SUFFIX if plan.emulated else ".so"
+            file = compile.kernel_name(config, kernel) + suffix
             places = [Path(place) for place in (plan.kernel_dir, compile.cache_dir()) if place]
             if not any((directory / file).exists() for directory in places):
                 special = f" with {plan.kernel_options}" if plan.kernel_options else ""

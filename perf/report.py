@@ -174,7 +174,7 @@ def html_group(group: Group) -> str:
     """The section of a group: panels, their legend, the points."""
     parts = [f'<section id="{group.slug}"><h2>{escape(group.title)}</h2>']
     if not any(curve.tflops for curve in group.curves):
-        parts.append("<p>Times of a CPU that emulates the protocol: no GPU figures.</p>")
+        parts.append("<p>Times of a CPU that executes the kernel's PTX: no GPU figures.</p>")
     panels = "".join(html_picture(svg, group.title) for svg in draw_panels(group))
     parts.append(f'<div class="row">{panels}</div>')
     parts.append(html_details("The figures", html_table(ROW_TITLES, group_rows(group))))

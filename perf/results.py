@@ -24,7 +24,7 @@ from perf.options import check_writable
 from perf.routings import ALIASES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-#: What stands in `gpu` where the emulator ran.
+#: What stands in `gpu` where a CPU executed the kernel.
 EMULATION = "cpu emulation"
 
 

@@ -2,7 +2,7 @@
 
 With `--device cuda` the figures are measurements. All ranks are virtual ranks of one GPU, or each
 has a process and a GPU of its own: `torchrun --nproc-per-node N -m perf sweep`; then rank 0 prints
-and writes. With `--device cpu` the emulator runs the protocol: errors and byte counts are exact,
+and writes. With `--device cpu` the kernel's PTX runs on the CPU: errors and byte counts are exact,
 times are a CPU's and say nothing about a GPU. Every output is checked against the dense oracle
 (with a process per rank: on a sample of every rank's tokens), unless --no-verify. Every
 configuration is checked before the first runs. Lines are printed and appended to the CSV file one
@@ -31,7 +31,7 @@ from perf.routings import label_of
 
 __all__ = ["SUMMARY", "add_options", "run"]
 
-SUMMARY = "time one model over token counts and check every output (default: the CPU emulator)"
+SUMMARY = "time one model over token counts and check every output (default: on the CPU)"
 EPILOG = (
     "Exit status: 0 if every output was right, 1 after a wrong output, a failed launch or the end "
     "of memory or disk, 2 for wrong arguments, 130 after an interrupt; finished rows are kept. "

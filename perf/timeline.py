@@ -7,8 +7,7 @@ not written: whoever launches zeroes both regions before.
 
 Events follow the Trace Event Format, which Perfetto and chrome://tracing open: a process per rank
 and a thread per CTA. Slices of a thread nest and do not overlap, whatever the clocks said: a slice
-begins no earlier than the one before it ended. Neighbours: `trace` launches and writes the file,
-`emulated_trace` records a launch of the emulator.
+begins no earlier than the one before it ended. Neighbour: `trace` launches and writes the file.
 """
 
 from __future__ import annotations
@@ -74,6 +73,9 @@ class Clock:
 
 
 GPU_CLOCK = Clock("us", 1000, "microseconds of the GPU's global timer")
+CPU_CLOCK = Clock(
+    "steps", 1, "instructions of warps side by side, drawn as microseconds: an order, no time"
+)
 
 
 def decode_tile(words: Sequence[int]) -> TileTimes:

@@ -5,7 +5,7 @@ With `--device cuda` the kernel is built with `KernelConfig.trace` and records t
 global timer; launches before the recorded one warm it up. All ranks are virtual ranks of one GPU,
 or each has a process and a GPU of its own (torchrun); then rank 0 writes for all, and the timers of
 the GPUs, which nobody sets, are laid side by side at the dispatch barrier. With `--device cpu` the
-emulator runs the launch; its times are the order of its steps.
+same kernel runs on the CPU; its times are counted in instructions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import megamoe
 from megamoe.config import select
 from megamoe.faults import MegaMoEError
 from perf.cases import Inputs, make_inputs, make_rank_inputs
-from perf.emulated_trace import STEP_CLOCK, Recorder, traces_of
 from perf.measure import (
     Runner,
     largest_error,
@@ -46,10 +45,10 @@ from perf.plan import (
 from perf.process_runner import ProcessRunner
 from perf.processes import Job, joined, place_of
 from perf.results import ResultsFile, environment
-from perf.roofline import routed_counts
 from perf.routings import label_of
 from perf.sample import sample_of
 from perf.timeline import (
+    CPU_CLOCK,
     GPU_CLOCK,
     CtaTrace,
     decode,
@@ -63,7 +62,7 @@ from perf.timeline import (
 from perf.timing import EAGER, HEAD_START_CYCLES
 from workspace.layout import layout_of
 
-SUMMARY = "record one launch CTA by CTA as a timeline for Perfetto (default: the CPU emulator)"
+SUMMARY = "record one launch CTA by CTA as a timeline for Perfetto (default: on the CPU)"
 EPILOG = (
     "On a GPU without the DSL the kernel is built ahead of time: --list-configs FILE, "
     "python -m megamoe.compile --list FILE --out DIR, then --kernel-dir DIR. Exit status: 0, or 1 "
@@ -110,10 +109,9 @@ def run(args: argparse.Namespace) -> int:
     check_no_results("--out", args.out, read=[args.phases] if args.phases else [])
     check_writable("--out", args.out)
     if args.phases and args.device == "cpu":
-        raise ValueError(f"--phases {args.phases}: the emulator has an order of steps, no times")
+        raise ValueError(f"--phases {args.phases}: a CPU has an order of steps, no times")
     phases = ResultsFile(args.phases, PhaseRow) if args.phases else None
-    # The emulator is watched from outside; its workspace needs no room for marks.
-    args.kernel_options = TRACED if args.device == "cuda" else {}
+    args.kernel_options = TRACED
     place = place_of(os.environ)
     plan = plan_of(args, place)
     check_here([plan])
@@ -131,7 +129,6 @@ def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job | 
             inputs = [make_rank_inputs(plan.case, job.rank, plan.device)]
         else:
             inputs = make_inputs(plan.case, plan.device)
-        launch = emulated_launch if plan.emulated else gpu_launch
         traces, outputs = launch(runner.moe, plan, inputs, job)
         error = error_of(runner, plan, inputs, outputs, job)
     except (RuntimeError, MemoryError) as failure:
@@ -149,23 +146,11 @@ def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job | 
     return FAILED if error is not None and not error <= bound else 0
 
 
-def emulated_launch(
+def launch(
     moe: megamoe.MegaMoE, plan: Plan, inputs: Sequence[Inputs], job: Job | None = None
 ) -> tuple[list[CtaTrace], list[torch.Tensor]]:
-    """(what every CTA recorded, outputs) of a launch of the emulator."""
-    emulator = moe.backend.emulator
-    recorder = Recorder(emulator)
-    outputs = outputs_of(moe, inputs)
-    ranks = plan.case.num_ranks
-    received_WE = routed_counts(plan.case, [i.topk_idx for i in inputs]).sum(dim=0)
-    return traces_of(emulator, recorder, received_WE.view(ranks, -1).tolist()), outputs
-
-
-def gpu_launch(
-    moe: megamoe.MegaMoE, plan: Plan, inputs: Sequence[Inputs], job: Job | None = None
-) -> tuple[list[CtaTrace], list[torch.Tensor]]:
-    """The same of a launch on GPUs, after others; with a job, records of all ranks on every rank,
-    outputs of this one.
+    """(what every CTA recorded, outputs) of a launch, on GPUs after others; with a job, records of
+    all ranks on every rank, outputs of this one.
     """
     views = [moe.workspace.regions(rank) for rank in moe.local_ranks]
     names = [name for name in ("trace", "tile_trace") if name in views[0]]
@@ -175,7 +160,8 @@ def gpu_launch(
     for view in views:
         for name in names:
             view[name].zero_()
-    torch.cuda._sleep(HEAD_START_CYCLES)  # the host queues every launch before the first begins
+    if not plan.emulated:
+        torch.cuda._sleep(HEAD_START_CYCLES)  # the host queues every launch before the first begins
     if job:
         job.align()
     outputs = outputs_of(moe, inputs)
@@ -223,7 +209,7 @@ def write(
     phases: ResultsFile | None = None,
 ) -> None:
     """The file, a row of phases if somebody asked, and a few lines about the launch."""
-    case, clock = plan.case, STEP_CLOCK if plan.emulated else GPU_CLOCK
+    case, clock = plan.case, CPU_CLOCK if plan.emulated else GPU_CLOCK
     config = case.config(plan.max_tokens)
     kernel = select(config, **plan.kernel_options)
     where = environment(plan.device)
@@ -236,7 +222,7 @@ def write(
         **case.columns,
         "kernel": dataclasses.asdict(kernel),
         "error_rel": error if error is None else f"{error:.2e}",
-        "sm_clock_mhz": sm_clock_mhz(traces),
+        "sm_clock_mhz": None if plan.emulated else sm_clock_mhz(traces),
     }
     if case.num_gpus > 1:
         facts["time"] += ", laid side by side at the dispatch barrier"

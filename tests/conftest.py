@@ -44,7 +44,7 @@ def cuda() -> torch.device:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Products of the emulator are tiny; a thread pool only gets in the way."""
+    """Products of the oracle are tiny; a thread pool only gets in the way."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,7 +2,7 @@
 
 `Allocation` holds, for every rank that lives in this process, one byte tensor per space, and for
 every rank of the job the base address of its symmetric space, valid in this process. Two forms: all
-ranks in this process, in CPU memory, which the emulator runs on, or as virtual ranks on one GPU;
+ranks in this process, in CPU memory, or as virtual ranks on one GPU;
 and one process per GPU over torch symmetric memory.
 
 All memory is zeroed once, at allocation and before any peer may signal: barrier words and counters

@@ -11,7 +11,7 @@
 - combine row: H outputs at `combine_output[token][k]` of the source rank, addressed by the slot.
 - tile code (int64, `tile_trace`): phase in 8 bits, pool block in 32, tile column above.
 
-Owns these encodings; the kernel and the emulator call the same functions.
+Owns these encodings; the kernel and the tests call the same functions.
 """
 
 from __future__ import annotations
