@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,26 @@ from tests.machine import Layer
 NAMES = {number: name for name, number in NUMBER.items()}
 PLENTY = 0x3FFFFFFF  # what a wait reads that does not wait
 OR = decode.ATOMICS.index("or")
+PADDING = ("l1_topk_weights_buffer", "token_src_metadata")
 
 
 @dataclass(frozen=True)
 class Mutant:
+    """`change` gives the fields of instruction `index` that differ, and constants and lists that
+    they refer to.
+    """
+
     name: str
-    code: Code
+    index: int
+    change: Callable[[Code], dict[str, int]]
+
+    def of(self, code: Code) -> Code:
+        """A copy of the code with the change."""
+        code = copy.copy(code)
+        code.instructions, code.seen = code.instructions.copy(), None
+        for name, value in self.change(code).items():
+            code.instructions[name][self.index] = value
+        return code
 
 
 def watch(layer: Layer) -> Code:
@@ -77,59 +91,57 @@ class Mutator:
             return self.layer.backend.machine.memory.describe(address).partition("[")[0]
         return ""
 
-    def _changed(self, index: int, **fields: int) -> Code:
-        code = copy.copy(self.code)
-        code.instructions, code.seen = code.instructions.copy(), None
-        for name, value in fields.items():
-            code.instructions[name][index] = value
-        return code
-
-    def _constant(self, code: Code, value: int) -> int:
-        code.constants = np.concatenate([code.constants, np.full((1, 32), value, np.uint32)])
-        return -len(code.constants)
-
-    def _variants(self, index: int) -> Iterator[tuple[str, Code]]:
-        """(what is done to the instruction, the code)"""
+    def _variants(self, index: int) -> Iterator[tuple[str, Callable]]:
+        """(what is done to the instruction, its change)"""
         op, flags = self._op(index), int(self.code.instructions["flags"][index])
-        nop = NUMBER["nop"]
+
+        def fields(**values: int) -> Callable:
+            return lambda code: values
+
+        dropped = fields(op=NUMBER["nop"])
         if op in ("fence", "fence_proxy", "warp_sync", "bar_sync", "stores_wait", "mma_fence", "mma_wait"):
-            yield f"no {op}", self._changed(index, op=nop)
+            yield f"no {op}", dropped
         elif op in ("mbarrier_try", "mbarrier_test"):
-            moved = alu.TABLE["mov.pred"].number
-            yield "no wait", self._changed(index, op=moved, a=1)
-            yield "relaxed wait", self._changed(index, flags=flags | RELAXED)
+            yield "no wait", fields(op=alu.TABLE["mov.pred"].number, a=1)
+            yield "relaxed wait", fields(flags=flags | RELAXED)
         elif op in ("mbarrier_arrive", "mbarrier_expect"):
-            yield "no arrival", self._changed(index, op=nop)
-            yield "relaxed arrival", self._changed(index, flags=flags | RELAXED)
+            yield "no arrival", dropped
+            yield "relaxed arrival", fields(flags=flags | RELAXED)
         elif op == "atom":
-            code = self._changed(index, n=self.code.instructions["n"][index])
-            x = int(code.instructions["x"][index])
-            code.extra = np.concatenate([code.extra, code.extra[x : x + 5]])
-            code.extra[-3] = OR
-            code.instructions["x"][index] = len(code.extra) - 5
-            code.instructions["c"][index] = self._constant(code, 0)
-            yield "no increment", code
-        elif op == "st" and flags & STRONG:
-            yield "no store", self._changed(index, op=nop)
+            yield "no increment", lambda code: _or_zero(code, int(code.instructions["x"][index]))
+        elif op == "st" and (flags & STRONG or self._subject(index) in PADDING):
+            yield "no store", dropped
         elif op == "ld" and flags & STRONG and not flags & ACQUIRE:
-            code = self._changed(index, op=alu.TABLE["mov.b32"].number)
-            x = int(code.instructions["x"][index])
-            code.instructions["d"][index] = code.extra[x + 5]
-            code.instructions["a"][index] = self._constant(code, PLENTY)
-            yield "reads plenty", code
+            yield "reads plenty", lambda code: {
+                "op": alu.TABLE["mov.b32"].number,
+                "d": int(code.extra[int(code.instructions["x"][index]) + 5]),
+                "a": _constant(code, PLENTY),
+            }
         if op in ("atom", "ld", "st", "fence") and "volatile" not in self.code.origin[index].op:
             for bit, name in ((ACQUIRE, "acquire"), (RELEASE, "release"), (SYSTEM, "sys scope")):
                 if flags & bit and (op != "fence" or bit == SYSTEM):
-                    yield f"no {name}", self._changed(index, flags=flags & ~bit)
+                    yield f"no {name}", fields(flags=flags & ~bit)
 
     def mutants(self) -> list[Mutant]:
         found, counts = [], Counter()
         for index in self._executed():
-            for what, code in self._variants(index):
+            for what, change in self._variants(index):
                 function = report.function_of(self.code.origin[index].place)
                 parts = [what, self._subject(index), f"by {self._who(index)} in {function}"]
                 name = " ".join(filter(None, parts))
                 counts[name] += 1
                 number = f" #{counts[name]}" if counts[name] > 1 else ""
-                found.append(Mutant(name + number, code))
+                found.append(Mutant(name + number, index, change))
         return found
+
+
+def _constant(code: Code, value: int) -> int:
+    code.constants = np.concatenate([code.constants, np.full((1, 32), value, np.uint32)])
+    return -len(code.constants)
+
+
+def _or_zero(code: Code, x: int) -> dict[str, int]:
+    """An atomic that changes nothing, and says so."""
+    code.extra = np.concatenate([code.extra, code.extra[x : x + 5]])
+    code.extra[-3] = OR
+    return {"x": len(code.extra) - 5, "c": _constant(code, 0)}

@@ -1,0 +1,228 @@
+"""Every ordering operation of the kernel is needed: without it, or with less of it, some launch
+fails visibly; or it is listed here with what else gives the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from megamoe.faults import InvalidExpertError, LaunchTimeout, MegaMoEError
+from megamoe.machine.faults import MachineError
+from tests.machine import Layer
+from tests.mutants import Mutant, Mutator, install, watch
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+#: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
+RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
+#: Routed entries for more than one CTA, tokens that are reduced early, experts for two ballots.
+TOKENS = dict(world=2, tokens=200, experts=80, overrides={"pool_blocks": 3})
+#: One K block: nothing that comes with a second one orders what came with the first.
+ONE_BLOCK = dict(world=2, tokens=8, experts=8, overrides={"pool_blocks": 2}, precision="fp8_block")
+
+RING_RUNS = (("uniform", 0), ("skewed", 1), ("ragged", 2), ("uniform", 3))
+TOKENS_RUNS = (("uniform", 4), ("uniform", 7), ("skewed", 9), ("ragged", 6))
+
+#: What RING does not show, but the others do.
+BY_TOKENS = (
+    "no bar_sync barrier 0 by .* in (kernel|cta_barrier|count)",
+    "reads plenty grid_sync_counter by dispatch in wait_for",
+    "no stores_wait by dispatch in finish_store #4",
+    "no release l1_arrival_count by dispatch in signal #4",
+    "no (fence|sys scope) by report in report_fc2",
+    "reads plenty (l1_topk_weights_buffer|token_src_metadata) by load_tokens",
+    "no warp_sync by math in store_fc2 #8",
+    "no bar_sync barrier 3 by math",
+)  # fmt: skip
+BY_ONE_BLOCK = ("(relaxed arrival|no wait|relaxed wait) metadata_full",)
+BY_FAULTS = ("no sys scope abort_flag", "no store abort_flag by math")
+
+#: What no launch shows: pattern -> (why, pattern of what gives the same order, or "").
+REDUNDANT = {
+    "no (release|acquire) grid_sync_counter by dispatch in (grid_sync|load_acquire)": (
+        "it orders atomics and strong loads, which always find the last value here", ""),
+    "no fence by (dispatch|math) in nvlink_barrier": (
+        "the arrival is a release too", "no release grid_sync_counter by {1} in "),
+    "no release grid_sync_counter by (dispatch|math) in ": (
+        "a fence followed by a relaxed atomic is a release too", "no fence by {1} in nvlink_barrier"),
+    "no sys scope by (dispatch|math) in nvlink_barrier": (
+        "the arrival is of gpu scope, and the signal carries it on to sys", ""),
+    "(no warp_sync|relaxed arrival queue_empty) by load_tokens in release_tile": (
+        "every lane's later arrival at metadata_full comes before the epilogue, which releases the "
+        "slot last", ""),
+    "relaxed arrival (full|pull_barriers) by (load_tokens|load_weights|dispatch)": (
+        "who waits reads only what copies bring, and these complete the phase", ""),
+    "no warp_sync by (load_tokens|load_weights) in (load_stages|hand_over)": (
+        "it brings the lanes together and orders nothing", ""),
+    "no warp_sync by (dispatch|report) in (kernel|pull)": (
+        "lanes that are together stay together here", ""),
+    "no warp_sync by dispatch in store_piece": (
+        "without scales only lane 0 stores; lanes that are together stay together here", ""),
+    "no fence_proxy by dispatch in pull$": (
+        "the launch is one for what the host has stored", ""),
+    "no fence_proxy by dispatch in pull #2": (
+        "the slot's old rows were read, and the new are written, by the async proxy", ""),
+    "no fence_proxy by load_tokens in load_rows$": (
+        "rows come by bulk stores, which belong to the async proxy", ""),
+    "no fence_proxy by load_tokens in load_rows #2": (
+        "a proxy fence may stand anywhere between store and copy", "no fence_proxy by report in report"),
+    "no fence_proxy by report in report": (
+        "a proxy fence may stand anywhere between store and copy", "no fence_proxy by load_tokens in load_rows #2"),
+    "reads plenty shared by (dispatch|report) in load_shared_volatile": (
+        "who is told to stop too early leaves his tokens to the math warps", ""),
+    "no store shared by math in store_shared_volatile": (
+        "who is not told to stop reduces the rest of his tokens", ""),
+    "no mma_fence by math in  #2": (
+        "nobody touches the sums between two groups", ""),
+    "relaxed (arrival|wait) multiplied": (
+        "it keeps a warpgroup in step with the phases of the stages, and orders no accesses", ""),
+    "no warp_sync by math in store_fc1 #4": (
+        "another follows before the arrival", "no warp_sync by math in math"),
+    "no warp_sync by math in math": (
+        "the epilogue ends with one", "no warp_sync by math in store_fc1 #4"),
+    "no bar_sync barrier 1 by math": (
+        "the report warp comes after all that the math warps have stored", ""),
+    "no sys scope combine_arrival_count by math in reduce_rest": (
+        "after the barrier of all ranks nobody adds", ""),
+}  # fmt: skip
+
+
+def matches(name: str, patterns) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+class Trial:
+    """A layer whose kernel is mutated; `attempt` raises what a mutant leads to."""
+
+    def __init__(self, shape: dict, runs, precision: str = "bf16"):
+        self.layer = Layer(**({"precision": precision, "patient": False} | shape))
+        self.runs = runs
+        self.code = watch(self.layer)
+        self.attempt()
+        self.mutants = Mutator(self.layer, self.code).mutants()
+        self.code.seen = None
+        self.layer.backend.settings["max_steps"] = 6_000_000
+
+    def attempt(self) -> None:
+        for routing, seed in self.runs:
+            self.layer.check(routing, seed)
+        self.layer.assert_at_rest()
+
+    def missed(self, *mutants: Mutant, attempt: Callable | None = None) -> bool:
+        """Whether nothing shows that these mutants are in the kernel."""
+        code = self.code
+        for mutant in mutants:
+            code = mutant.of(code)
+        install(self.layer, code)
+        self.layer.backend.recover()
+        try:
+            (attempt or self.attempt)()
+        except (MegaMoEError, AssertionError, ValueError):
+            return False
+        finally:
+            install(self.layer, self.code)
+        return True
+
+    def named(self, pattern: str) -> list[Mutant]:
+        return [mutant for mutant in self.mutants if re.match(pattern, mutant.name)]
+
+
+@pytest.fixture(scope="module")
+def ring() -> Trial:
+    return Trial(RING, RING_RUNS)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_without_an_operation_a_launch_fails(ring, part):
+    others = (*BY_TOKENS, *BY_ONE_BLOCK, *BY_FAULTS, *REDUNDANT)
+    needed = [mutant for mutant in ring.mutants if not matches(mutant.name, others)]
+    assert len(needed) > 150
+    assert not [mutant.name for mutant in needed[part::4] if ring.missed(mutant)]
+
+
+def test_what_needs_many_tokens():
+    trial = Trial(TOKENS, TOKENS_RUNS)
+    found = [mutant for mutant in trial.mutants if matches(mutant.name, BY_TOKENS)]
+    assert len(found) > 12
+    assert not [mutant.name for mutant in found if trial.missed(mutant)]
+
+
+def test_what_needs_a_single_k_block():
+    trial = Trial(ONE_BLOCK, (("uniform", 0), ("skewed", 1), ("uniform", 3), ("ragged", 2)))
+    found = [mutant for mutant in trial.mutants if matches(mutant.name, BY_ONE_BLOCK)]
+    assert len(found) == 4
+    assert not [mutant.name for mutant in found if trial.missed(mutant)]
+
+
+@pytest.mark.parametrize("pattern", REDUNDANT)
+def test_a_redundant_operation_gives_no_order_of_its_own(ring, pattern):
+    found = ring.named(pattern)
+    assert found and all(ring.missed(mutant) for mutant in found)
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, (_, twin) in REDUNDANT.items() if twin])
+def test_one_of_two_redundant_operations_must_stay(ring, pattern):
+    for mutant in ring.named(pattern):
+        parts = re.match(pattern, mutant.name)
+        twin = REDUNDANT[pattern][1].format(parts[0], *parts.groups())
+        (other,) = [m for m in ring.mutants if m.name == twin]
+        assert not ring.missed(mutant, other), (mutant.name, twin)
+
+
+#: With scales: what these functions do is tried with each recipe that has some.
+OF_SCALES = r".*\b(quantize_input|store_piece|finish_store|signal|hand_over|accumulate_scaled|release)\b"
+#: What shows nothing there.
+SPARED = {
+    "no fence_proxy by dispatch in store_piece": "load_rows has one too",
+    "no warp_sync by load_weights in hand_over": "it orders nothing",
+    "no release l1_arrival_count by dispatch in signal #4": "see BY_TOKENS",
+    "no stores_wait by dispatch in finish_store #4": "see BY_TOKENS",
+    "no release fc2_done_counter": "see RING",
+}
+
+
+@pytest.mark.parametrize("precision", ["fp8_block", "fp8_channel"])
+def test_what_scales_rely_on(precision):
+    trial = Trial(RING, RING_RUNS, precision)
+    found = [m for m in trial.named(OF_SCALES) if not matches(m.name, SPARED)]
+    assert len(found) > 15
+    assert not [mutant.name for mutant in found if trial.missed(mutant)]
+    if precision == "fp8_block":
+        (reader,) = trial.named("no fence_proxy by load_tokens in load_rows$")
+        writers = trial.named("no fence_proxy by dispatch in store_piece")
+        assert not trial.missed(reader, *writers)
+
+
+def test_what_a_rank_that_gives_up_needs(ring):
+    """One rank's waits time out at once, at different places; the other is told."""
+    layer = ring.layer
+    layer.backend.settings["patient"] = True
+
+    def attempt() -> None:
+        for timeout in (100, 3000, 9000, 20_000):
+            for rank, launcher in enumerate(layer.backend.launchers):
+                launcher.set(timeout_ns=timeout if rank else 10**12)
+            for seed in range(1, 4):
+                try:
+                    layer.check("uniform", seed)
+                except LaunchTimeout as error:
+                    assert not isinstance(error, MachineError)
+
+    def invalid() -> None:
+        for _ in range(2):
+            xs, idx, weights = layer.inputs("uniform", 0)
+            idx[0][1, 0] = layer.experts
+            with pytest.raises(InvalidExpertError):
+                layer.forward((xs, idx, weights))
+
+    found = [m for m in ring.mutants if matches(m.name, BY_FAULTS)]
+    noticed = [m.name for m in found if not ring.missed(m, attempt=attempt)]
+    noticed += [m.name for m in found if not ring.missed(m, attempt=invalid)]
+    layer.backend.settings["patient"] = False
+    for launcher in layer.backend.launchers:
+        launcher.set(timeout_ns=30 * 10**9)
+    print(sorted(set(m.name for m in found) - set(noticed)))
+    assert len(noticed) > 8
