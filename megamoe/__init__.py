@@ -7,10 +7,17 @@ import importlib
 _PUBLIC = {
     "InvalidExpertError": "megamoe.faults",
     "KernelConfig": "megamoe.config",
+    "KernelNotFound": "megamoe.compile",
+    "LaunchFailed": "megamoe.faults",
     "LaunchTimeout": "megamoe.faults",
+    "LayerMismatch": "megamoe.faults",
     "MegaMoE": "megamoe.module",
     "MegaMoEError": "megamoe.faults",
+    "MissingRank": "megamoe.group",
     "MoEConfig": "megamoe.config",
+    "NotRecovered": "megamoe.faults",
+    "PeerFailed": "megamoe.faults",
+    "RanksDisagree": "megamoe.group",
     "quantize_weights": "megamoe.weights",
 }
 

@@ -2,21 +2,20 @@
 
 Both take lists with one entry per rank of this process and know nothing of validation. The GPU
 backend launches once per rank; a single rank launches on the current stream, several virtual ranks
-fork from it and join it again.
+fork from it and join it again. Nothing here is recorded for autograd.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
 
 from megamoe import faults
 from megamoe.compile import CompiledKernel
-from megamoe.group import Group
+from megamoe.faults import Limits
 from megamoe.reference import Weights
-from megamoe.weights import tile_scales
+from megamoe.streams import Streams
 from workspace.layout import LOCAL, SYMMETRIC
 from workspace.views import Workspace
 
@@ -36,11 +35,15 @@ class EmulatorBackend:
         # Our last launch: who shares the workspace recovers that, but not our memory model.
         self.failed = False
 
-    def load_weights(self, weights: list[Weights]) -> None:
+    def set_weights(self, weights: list[Weights], tables: list[tuple]) -> None:
+        """By rank: weights, and their scales as a kernel reads them, which the emulator does not.
+        Scales are copied, so this follows every change of them.
+        """
         self.emulator.load_weights(weights)
 
+    @torch.no_grad()
     def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
-        experts = self.config.num_experts
+        experts, health = self.config.num_experts, self.workspace.health
         for rank, idx in enumerate(ids):
             bad = (idx < -1) | (idx >= experts)
             if bad.any():
@@ -49,13 +52,14 @@ class EmulatorBackend:
                 raise faults.InvalidExpertError(
                     faults.describe_invalid_expert(rank, token, slot, value, experts)
                 )
-        if self.failed or self.workspace.failed:
+        if self.failed or health.failed:
             self.recover()
-        self.failed = self.workspace.failed = True  # stays so if the launch raises
+        xs, weights = ([t.detach() for t in part] for part in (xs, weights))  # it keeps them
+        self.failed = health.failed = True  # stays so if the launch raises
         outputs = self.emulator.launch(
             xs, ids, weights, seed=self.launches, x_scales=scales, expert_counts=counts
         )
-        self.failed = self.workspace.failed = False
+        self.failed = health.failed = False
         self.launches += 1
         self.nvlink_bytes = self.emulator.nvlink_bytes
         return [
@@ -68,11 +72,19 @@ class EmulatorBackend:
 
     def recover(self) -> None:
         self.emulator.recover()
-        self.failed = self.workspace.failed = False
+        self.failed = self.workspace.health.failed = False
+
+    def close(self) -> None:
+        """Nothing is ever pending."""
 
 
 class GpuBackend:
-    """Forward by one kernel launch per rank of this process."""
+    """Forward by one kernel launch per rank of this process.
+
+    num_sms: CTAs per rank. layer: number of the layer, the same on every rank that shares the
+    workspace. yields: leave the SMs that a launch does not use to other streams (a launch that
+    waits for the one before it would hold them).
+    """
 
     nvlink_bytes = None
 
@@ -81,12 +93,13 @@ class GpuBackend:
         workspace: Workspace,
         kernel: CompiledKernel,
         num_sms: int,
-        timeout_s: float,
-        group: Group | None,
-        clamp: float | None,
+        limits: Limits,
+        layer: int = 0,
+        clamp: float | None = None,
+        yields: bool = False,
     ):
         self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
-        self.group, self.timeout_s = group, timeout_s
+        self.health, self.limits = workspace.health, limits
         kernel.to_device(self.device.index)
         self.ranks = workspace.local_ranks
         views = [workspace.regions(rank) for rank in self.ranks]
@@ -98,35 +111,32 @@ class GpuBackend:
         if self.quantizes:
             scales = config.token_scales
             self.staged_scales = [view["input_sf_buffer"][:, :scales] for view in views]
-        with torch.inference_mode(False):  # made anywhere, zeroed anywhere
-            shape = len(self.ranks), faults.RECORD_WORDS
-            self.records = torch.zeros(shape, dtype=torch.int32, device="cpu").pin_memory()
-        # Plain loads: a forward looks at every status and must not pay for a tensor operation.
-        words = ctypes.c_int32 * faults.RECORD_WORDS
-        self.status = [words.from_address(row.data_ptr()) for row in self.records]
-        with torch.cuda.device(self.device):
-            several = len(self.ranks) > 1
-            self.streams = [torch.cuda.Stream() for _ in self.ranks] if several else []
-            self.fork = torch.cuda.Event()
-            self.joins = [torch.cuda.Event() for _ in self.streams]
+        several = len(self.ranks) > 1
+        self.streams = Streams(self.device, len(self.ranks)) if several else None
         self.launchers = [kernel.launcher() for _ in self.ranks]
         for index, (rank, launcher) in enumerate(zip(self.ranks, self.launchers, strict=True)):
+            base = workspace.allocation.base(rank, LOCAL)
             launcher.set(
                 symmetric_base=workspace.allocation.base(rank, SYMMETRIC),
-                local_base=workspace.allocation.base(rank, LOCAL),
+                local_base=base,
                 peers=workspace.peer_tables[rank].data_ptr(),
-                record=self.records[index].data_ptr(),
-                timeout_ns=int(timeout_s * 1e9),
+                w13=base,  # until there are weights: a launch that refuses its input reads none
+                w2=base,
+                record=self.health.records[index].data_ptr(),
+                timeout_ns=int(limits.timeout_s * 1e9),
+                start_timeout_ns=int(limits.start_timeout_s * 1e9),
                 rank=rank,
+                layer=layer,
+                dependents=int(not yields),
                 clamp=math.inf if clamp is None else clamp,
                 num_ctas=num_sms,
             )
-        self.weights: list[tuple] = []  # by rank, what the launches read
 
-    def load_weights(self, weights: list[Weights]) -> None:
-        config = self.layout.config
-        self.weights = [(rank, tile_scales(config, rank)) for rank in weights]
-        for launcher, (rank, (w13_sf, w2_sf)) in zip(self.launchers, self.weights, strict=True):
+    def set_weights(self, weights: list[Weights], tables: list[tuple]) -> None:
+        """By rank: weights, and (w13_sf, w2_sf) as the kernel reads them, or None. Launches read
+        what they hold then; who calls keeps them alive.
+        """
+        for launcher, rank, (w13_sf, w2_sf) in zip(self.launchers, weights, tables, strict=True):
             launcher.set(
                 w13=rank.w13.data_ptr(),
                 w2=rank.w2.data_ptr(),
@@ -134,31 +144,36 @@ class GpuBackend:
                 w2_sf=0 if w2_sf is None else w2_sf.data_ptr(),
             )
 
+    @torch.no_grad()
     def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
+        """Launch; then raise what an earlier launch reported of its input. After a launch that
+        failed, raise that first, or recover: a launch would do nothing.
+        """
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
                 return self.forward(xs, ids, weights, scales, outs, counts)
-        reported = any(record[faults.STATUS] for record in self.status)
-        if (reported or self.workspace.failed) and not torch.cuda.is_current_stream_capturing():
-            self.synchronize()
-            self.recover()
+        reported = self.health.reported
+        if (reported or self.health.failed) and torch.cuda.is_current_stream_capturing():
+            reported = False
+        elif reported or self.health.failed:
+            if self.health.broken and reported:
+                self.synchronize()
+            if self.health.failed:
+                self.recover()
         ys = [
             output[: x.shape[0]] if out is None else out
             for output, out, x in zip(self.outputs, outs, xs, strict=True)
         ]
         current = torch.cuda.current_stream()
         ranks = list(zip(xs, ids, weights, ys, scales, counts, strict=True))
-        if not self.streams:
+        if self.streams is None:
             self._stage_and_launch(0, current, *ranks[0])
-            return ys
-        self.fork.record(current)
-        for i, stream in enumerate(self.streams):
-            stream.wait_event(self.fork)
-            with torch.cuda.stream(stream):
-                self._stage_and_launch(i, stream, *ranks[i])
-                self.joins[i].record(stream)
-        for join in self.joins:
-            current.wait_event(join)
+        else:
+            for index, stream in self.streams.fork(current):
+                self._stage_and_launch(index, stream, *ranks[index])
+            self.streams.join(current)
+        if reported:
+            self.synchronize()
         return ys
 
     def _stage_and_launch(
@@ -191,36 +206,34 @@ class GpuBackend:
             wide_idx=int(idx.dtype == torch.int64),
         )
 
+    def refuse(self, reason: str) -> None:
+        """In place of a forward whose input this rank refuses: end the launch of the other ranks,
+        which tell their callers the reason. Behind what the current stream holds already.
+        """
+        with torch.cuda.device(self.device):
+            if self.health.broken or torch.cuda.is_current_stream_capturing():
+                return  # they know, or nothing is launched
+            self.health.tell(reason)
+            stream = torch.cuda.current_stream().cuda_stream
+            self.launchers[0](stream, x=0, expert_counts=0, num_tokens=faults.NO_INPUT)
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
-        errors = [faults.error_of(record, self.layout) for record in self.records.tolist()]
-        errors = [error for error in errors if error is not None]
-        if not errors:
+        error = self.health.take_error(self.limits)
+        if error is None:
             return
-        self.records.zero_()
-        # The cause first: a wait of its own, then a peer's failure, then bad input.
-        kinds = (faults.InvalidExpertError, faults.PeerFailed, faults.LaunchTimeout)
-        errors.sort(key=lambda error: -kinds.index(type(error)))
-        if isinstance(errors[0], faults.LaunchTimeout):
-            self.workspace.failed = True
-        if self.workspace.failed and self.group is None:
+        if self.health.failed and self.health.group is None:
             self.recover()
-        raise errors[0]
+        raise error
 
     def recover(self) -> None:
-        """Return the workspace to its first state; with a group every rank must come here.
+        self.health.recover(self.limits)
 
-        Between the two meetings no rank runs a launch and none has signalled yet.
-        """
+    def close(self) -> None:
+        """Wait for running launches; they may still write records and read the workspace."""
         torch.cuda.synchronize(self.device)
-        if self.group is not None:
-            self.group.meet(self.timeout_s)
-        self.workspace.recover()
-        self.records.zero_()
-        torch.cuda.synchronize(self.device)
-        if self.group is not None:
-            self.group.meet(self.timeout_s)
-        self.workspace.failed = False
+        if self.streams is not None:
+            self.streams.close()
 
 
 def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:

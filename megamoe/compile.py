@@ -48,9 +48,12 @@ ARGUMENTS = (
     ("expert_counts", ctypes.c_int64),
     ("record", ctypes.c_int64),
     ("timeout_ns", ctypes.c_int64),
+    ("start_timeout_ns", ctypes.c_int64),
     ("rank", ctypes.c_int32),
+    ("layer", ctypes.c_int32),
     ("num_tokens", ctypes.c_int32),
     ("wide_idx", ctypes.c_int32),
+    ("dependents", ctypes.c_int32),
     ("clamp", ctypes.c_float),
     ("num_ctas", ctypes.c_int32),
     ("stream", ctypes.c_void_p),
@@ -68,6 +71,11 @@ HOST_ONLY = {
     "inputs.py",
     "backends.py",
     "group.py",
+    "arguments.py",
+    "custom_op.py",
+    "health.py",
+    "residents.py",
+    "streams.py",
     "compile.py",
     "reference.py",
     "weights.py",
@@ -212,19 +220,19 @@ def build(
     return out_dir / f"{name}.so"
 
 
-def _share_cuda_runtime() -> None:
-    """Make the CUDA runtime of the process visible to kernel libraries."""
+@functools.cache
+def cuda_runtime() -> ctypes.CDLL:
+    """The CUDA runtime of the process, visible to kernel libraries from now on."""
     import torch
 
     version = (torch.version.cuda or "13").split(".")[0]
     name = f"libcudart.so.{version}"
     try:
-        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         for path in map(Path, sys.path):
             for found in path.glob(f"nvidia/*/lib/{name}"):
-                ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
-                return
+                return ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
         raise KernelNotFound(
             f"{name} was not found; the kernel needs the CUDA runtime that comes with torch"
         ) from None
@@ -234,7 +242,7 @@ class CompiledKernel:
     """A loaded kernel library. `launcher()` gives a call with its arguments packed in place."""
 
     def __init__(self, path: Path):
-        _share_cuda_runtime()
+        cuda_runtime()
         self.path = path
         description = json.loads(path.with_suffix(".json").read_text())
         if description["arguments"] != [name for name, _ in ARGUMENTS]:

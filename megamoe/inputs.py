@@ -2,57 +2,56 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
 from megamoe.config import MoEConfig
 from megamoe.weights import ALIGNMENT, check_tensor
+from workspace.views import Workspace
 
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
-def by_rank(name: str, value: object, single: bool) -> list:
-    """An argument of a forward as a list with one item per rank."""
+#: Arguments of a forward, in order; those after the third may be None.
+NAMES = ("x", "topk_idx", "topk_weights", "x_scale", "out", "expert_counts")
+REQUIRED = 3
+
+
+def columns_of(single: bool, *arguments: object) -> list[list]:
+    """The arguments of a forward as lists with one item per rank; `single`: they are plain."""
     if single:
-        return [value]
-    try:
-        return list(value)
-    except TypeError:
-        raise ValueError(
-            f"{name} must be a tensor, or a list of one for each rank, got {type(value).__name__}"
-        ) from None
+        return [[argument] for argument in arguments]
+    columns = []
+    for position, (name, argument) in enumerate(zip(NAMES, arguments, strict=True)):
+        if argument is None and position >= REQUIRED:
+            argument = [None] * len(columns[0])
+        try:
+            columns.append(list(argument))
+        except TypeError:
+            kind = type(argument).__name__
+            raise ValueError(
+                f"{name} must be a tensor, or a list of one for each rank, got {kind}"
+            ) from None
+    return columns
 
 
 def check_inputs(
-    config: MoEConfig,
-    device: torch.device,
-    ranks: Sequence[int],
-    scale_buffer: Callable[[int], torch.Tensor],
-    xs: list,
-    ids: list,
-    weights: list,
-    scales: list,
-    outs: list,
-    counts: list,
+    config: MoEConfig, device: torch.device, workspace: Workspace, *columns: list
 ) -> None:
-    """Raise ValueError, naming the argument, unless the lists hold what a forward takes, an item
-    for each of the `ranks` of this process. `scale_buffer`: that of a rank in symmetric memory.
+    """Raise ValueError, naming the argument, unless the columns (see `columns_of`) hold what a
+    forward takes, an item for each rank of this process.
     """
-    named = {
-        "x": xs, "topk_idx": ids, "topk_weights": weights,
-        "x_scale": scales, "out": outs, "expert_counts": counts,
-    }  # fmt: skip
-    for name, items in named.items():
+    ranks = workspace.local_ranks
+    for name, items in zip(NAMES, columns, strict=True):
         if len(items) != len(ranks):
             raise ValueError(
                 f"{name} holds {len(items)} tensors, expected one for each of {len(ranks)} ranks"
             )
     output = getattr(torch, config.recipe.output)
-    columns = zip(xs, ids, weights, scales, outs, counts, strict=True)
-    for i, (x, idx, weight, scale, out, count) in enumerate(columns):
+    read, written = [], []
+    for i, (x, idx, weight, scale, out, count) in enumerate(zip(*columns, strict=True)):
         where = f"[{i}]" if len(ranks) > 1 else ""
         if not isinstance(x, torch.Tensor) or x.dim() != 2:
             raise ValueError(f"x{where} must be a tensor of shape [T, {config.hidden_size}]")
@@ -62,26 +61,28 @@ def check_inputs(
                 f"x{where} has T={tokens} tokens > max_tokens_per_rank={config.max_tokens_per_rank}"
             )
         rows, slots = (tokens, config.hidden_size), (tokens, config.top_k)
-        token = torch.bfloat16
+        token, buffers = torch.bfloat16, workspace.regions(ranks[i])
         if scale is not None or x.dtype == torch.float8_e4m3fn:
-            token = _check_scale(config, device, x, scale, partial(scale_buffer, ranks[i]), where)
+            token = _check_scale(config, device, x, scale, buffers, where)
+            read.append((f"x_scale{where}", scale))
         check_tensor(f"x{where}", x, rows, token, device, ALIGNMENT)
         check_tensor(f"topk_weights{where}", weight, slots, torch.float32, device)
         wide = getattr(idx, "dtype", None) not in INDEX_DTYPES
         dtype = torch.int64 if wide else idx.dtype
         check_tensor(f"topk_idx{where}", idx, slots, dtype, device)
-        if out is not None:
+        read += (f"x{where}", x), (f"topk_weights{where}", weight), (f"topk_idx{where}", idx)
+        if out is None:
+            written.append((f"the output{where}", buffers["layer_output"][:tokens]))
+        else:
             check_tensor(f"out{where}", out, rows, output, device, ALIGNMENT)
-            _check_written(f"out{where}", out)
-            # Rows of y are written while peers, or this rank, still read others of x.
-            if tokens and _overlap(x, out):
-                raise ValueError(f"out{where} and x{where} overlap")
+            _check_writable(f"out{where}", out)
+            written.append((f"out{where}", out))
         if count is not None:
             local = (config.experts_per_rank,)
             check_tensor(f"expert_counts{where}", count, local, torch.int32, device)
-            _check_written(f"expert_counts{where}", count)
-    if len(ranks) > 1:
-        _check_apart(outs)
+            _check_writable(f"expert_counts{where}", count)
+            written.append((f"expert_counts{where}", count))
+    _check_apart(read, written)
 
 
 def _check_scale(
@@ -89,7 +90,7 @@ def _check_scale(
     device: torch.device,
     x: torch.Tensor,
     scale: object,
-    scale_buffer: Callable[[], torch.Tensor],
+    buffers: dict[str, torch.Tensor],
     where: str,
 ) -> torch.dtype:
     """Check the scales of a quantised x; the dtype that x must have."""
@@ -104,7 +105,7 @@ def _check_scale(
             f"x_scale{where} is missing: x of {x.dtype} needs float32 {list(shape)} with "
             f"precision={precision!r}"
         )
-    buffer = scale_buffer()[: x.shape[0]]
+    buffer = buffers["input_sf_buffer"][: x.shape[0], : config.token_scales]
     there = isinstance(scale, torch.Tensor) and scale.data_ptr() == buffer.data_ptr()
     if not (there and scale.dtype == buffer.dtype and scale.numel()):
         check_tensor(f"x_scale{where}", scale, shape, torch.float32, device)
@@ -117,7 +118,7 @@ def _check_scale(
     return getattr(torch, config.recipe.token)
 
 
-def _check_written(name: str, tensor: torch.Tensor) -> None:
+def _check_writable(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError, naming the tensor, if autograd forbids to write it in place here."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires grad, but a forward records none")
@@ -125,16 +126,26 @@ def _check_written(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} is an inference tensor, used outside of torch.inference_mode")
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """True if two contiguous tensors share memory."""
-    begin, other = a.data_ptr(), b.data_ptr()
-    return begin < other + b.nbytes and other < begin + a.nbytes
+def _check_apart(read: list[tuple], written: list[tuple]) -> None:
+    """Raise ValueError if what a forward writes shares memory with what it reads, on any rank, or
+    with something else that it writes: rows are written while ranks still read others. Items are
+    (name, tensor).
+    """
+    spans = sorted(_span(*item) for item in written if item[1].numel())
+    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{min(name, other)} and {max(name, other)} overlap")
+    for name, tensor in read:
+        begin, end, _ = _span(name, tensor)
+        at = bisect.bisect(spans, (begin,))
+        near = spans[max(at - 1, 0) : at + 1]
+        for first, last, other in near:
+            if begin < last and first < end:
+                hint = ": pass out=, or a copy" if other.startswith("the output") else ""
+                raise ValueError(f"{other} and {name} overlap{hint}")
 
 
-def _check_apart(outs: list[torch.Tensor | None]) -> None:
-    """Raise ValueError if outputs of two ranks share memory."""
-    filled = [(i, out) for i, out in enumerate(outs) if out is not None and out.numel()]
-    spans = sorted((out.data_ptr(), out.nbytes, i) for i, out in filled)
-    for (begin, num_bytes, i), (following, _, j) in itertools.pairwise(spans):
-        if following < begin + num_bytes:
-            raise ValueError(f"out[{min(i, j)}] and out[{max(i, j)}] overlap")
+def _span(name: str, tensor: torch.Tensor) -> tuple[int, int, str]:
+    """(begin, end, name) of the memory of a tensor."""
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.nbytes, name

@@ -22,6 +22,7 @@ from workspace.layout import (
 from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 
 SIGNAL_BYTES = 4
+LAYER, LAYER_BYTES = 0, 4  # all ranks run the same layer here
 
 
 @dataclass
@@ -150,6 +151,10 @@ def count(cta: Cta) -> Role:
 
     experts, num_ranks = cta.config.experts_per_rank, cta.config.num_ranks
     received = cta.state.data["expert_recv_count"]
+    if cta.index == 0:
+        for rank in range(num_ranks):
+            thread = cta.agents.threads[rank % len(cta.agents.threads)]
+            assert cta.state.data["launched_layer"].read(thread, rank)[0, 0] == LAYER
     for number, thread in enumerate(cta.agents.threads):
         for expert in range(number, experts, len(cta.agents.threads)):
             rows = [
@@ -251,4 +256,5 @@ def _records(cta: Cta) -> Role:
             rows = slice(cta.rank * experts, (cta.rank + 1) * experts)
             yield
             owner.data["expert_recv_count"].write(thread, rows, records)
-            cta.traffic.count(cta.rank, owner.rank, COUNT_RECORD_BYTES * experts)
+            owner.data["launched_layer"].write(thread, cta.rank, LAYER)
+            cta.traffic.count(cta.rank, owner.rank, COUNT_RECORD_BYTES * experts + LAYER_BYTES)

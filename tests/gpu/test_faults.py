@@ -16,8 +16,9 @@ pytestmark = pytest.mark.gpu
 def launch_only(moe, ranks, xs, ids, weights):
     """Start the launches of some ranks, as if the others had died."""
     for rank in ranks:
-        streams = moe.backend.streams or [torch.cuda.current_stream()]
-        stream, y = streams[rank].cuda_stream, moe.backend.outputs[rank]
+        streams = moe.backend.streams
+        stream = torch.cuda.current_stream() if streams is None else streams.streams[rank]
+        stream, y = stream.cuda_stream, moe.backend.outputs[rank]
         moe.backend.launch(rank, xs[rank], ids[rank], weights[rank], y, stream)
 
 

@@ -251,7 +251,9 @@ def test_outputs_are_what_the_workspace_holds():
     "precision,token_bytes", [("bf16", 768), ("fp8_block", 384 + 16), ("fp8_channel", 384 + 16)]
 )
 def test_nvlink_bytes(precision, token_bytes):
-    """Rows, records, combine rows and signals of remote slots; count records of all experts."""
+    """Rows, records, combine rows and signals of remote slots; count records of all experts, and
+    the number of the layer.
+    """
     layer = Layer(4, tokens=6, top_k=3, hidden=384, precision=precision)
     config = layer.config
     inputs = layer.inputs("masked", 3)
@@ -262,7 +264,7 @@ def test_nvlink_bytes(precision, token_bytes):
     )
     row = token_bytes + config.hidden_size * 2  # there and back
     expected = remote * (ROUTED_RECORD_BYTES + 4 + row)  # 4: the arrival of a combine row
-    expected += 4 * 3 * (config.experts_per_rank * COUNT_RECORD_BYTES + 2 * 4)
+    expected += 4 * 3 * (config.experts_per_rank * COUNT_RECORD_BYTES + 4 + 2 * 4)
     assert layer.emulator.nvlink_bytes == expected
 
 
