@@ -28,6 +28,8 @@ EDGE = {
     "tiny_ring": _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, group_blocks=2),
     "one_block_ring": _fields(8, 4, 256, 256, 256, 4, pool_blocks=1, group_blocks=1),
 }
+#: More virtual ranks than torch has streams of a device.
+MANY = {f"ranks{n}": _fields(2 * n, 2, 128, 128, 16, n) for n in (33, 48, 72)}
 STRESS = {f"stress{ranks}": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=12) for ranks in (2, 8)}
 
 
@@ -54,7 +56,7 @@ ALONE = {
 }
 #: Dispatch alone over a ring that is too small: nobody frees its slots.
 ALONE["dispatch_ring"] = _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")
-CONFIGS = {**SMALL, **EDGE, **SCALED, **STRESS, **TIMED, **ALONE}
+CONFIGS = {**SMALL, **EDGE, **MANY, **SCALED, **STRESS, **TIMED, **ALONE}
 
 if (
     __name__ == "__main__"
