@@ -5,12 +5,18 @@ DSL.
 import importlib
 
 _PUBLIC = {
+    "DamagedKernel": "megamoe.kernel_files",
     "InvalidExpertError": "megamoe.faults",
     "KernelConfig": "megamoe.config",
+    "KernelDirectoryError": "megamoe.kernel_files",
+    "KernelError": "megamoe.kernel_files",
+    "KernelFileError": "megamoe.kernel_files",
+    "KernelNotFound": "megamoe.kernel_files",
     "LaunchTimeout": "megamoe.faults",
     "MegaMoE": "megamoe.module",
     "MegaMoEError": "megamoe.faults",
     "MoEConfig": "megamoe.config",
+    "UntrustedKernel": "megamoe.kernel_files",
     "quantize_weights": "megamoe.weights",
 }
 

@@ -136,7 +136,7 @@ def test_a_place_that_is_no_directory_ends_in_one_line(tmp_path, monkeypatch, ca
     (tmp_path / "list.json").write_text(json.dumps([ENTRY]))
     assert compile.main(["--out", "/dev/null", "--list", str(tmp_path / "list.json")]) == 2
     error = capsys.readouterr().err
-    assert "'/dev/null'" in error
+    assert "/dev/null cannot be a directory for kernels" in error
     assert error.count("\n") == 1
 
 
