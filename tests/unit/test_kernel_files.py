@@ -252,19 +252,28 @@ def test_without_the_dsl_the_command_refuses_a_damaged_kernel(
 
 def test_a_kernel_of_another_dsl_is_built_again_in_the_cache_only(toolchain, cache, kernel_dir):
     assert described(cache)["dsl"] == "4.8.1"
-    first = compile.load(CONFIG, KERNEL)
     toolchain.version = "4.8.2"
     assert load(kernel_dir) == library_of(kernel_dir)
     assert described(kernel_dir)["dsl"] == "4.8.1"
     assert toolchain.builds == 2
-    with library_of(cache).open("rb") as mapped:  # as in the processes that use it
-        before = library_of(cache).read_bytes()
-        second = compile.load(CONFIG, KERNEL)
-        assert mapped.read() == before != library_of(cache).read_bytes()
+    assert load() == library_of(cache)
     assert described(cache)["dsl"] == "4.8.2"
-    assert second is not first  # though its path is the same
-    assert compile.load(CONFIG, KERNEL) is second
+    assert load() == library_of(cache)
     assert toolchain.builds == 3
+
+
+def test_a_process_keeps_the_library_that_it_has_loaded(toolchain, cache):
+    def replaced():
+        first = compile.load(CONFIG, KERNEL)
+        toolchain.version = "4.8.2"
+        with library_of(cache).open("rb") as mapped:
+            before = library_of(cache).read_bytes()
+            second = compile.load(CONFIG, KERNEL)
+            assert mapped.read() == before != library_of(cache).read_bytes()
+        assert second is not first  # though its path is the same
+        assert compile.load(CONFIG, KERNEL) is second
+
+    in_child(replaced)
 
 
 def test_without_the_dsl_a_kernel_of_any_dsl_is_loaded(toolchain, cache, monkeypatch):
