@@ -5,9 +5,13 @@ DSL.
 import importlib
 
 _PUBLIC = {
+    "DamagedKernel": "megamoe.kernel_files",
     "InvalidExpertError": "megamoe.faults",
     "KernelConfig": "megamoe.config",
-    "KernelNotFound": "megamoe.compile",
+    "KernelDirectoryError": "megamoe.kernel_files",
+    "KernelError": "megamoe.kernel_files",
+    "KernelFileError": "megamoe.kernel_files",
+    "KernelNotFound": "megamoe.kernel_files",
     "LaunchFailed": "megamoe.faults",
     "LaunchTimeout": "megamoe.faults",
     "LayerMismatch": "megamoe.faults",
@@ -18,6 +22,7 @@ _PUBLIC = {
     "NotRecovered": "megamoe.faults",
     "PeerFailed": "megamoe.faults",
     "RanksDisagree": "megamoe.group",
+    "UntrustedKernel": "megamoe.kernel_files",
     "quantize_weights": "megamoe.weights",
 }
 

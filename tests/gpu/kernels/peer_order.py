@@ -25,24 +25,17 @@ from megamoe.kernels.ptx import (
     load_global_v4_if,
     store_global_v4,
 )
+from tests.gpu.kernels.library import LINE, ROW_BYTES, ROWS
 
 arch = cute.arch
 
-ROW_BYTES = 8192
-ROWS = 2
 THREADS = 128
 PIECES = ROW_BYTES // (16 * THREADS)
-LINE = 128
 #: Counters of a channel, a cache line each, behind all rows: X's, and those of the peer's Y and Z.
 STORED, ARRIVED, TAKEN = range(3)
 ROLES = 3
 #: What a role finds wrong: words of `errors`.
 WRONG, LATE = range(2)
-
-
-def memory_bytes(channels: int) -> int:
-    """Of one GPU."""
-    return channels * (ROWS * ROW_BYTES + 3 * LINE)
 
 
 @cute.jit
