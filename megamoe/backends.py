@@ -1,8 +1,8 @@
 """How a forward runs: by the emulator on CPU tensors, or by kernel launches on a GPU.
 
-Both take lists with one entry per rank of this process and know nothing of validation. The GPU
-backend launches once per rank; a single rank launches on the current stream, several virtual ranks
-fork from it and join it again. Nothing here is recorded for autograd.
+Both take a row of arguments per rank of this process (`inputs.NAMES`) and know nothing of
+validation. The GPU backend launches once per rank; a single rank launches on the current stream,
+several virtual ranks fork from it and join it again. Nothing here is recorded for autograd.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class EmulatorBackend:
         self.emulator.load_weights(weights)
 
     @torch.no_grad()
-    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
+    def forward(self, rows: list[tuple]) -> list[torch.Tensor]:
+        xs, ids, weights, scales, outs, counts = zip(*rows, strict=True)
         experts, health = self.config.num_experts, self.workspace.health
         for rank, idx in enumerate(ids):
             bad = (idx < -1) | (idx >= experts)
@@ -144,14 +145,13 @@ class GpuBackend:
                 w2_sf=0 if w2_sf is None else w2_sf.data_ptr(),
             )
 
-    @torch.no_grad()
-    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
+    def forward(self, rows: list[tuple]) -> list[torch.Tensor]:
         """Launch; then raise what an earlier launch reported of its input. After a launch that
         failed, raise that first, or recover: a launch would do nothing.
         """
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self.forward(xs, ids, weights, scales, outs, counts)
+                return self.forward(rows)
         reported = self.health.reported
         if (reported or self.health.failed) and torch.cuda.is_current_stream_capturing():
             reported = False
@@ -160,34 +160,30 @@ class GpuBackend:
                 self.synchronize()
             if self.health.failed:
                 self.recover()
-        ys = [
-            output[: x.shape[0]] if out is None else out
-            for output, out, x in zip(self.outputs, outs, xs, strict=True)
-        ]
         current = torch.cuda.current_stream()
-        ranks = list(zip(xs, ids, weights, ys, scales, counts, strict=True))
         if self.streams is None:
-            self._stage_and_launch(0, current, *ranks[0])
+            ys = [self._stage_and_launch(0, current, *rows[0])]
         else:
-            for index, stream in self.streams.fork(current):
-                self._stage_and_launch(index, stream, *ranks[index])
+            fork = self.streams.fork(current)
+            ys = [self._stage_and_launch(index, stream, *rows[index]) for index, stream in fork]
             self.streams.join(current)
         if reported:
             self.synchronize()
         return ys
 
     def _stage_and_launch(
-        self, index: int, stream: torch.cuda.Stream, x, idx, weight, y, scale, counts
-    ) -> None:
-        """Put x where peers can read it, unless the launch itself does, then launch. A job of one
-        rank without scales reads x itself.
+        self, index: int, stream: torch.cuda.Stream, x, idx, weight, scale, out, counts
+    ) -> torch.Tensor:
+        """Put x where peers can read it, unless the launch itself does, then launch; the output. A
+        job of one rank without scales reads x itself.
         """
         if scale is not None:
             _copy_unless_there(self.staged_scales[index], scale)
         if scale is not None or (self.layout.config.num_ranks > 1 and not self.quantizes):
             _copy_unless_there(self.staged[index], x)
-        staged = scale is not None
-        self.launch(index, x, idx, weight, y, stream.cuda_stream, staged, counts)
+        y = self.outputs[index][: x.shape[0]] if out is None else out
+        self.launch(index, x, idx, weight, y, stream.cuda_stream, scale is not None, counts)
+        return y
 
     def launch(
         self, index: int, x, idx, weight, y, stream: int, staged: bool = False, counts=None
@@ -237,6 +233,6 @@ class GpuBackend:
 
 
 def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:
-    """Copy rows to the start of a buffer, unless that is where they are."""
+    """Copy rows to the start of a buffer, unless that is where they are. Autograd sees nothing."""
     if rows.data_ptr() != buffer.data_ptr():
-        buffer[: rows.shape[0]].copy_(rows)
+        buffer[: rows.shape[0]].copy_(rows.detach())

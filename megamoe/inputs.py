@@ -8,15 +8,14 @@ import itertools
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.weights import ALIGNMENT, check_tensor
+from megamoe.weights import ALIGNMENT, address_of, check_tensor
 from workspace.views import Workspace
-
-INDEX_DTYPES = (torch.int64, torch.int32)
-
 
 #: Arguments of a forward, in order; those after the third may be None.
 NAMES = ("x", "topk_idx", "topk_weights", "x_scale", "out", "expert_counts")
 REQUIRED = 3
+#: The output that nobody passed.
+IMPLICIT = "the output"
 
 
 def columns_of(single: bool, *arguments: object) -> list[list]:
@@ -37,85 +36,137 @@ def columns_of(single: bool, *arguments: object) -> list[list]:
     return columns
 
 
-def check_inputs(
-    config: MoEConfig, device: torch.device, workspace: Workspace, *columns: list
-) -> None:
-    """Raise ValueError, naming the argument, unless the columns (see `columns_of`) hold what a
-    forward takes, an item for each rank of this process.
-    """
-    ranks = workspace.local_ranks
-    for name, items in zip(NAMES, columns, strict=True):
-        if len(items) != len(ranks):
-            raise ValueError(
-                f"{name} holds {len(items)} tensors, expected one for each of {len(ranks)} ranks"
-            )
-    output = getattr(torch, config.recipe.output)
-    read, written = [], []
-    for i, (x, idx, weight, scale, out, count) in enumerate(zip(*columns, strict=True)):
-        where = f"[{i}]" if len(ranks) > 1 else ""
+class InputCheck:
+    """What a forward of one layer takes, settled once, because every forward is checked."""
+
+    def __init__(self, config: MoEConfig, device: torch.device, workspace: Workspace):
+        self.config, self.device = config, device
+        self.ranks = workspace.local_ranks
+        self.output = getattr(torch, config.recipe.output)
+        self.output_row_bytes = config.hidden_size * self.output.itemsize
+        views = [workspace.regions(rank) for rank in self.ranks]
+        self.outputs = [view["layer_output"].data_ptr() for view in views]
+        self.scales = [view.get("input_sf_buffer") for view in views]
+
+    def rows(self, single: bool, *arguments: object) -> list[tuple]:
+        """The arguments of a forward by rank of this process (see NAMES), checked; `single`: they
+        are plain. Raises ValueError, naming the argument, unless they are what the layer takes.
+        """
+        if single and len(self.ranks) == 1:
+            rows = [arguments]
+        else:
+            columns = columns_of(single, *arguments)
+            for name, items in zip(NAMES, columns, strict=True):
+                if len(items) != len(self.ranks):
+                    raise ValueError(
+                        f"{name} holds {len(items)} tensors, expected one for each of "
+                        f"{len(self.ranks)} ranks"
+                    )
+            rows = list(zip(*columns, strict=True))
+        read: list[tuple] = []
+        written: list[tuple] = []
+        for number, row in enumerate(rows):
+            self._check_rank(number, *row, read, written)
+        self._check_apart(read, [span for span in written if span[0] < span[1]])
+        return rows
+
+    def _label(self, name: str, number: int) -> str:
+        """How errors call an argument of rank number `number` of this process."""
+        return f"{name}[{number}]" if len(self.ranks) > 1 else name
+
+    def _place(
+        self, name: str, number: int, tensor, shape: tuple, dtype: torch.dtype, alignment: int = 1
+    ) -> tuple[int, int, str, int]:
+        """(begin, end, name, number) of the memory of an argument that has the right shape etc."""
+        address = address_of(tensor, shape, dtype, self.device, alignment)
+        if address is None:
+            label = self._label(name, number)
+            check_tensor(label, tensor, shape, dtype, self.device, alignment)
+        return address, address + tensor.nbytes, name, number
+
+    def _check_rank(
+        self, number: int, x, idx, weight, scale, out, count, read: list, written: list
+    ) -> None:
+        """Check the arguments of one rank; add memory that is read, and that is written."""
+        config, place = self.config, self._place
+        hidden = config.hidden_size
         if not isinstance(x, torch.Tensor) or x.dim() != 2:
-            raise ValueError(f"x{where} must be a tensor of shape [T, {config.hidden_size}]")
+            label = self._label("x", number)
+            raise ValueError(f"{label} must be a tensor of shape [T, {hidden}]")
         tokens = x.shape[0]
         if tokens > config.max_tokens_per_rank:
             raise ValueError(
-                f"x{where} has T={tokens} tokens > max_tokens_per_rank={config.max_tokens_per_rank}"
+                f"{self._label('x', number)} has T={tokens} tokens > "
+                f"max_tokens_per_rank={config.max_tokens_per_rank}"
             )
-        rows, slots = (tokens, config.hidden_size), (tokens, config.top_k)
-        token, buffers = torch.bfloat16, workspace.regions(ranks[i])
+        rows, slots = (tokens, hidden), (tokens, config.top_k)
+        token = torch.bfloat16
         if scale is not None or x.dtype == torch.float8_e4m3fn:
-            token = _check_scale(config, device, x, scale, buffers, where)
-            read.append((f"x_scale{where}", scale))
-        check_tensor(f"x{where}", x, rows, token, device, ALIGNMENT)
-        check_tensor(f"topk_weights{where}", weight, slots, torch.float32, device)
-        wide = getattr(idx, "dtype", None) not in INDEX_DTYPES
-        dtype = torch.int64 if wide else idx.dtype
-        check_tensor(f"topk_idx{where}", idx, slots, dtype, device)
-        read += (f"x{where}", x), (f"topk_weights{where}", weight), (f"topk_idx{where}", idx)
+            token = self._check_scale(number, x, scale)
+            begin = scale.data_ptr()
+            read.append((begin, begin + scale.nbytes, "x_scale", number))
+        read.append(place("x", number, x, rows, token, ALIGNMENT))
+        read.append(place("topk_weights", number, weight, slots, torch.float32))
+        narrow = getattr(idx, "dtype", None) == torch.int32
+        read.append(place("topk_idx", number, idx, slots, torch.int32 if narrow else torch.int64))
         if out is None:
-            written.append((f"the output{where}", buffers["layer_output"][:tokens]))
+            begin = self.outputs[number]
+            written.append((begin, begin + tokens * self.output_row_bytes, IMPLICIT, number))
         else:
-            check_tensor(f"out{where}", out, rows, output, device, ALIGNMENT)
-            _check_writable(f"out{where}", out)
-            written.append((f"out{where}", out))
+            written.append(place("out", number, out, rows, self.output, ALIGNMENT))
+            _check_writable(self._label("out", number), out)
         if count is not None:
             local = (config.experts_per_rank,)
-            check_tensor(f"expert_counts{where}", count, local, torch.int32, device)
-            _check_writable(f"expert_counts{where}", count)
-            written.append((f"expert_counts{where}", count))
-    _check_apart(read, written)
+            written.append(place("expert_counts", number, count, local, torch.int32))
+            _check_writable(self._label("expert_counts", number), count)
 
-
-def _check_scale(
-    config: MoEConfig,
-    device: torch.device,
-    x: torch.Tensor,
-    scale: object,
-    buffers: dict[str, torch.Tensor],
-    where: str,
-) -> torch.dtype:
-    """Check the scales of a quantised x; the dtype that x must have."""
-    precision = config.precision
-    if not config.recipe.scaled:
+    def _check_scale(self, number: int, x: torch.Tensor, scale: object) -> torch.dtype:
+        """Check the scales of a quantised x; the dtype that x must have."""
+        config, label = self.config, self._label("x_scale", number)
+        if not config.recipe.scaled:
+            if scale is None:
+                return torch.bfloat16
+            raise ValueError(f"{label} is given, but precision={config.precision!r} has no scales")
+        shape = (x.shape[0], config.token_scales)
         if scale is None:
-            return torch.bfloat16
-        raise ValueError(f"x_scale{where} is given, but precision={precision!r} has no scales")
-    shape = (x.shape[0], config.token_scales)
-    if scale is None:
-        raise ValueError(
-            f"x_scale{where} is missing: x of {x.dtype} needs float32 {list(shape)} with "
-            f"precision={precision!r}"
-        )
-    buffer = buffers["input_sf_buffer"][: x.shape[0], : config.token_scales]
-    there = isinstance(scale, torch.Tensor) and scale.data_ptr() == buffer.data_ptr()
-    if not (there and scale.dtype == buffer.dtype and scale.numel()):
-        check_tensor(f"x_scale{where}", scale, shape, torch.float32, device)
-    elif scale.shape != shape or scale.stride() != buffer.stride():
-        raise ValueError(
-            f"x_scale{where} starts in the scale buffer, but has shape {list(scale.shape)} and "
-            f"strides {list(scale.stride())}, expected {list(shape)} and "
-            f"{list(buffer.stride())}"
-        )
-    return getattr(torch, config.recipe.token)
+            raise ValueError(
+                f"{label} is missing: x of {x.dtype} needs float32 {list(shape)} with "
+                f"precision={config.precision!r}"
+            )
+        buffer = self.scales[number][: x.shape[0], : config.token_scales]
+        there = isinstance(scale, torch.Tensor) and scale.data_ptr() == buffer.data_ptr()
+        if not (there and scale.dtype == buffer.dtype and scale.numel()):
+            check_tensor(label, scale, shape, torch.float32, self.device)
+        elif scale.shape != shape or scale.stride() != buffer.stride():
+            raise ValueError(
+                f"{label} starts in the scale buffer, but has shape {list(scale.shape)} and "
+                f"strides {list(scale.stride())}, expected {list(shape)} and "
+                f"{list(buffer.stride())}"
+            )
+        return getattr(torch, config.recipe.token)
+
+    def _check_apart(self, read: list[tuple], written: list[tuple]) -> None:
+        """Raise ValueError if what a forward writes shares memory with what it reads, on any rank,
+        or with something else that it writes: rows are written while ranks still read others. Items
+        are (begin, end, name, number).
+        """
+        spans = written
+        if len(written) > 1:
+            spans = sorted(written)
+            for first, second in itertools.pairwise(spans):
+                if second[0] < first[1]:
+                    labels = sorted(self._label(*span[2:]) for span in (first, second))
+                    raise ValueError(f"{labels[0]} and {labels[1]} overlap")
+        near = spans
+        for begin, end, name, number in read:
+            if len(spans) > 2:  # else a look at both is quicker
+                at = bisect.bisect(spans, (begin,))
+                near = spans[max(at - 1, 0) : at + 1]
+            for other_begin, other_end, other, other_number in near:
+                if begin < other_end and other_begin < end:
+                    hint = ": pass out=, or a copy" if other == IMPLICIT else ""
+                    label = self._label(other, other_number)
+                    raise ValueError(f"{label} and {self._label(name, number)} overlap{hint}")
 
 
 def _check_writable(name: str, tensor: torch.Tensor) -> None:
@@ -124,28 +175,3 @@ def _check_writable(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} requires grad, but a forward records none")
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} is an inference tensor, used outside of torch.inference_mode")
-
-
-def _check_apart(read: list[tuple], written: list[tuple]) -> None:
-    """Raise ValueError if what a forward writes shares memory with what it reads, on any rank, or
-    with something else that it writes: rows are written while ranks still read others. Items are
-    (name, tensor).
-    """
-    spans = sorted(_span(*item) for item in written if item[1].numel())
-    for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
-        if begin < end:
-            raise ValueError(f"{min(name, other)} and {max(name, other)} overlap")
-    for name, tensor in read:
-        begin, end, _ = _span(name, tensor)
-        at = bisect.bisect(spans, (begin,))
-        near = spans[max(at - 1, 0) : at + 1]
-        for first, last, other in near:
-            if begin < last and first < end:
-                hint = ": pass out=, or a copy" if other.startswith("the output") else ""
-                raise ValueError(f"{other} and {name} overlap{hint}")
-
-
-def _span(name: str, tensor: torch.Tensor) -> tuple[int, int, str]:
-    """(begin, end, name) of the memory of a tensor."""
-    begin = tensor.data_ptr()
-    return begin, begin + tensor.nbytes, name

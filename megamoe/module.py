@@ -20,7 +20,7 @@ from megamoe.config import MoEConfig, supports
 from megamoe.faults import Limits
 from megamoe.group import Group, where
 from megamoe.health import Health
-from megamoe.inputs import check_inputs, columns_of
+from megamoe.inputs import InputCheck, columns_of
 from megamoe.reference import Weights
 from megamoe.residents import ResidentWeights
 from workspace.layout import layout_of
@@ -136,6 +136,8 @@ class MegaMoE(ResidentWeights):
             )
             workspace.health = Health(workspace, self.group)
         self.workspace = workspace
+        self._inputs = InputCheck(self.config, self.device, workspace)
+        self._on_gpu = self.device.type == "cuda"
         if kernel is None:
             self.backend = EmulatorBackend(workspace, self.activation_clamp)
         else:
@@ -289,21 +291,16 @@ class MegaMoE(ResidentWeights):
         rank of this process. Other ranks are told of arguments that are refused.
         """
         try:
-            columns = columns_of(single, *arguments)
-            self._check(*columns)
+            self._running()
+            self._adopt_changes()
+            rows = self._inputs.rows(single, *arguments)
         except Exception as error:
             if self.group is not None and self.backend is not None:
                 self.backend.refuse(str(error))
             raise
-        return self.backend.forward(*columns)
-
-    def _check(self, *columns: list) -> None:
-        """Everything that a launch relies on, and weights that were put elsewhere meanwhile."""
-        self._running()
-        self._adopt_changes()
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured = True
-        check_inputs(self.config, self.device, self.workspace, *columns)
+        return self.backend.forward(rows)
 
     # ---------------------------------------------------------------- failure and end
     def synchronize(self) -> None:

@@ -44,7 +44,7 @@ class ResidentWeights(torch.nn.Module):
             self.register_buffer(name, None, persistent=name not in TABLES)
         self._version, self._captured = 0, False
         self._addresses: list[int] = []
-        self._writes: list[int] = []
+        self._watched: list[tuple] = []
 
     def _sizes(self) -> tuple:
         config = self.config
@@ -171,7 +171,7 @@ class ResidentWeights(torch.nn.Module):
             self._version += 1
         if self.device.type != "meta":
             self._lay_out_scales(held)
-        self._writes = self._scale_writes(held)
+        self._watched = self._watch(held)
         tensors = [tensor for _, tensor in self.kernel_tensors()]
         scales = tensors[2:] or [None, None]
         local = self.config.experts_per_rank
@@ -197,18 +197,31 @@ class ResidentWeights(torch.nn.Module):
 
     def _adopt_changes(self) -> None:
         """Before a launch: take weights that were put elsewhere, and scales that were written as
-        far as torch counts that. Some microseconds.
+        far as torch counts that. Every forward asks, so it is a microsecond.
         """
-        held = self._held()
-        if _places(held) != self._addresses or self._scale_writes(held) != self._writes:
-            self._adopt()
+        for store, name, tensor, address, writes in self._watched:
+            if (
+                store.get(name) is not tensor
+                or tensor.data_ptr() != address
+                or (writes is not None and tensor._version != writes)
+            ):
+                self._adopt()
+                return
+        if not self._watched:
+            self._held()  # which says that there are none
 
-    def _scale_writes(self, held: Weights) -> list[int]:
-        """How often torch has seen the scales that are laid out anew being written."""
-        if self._tables() is None:
-            return []
-        scales = held.w13_scale, held.w2_scale
-        return [0 if scale.is_inference() else scale._version for scale in scales]
+    def _watch(self, held: Weights) -> list[tuple]:
+        """(where the module holds it, name, tensor, address, writes that torch has counted): the
+        last for scales that are laid out anew.
+        """
+        watched = []
+        for name in self._names:
+            tensor = getattr(held, name)
+            store = self._parameters if name in self._parameters else self._buffers
+            counted = self._tables() is not None and name.endswith("_scale")
+            writes = tensor._version if counted and not tensor.is_inference() else None
+            watched.append((store, name, tensor, tensor.data_ptr(), writes))
+        return watched
 
     # ---------------------------------------------------------------- as torch calls it
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists) -> None:

@@ -173,21 +173,21 @@ def test_launches_behind_a_refusal_do_nothing_until_recovery():
 
 
 def test_ctas_that_never_become_resident_are_told_from_a_rank_that_is_late():
-    """Another stream holds every SM (a large product) until after the limit."""
-    moe = make_moe("small1", timeout_s=5.0, start_timeout_s=0.02)
+    """Another stream holds some SMs: a launch on 32 of them, whose other rank does not come."""
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    holder = make_moe("small2", timeout_s=1.5, num_sms=32)
+    moe = make_moe("small1", timeout_s=5.0, start_timeout_s=0.2)
+    waited_for = inputs_of(holder, "uniform", seed=4)
     xs, ids, weights = inputs_of(moe, "uniform", seed=4)
-    side, size = torch.cuda.Stream(), 40960
-    operand = torch.full((size, size), 1e-3, dtype=torch.bfloat16, device="cuda")
-    product = torch.empty_like(operand)
     torch.cuda.synchronize()
-    with torch.cuda.stream(side):
-        torch.mm(operand, operand, out=product)
-    time.sleep(0.01)
+    launch_only(holder, [0], *waited_for)
+    time.sleep(0.05)
     moe(xs[0], ids[0], weights[0])
-    with pytest.raises(LaunchTimeout, match=r"only \d+ of \d+ CTAs became resident.*num_sms=\d+"):
+    expected = rf"only {total - 32} of {total} CTAs became resident.*num_sms={total - 32}"
+    with pytest.raises(LaunchTimeout, match=expected):
         moe.synchronize()
-    del operand, product
-    torch.cuda.empty_cache()
+    with pytest.raises(LaunchTimeout, match="rank 1 did not begin within start_timeout_s=1.5"):
+        holder.synchronize()
     assert_correct(moe, forward(moe, xs, ids, weights), xs, ids, weights)
 
 

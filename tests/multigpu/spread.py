@@ -78,8 +78,8 @@ class Spread:
         """Start a forward; outputs by GPU and by rank there."""
         outputs = []
         for backend, (xs, ids, weights) in zip(self.backends, placed, strict=True):
-            none = [None] * len(xs)
-            outputs.append(backend.forward(xs, ids, weights, none, none, none))
+            rows = [(*row, None, None, None) for row in zip(xs, ids, weights, strict=True)]
+            outputs.append(backend.forward(rows))
         return outputs
 
     def synchronize(self) -> None:

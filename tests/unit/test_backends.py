@@ -123,7 +123,7 @@ class Job:
     def forward(self, layer: int = 0, x: torch.Tensor | None = None) -> torch.Tensor:
         x = torch.ones(3, H, dtype=torch.bfloat16) if x is None else x
         idx, weights = torch.zeros(len(x), K, dtype=torch.int64), torch.ones(len(x), K)
-        [y] = self.layers[layer].forward([x], [idx], [weights], [None], [None], [None])
+        [y] = self.layers[layer].forward([(x, idx, weights, None, None, None)])
         return y
 
 
