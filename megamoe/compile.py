@@ -310,7 +310,7 @@ class Launcher:
     handle.
     """
 
-    def __init__(self, entry, arguments: tuple):
+    def __init__(self, entry, arguments: tuple = ARGUMENTS):
         self._entry = entry
         self.values = {name: kind(0) for name, kind in arguments}
         addresses = [

@@ -82,7 +82,7 @@ def toolchain(monkeypatch, tmp_path):
     monkeypatch.setattr(compile, "trace", toolchain.trace)
     monkeypatch.setattr(compile, "dsl_version", lambda: toolchain.version)
     monkeypatch.setattr(compile, "_runtime_archive", lambda: "-lc")
-    monkeypatch.setattr(compile, "_share_cuda_runtime", lambda: None)
+    monkeypatch.setattr(compile, "cuda_runtime", lambda: None)
     monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("MEGAMOE_TRUST_KERNELS", raising=False)
     return toolchain
