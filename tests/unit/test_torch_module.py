@@ -251,6 +251,12 @@ def test_a_compiled_model_holds_one_graph(block, backend, mode):
             assert torch.equal(compiled(x), block(x))
 
 
+def test_a_compiled_model_under_autocast(block):
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(tokens()), block(tokens()))
+
+
 def test_a_model_compiled_by_the_default_backend():
     block = Block(counts=True)
     compiled = torch.compile(block, fullgraph=True)
