@@ -147,7 +147,7 @@ def test_sms_that_a_layer_leaves_free_are_free_between_its_launches():
             graph.replay()
             ended.record()
             with torch.cuda.stream(side):
-                torch.cuda._sleep(2_000_000 + 100_000 * turn)  # into the chain, anywhere in a launch
+                torch.cuda._sleep(2_000_000 + 100_000 * turn)  # into the chain, at any phase
                 slept.record()
                 other(*small, out=small_out)
                 done.record()
