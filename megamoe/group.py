@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from megamoe.faults import MegaMoEError
 
-#: Modules made by this process, by name of the process group: its ranks must make theirs in the
-#: same order.
-_serials: defaultdict[str, itertools.count] = defaultdict(itertools.count)
+#: Layers made by this process, by the ranks that they are over: all of these must make theirs in
+#: the same order.
+_made: defaultdict[tuple[int, ...], itertools.count] = defaultdict(itertools.count)
 
 
 class RanksDisagree(ValueError):
@@ -34,7 +34,9 @@ class MissingRank(MegaMoEError):
 
 
 class Group:
-    """This process's place in a job, and what it does together with the other ranks.
+    """This process's place in a job, and what it does together with the other ranks of a layer.
+
+    number: of the layer, among those over the same ranks, by whichever process group.
 
     Raises ValueError unless torch.distributed is initialised and `group` holds this process.
     """
@@ -50,7 +52,7 @@ class Group:
             )
         self.size = dist.get_world_size(group)
         name = getattr(group, "group_name", "world")
-        self.number = next(_serials[name])
+        self.number = next(_made[tuple(self.members)])
         self.prefix = f"megamoe/{name}/{self.number}"
         self._store = dist.distributed_c10d._get_default_store()
 
