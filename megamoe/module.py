@@ -64,8 +64,9 @@ class MegaMoE(ResidentWeights):
     stays on its device with the dtypes that its weights have; it can be neither copied nor pickled,
     its `state_dict` can.
 
-    Raises ValueError for an unsupported configuration; with `group`, RanksDisagree (a ValueError)
-    on every rank if one of them differs or cannot run.
+    Raises ValueError for an unsupported configuration, KernelError if no kernel can be had; with
+    `group`, RanksDisagree (a ValueError) on every rank if one of them differs or cannot run.
+    `ERRORS.md` beside this file says what to do about each.
     """
 
     def __init__(
