@@ -5,12 +5,24 @@ DSL.
 import importlib
 
 _PUBLIC = {
+    "DamagedKernel": "megamoe.kernel_files",
     "InvalidExpertError": "megamoe.faults",
     "KernelConfig": "megamoe.config",
+    "KernelDirectoryError": "megamoe.kernel_files",
+    "KernelError": "megamoe.kernel_files",
+    "KernelFileError": "megamoe.kernel_files",
+    "KernelNotFound": "megamoe.kernel_files",
+    "LaunchFailed": "megamoe.faults",
     "LaunchTimeout": "megamoe.faults",
+    "LayerMismatch": "megamoe.faults",
     "MegaMoE": "megamoe.module",
     "MegaMoEError": "megamoe.faults",
+    "MissingRank": "megamoe.group",
     "MoEConfig": "megamoe.config",
+    "NotRecovered": "megamoe.faults",
+    "PeerFailed": "megamoe.faults",
+    "RanksDisagree": "megamoe.group",
+    "UntrustedKernel": "megamoe.kernel_files",
     "quantize_weights": "megamoe.weights",
 }
 

@@ -1,14 +1,12 @@
-"""How a forward runs: by kernel launches on a GPU, or by the same launches on the machine that
-executes the kernel's PTX on a CPU.
+"""How a forward runs: by kernel launches on a GPU, or by the same on a CPU, which executes their PTX.
 
-Both take lists with one entry per rank of this process and know nothing of validation; a launch gets
-the same arguments from either. On a GPU a single rank launches on the current stream, several
-virtual ranks fork from it and join it again.
+Both take a row of arguments per rank of this process (`inputs.NAMES`), know nothing of validation
+and launch once per rank with the same arguments. On a GPU a single rank launches on the current
+stream, several virtual ranks fork from it and join it again. Nothing here is recorded for autograd.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 
@@ -16,20 +14,25 @@ import torch
 
 from megamoe import faults
 from megamoe.compile import CompiledKernel, cache_dir
-from megamoe.group import Group
+from megamoe.faults import Limits
 from megamoe.machine.memory import Region
 from megamoe.reference import Weights
-from megamoe.weights import tile_scales
+from megamoe.streams import Streams
 from workspace.layout import DATA, LOCAL, SYMMETRIC, Layout
 from workspace.views import Workspace
 
-#: CTAs of a rank on a CPU unless asked otherwise.
+#: CTAs of a rank on a CPU unless asked otherwise, and who the warps of a CTA are.
 CPU_CTAS = 2
 CPU_ROLES = ("dispatch", "report", "load_weights", "load_tokens", *["math"] * 8)
 
 
 class Backend:
-    """Launches of the ranks of this process: arguments, staging of inputs, error records."""
+    """Launches of the ranks of this process: arguments, staging of inputs, errors.
+
+    num_ctas: CTAs per rank. layer: number of the layer, the same on every rank that shares the
+    workspace. yields: leave the SMs that a launch does not use to other streams (a launch that
+    waits for the one before it would hold them).
+    """
 
     nvlink_bytes: int | None = None
 
@@ -38,12 +41,15 @@ class Backend:
         workspace: Workspace,
         kernel: CompiledKernel,
         num_ctas: int,
-        timeout_s: float,
-        clamp: float | None,
-        records: torch.Tensor,
+        limits: Limits,
+        layer: int = 0,
+        clamp: float | None = None,
+        yields: bool = False,
     ):
-        self.layout, self.workspace = workspace.layout, workspace
-        self.ranks, self.records, self.timeout_s = workspace.local_ranks, records, timeout_s
+        self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
+        self.health, self.limits = workspace.health, limits
+        self.kernel, self.ranks = kernel, workspace.local_ranks
+        kernel.to_device(self.device.index or 0)
         views = [workspace.regions(rank) for rank in self.ranks]
         self.outputs = [view["layer_output"] for view in views]
         self.staged = [view["input_token_buffer"] for view in views]
@@ -53,27 +59,30 @@ class Backend:
         if self.quantizes:
             scales = config.token_scales
             self.staged_scales = [view["input_sf_buffer"][:, :scales] for view in views]
-        # Plain loads: a forward looks at every status and must not pay for a tensor operation.
-        words = ctypes.c_int32 * faults.RECORD_WORDS
-        self.status = [words.from_address(row.data_ptr()) for row in self.records]
         self.launchers = [kernel.launcher() for _ in self.ranks]
         for index, (rank, launcher) in enumerate(zip(self.ranks, self.launchers, strict=True)):
+            base = workspace.allocation.base(rank, LOCAL)
             launcher.set(
                 symmetric_base=workspace.allocation.base(rank, SYMMETRIC),
-                local_base=workspace.allocation.base(rank, LOCAL),
+                local_base=base,
                 peers=workspace.peer_tables[rank].data_ptr(),
-                record=self.records[index].data_ptr(),
-                timeout_ns=int(timeout_s * 1e9),
+                w13=base,  # until there are weights: a launch that refuses its input reads none
+                w2=base,
+                record=self.health.records[index].data_ptr(),
+                timeout_ns=int(limits.timeout_s * 1e9),
+                start_timeout_ns=int(limits.start_timeout_s * 1e9),
                 rank=rank,
+                layer=layer,
+                dependents=int(not yields),
                 clamp=math.inf if clamp is None else clamp,
                 num_ctas=num_ctas,
             )
-        self.weights: list[tuple] = []  # by rank, what the launches read
 
-    def load_weights(self, weights: list[Weights]) -> None:
-        config = self.layout.config
-        self.weights = [(rank, tile_scales(config, rank)) for rank in weights]
-        for launcher, (rank, (w13_sf, w2_sf)) in zip(self.launchers, self.weights, strict=True):
+    def set_weights(self, weights: list[Weights], tables: list[tuple]) -> None:
+        """By rank: weights, and (w13_sf, w2_sf) as the kernel reads them, or None. Launches read
+        what they hold then; who calls keeps them alive.
+        """
+        for launcher, rank, (w13_sf, w2_sf) in zip(self.launchers, weights, tables, strict=True):
             launcher.set(
                 w13=rank.w13.data_ptr(),
                 w2=rank.w2.data_ptr(),
@@ -81,23 +90,17 @@ class Backend:
                 w2_sf=0 if w2_sf is None else w2_sf.data_ptr(),
             )
 
-    def _ranks(self, xs, ids, weights, scales, outs, counts) -> tuple[list, list[tuple]]:
-        """(outputs, what `_stage` and `launch` take by rank)"""
-        ys = [
-            output[: x.shape[0]] if out is None else out
-            for output, out, x in zip(self.outputs, outs, xs, strict=True)
-        ]
-        return ys, list(zip(xs, scales, ids, weights, ys, counts, strict=True))
-
-    def _stage(self, index: int, x, scale) -> bool:
-        """Put x where peers can read it, unless the launch itself does; True if it is there
-        quantised. A job of one rank without scales reads x itself.
+    def _stage(self, index: int, x, scale) -> None:
+        """Put x where peers can read it, unless the launch itself does. A job of one rank without
+        scales reads x itself.
         """
         if scale is not None:
             _copy_unless_there(self.staged_scales[index], scale)
         if scale is not None or (self.layout.config.num_ranks > 1 and not self.quantizes):
             _copy_unless_there(self.staged[index], x)
-        return scale is not None
+
+    def _output(self, index: int, x, out) -> torch.Tensor:
+        return self.outputs[index][: x.shape[0]] if out is None else out
 
     def launch(
         self, index: int, x, idx, weight, y, stream: int, staged: bool = False, counts=None
@@ -116,186 +119,152 @@ class Backend:
             wide_idx=int(idx.dtype == torch.int64),
         )
 
-    def _reported(self) -> Exception | None:
-        """The error that the records tell of, which are clear then."""
-        errors = [faults.error_of(record, self.layout) for record in self.records.tolist()]
-        errors = [error for error in errors if error is not None]
-        if not errors:
-            return None
-        self.records.zero_()
-        # The cause first: a wait of its own, then a peer's failure, then bad input.
-        kinds = (faults.InvalidExpertError, faults.PeerFailed, faults.LaunchTimeout)
-        errors.sort(key=lambda error: -kinds.index(type(error)))
-        if isinstance(errors[0], faults.LaunchTimeout):
-            self.workspace.failed = True
-        return errors[0]
+    def _raise_reported(self) -> None:
+        """Raise what launches reported, of which none runs, and recover where that can be done."""
+        error = self.health.take_error(self.limits)
+        if error is None:
+            return
+        if self.health.failed and self.health.group is None:
+            self.recover()
+        raise error
+
+    def recover(self) -> None:
+        self.health.recover(self.limits)
 
 
 class CpuBackend(Backend):
-    """Forward by the machine: the kernel's own PTX, all ranks in this process. A launch has ended
-    when `forward` returns, so what it reports is raised there.
+    """Forward by the machine, with all ranks in this process. A launch has ended when `forward`
+    returns, so what it reports is raised there.
 
     `settings`: arguments of `Machine` for the forwards to come. `prepare`: called with the machine
     before it runs. `machine`: that of the last forward.
     """
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        kernel: CompiledKernel,
-        num_ctas: int,
-        timeout_s: float,
-        clamp: float | None,
-    ):
+    def __init__(self, *args, **options):
         from megamoe.machine.machine import Machine  # only here: a GPU host has no use for it
 
-        kernel.to_device(0)
-        with torch.inference_mode(False):
-            shape = len(workspace.local_ranks), faults.RECORD_WORDS
-            records = torch.zeros(shape, dtype=torch.int32, device="cpu")
-        super().__init__(workspace, kernel, num_ctas, timeout_s, clamp, records)
-        self.kernel, self.settings, self.launches = kernel, {}, 0
-        self.prepare = lambda machine: None
-        self._machine = Machine
-        self.machine: Machine | None = None
+        super().__init__(*args, **options)
+        self.settings, self.launches, self.prepare = {}, 0, lambda machine: None
+        self._machine, self.machine = Machine, None
 
-    def forward(self, *columns) -> list[torch.Tensor]:
-        (ys,) = self.forward_many([columns])
+    def set_weights(self, weights: list[Weights], tables: list[tuple]) -> None:
+        super().set_weights(weights, tables)
+        self.weights = [
+            {"w13": rank.w13, "w2": rank.w2, "w13_sf": w13_sf, "w2_sf": w2_sf}
+            for rank, (w13_sf, w2_sf) in zip(weights, tables, strict=True)
+        ]
+
+    def forward(self, rows: list[tuple]) -> list[torch.Tensor]:
+        (ys,) = self.forward_many([rows])
         return ys
 
-    def forward_many(self, forwards: list[tuple]) -> list[list[torch.Tensor]]:
+    def forward_many(self, forwards: list[list[tuple]]) -> list[list[torch.Tensor]]:
         """Forwards in stream order on every rank, which meet only inside the launches."""
-        if self.workspace.failed:
+        if self.health.failed:
             self.recover()
         settings = {"roles": CPU_ROLES, "patient": True, "seed": self.launches} | self.settings
         machine = self.machine = self._machine(cache_dir(), len(self.ranks), **settings)
-        all_ys = []
-        for columns in forwards:
-            ys, ranks = self._ranks(*columns)
-            all_ys.append(ys)
-            self._map(machine, ranks)
-            for index, (x, scale, *rest) in enumerate(ranks):
-                self._enqueue(machine, index, x, scale, *rest)
+        all_ys = [
+            [self._enqueue(machine, index, *row) for index, row in enumerate(rows)]
+            for rows in forwards
+        ]
         self.prepare(machine)
-        self.workspace.failed = True  # stays so if the machine raises
+        self.health.failed = True  # stays so if the machine raises
         machine.run()
-        self.workspace.failed = False
+        self.health.failed = False
         self.launches += 1
         self.nvlink_bytes = machine.remote_bytes
         self.synchronize()
         return all_ys
 
-    def _map(self, machine, ranks: list[tuple]) -> None:
-        """Everything that a launch may touch."""
-        add, layout = machine.memory.add, self.layout
-        for index, rank in enumerate(self.ranks):
-            for space, span in self.workspace.allocation.spaces[rank].items():
-                add(space, span, rank, regions_of(layout, space))
-            stored, scales = self.weights[index]
-            x, _, idx, weight, y, counts = ranks[index]
-            named = dict(
-                w13=stored.w13, w2=stored.w2, w13_sf=scales[0], w2_sf=scales[1], x=x, y=y,
-                topk_idx=idx, topk_weights=weight, expert_counts=counts,
-                peers=self.workspace.peer_tables[rank], record=self.records[index],
-            )  # fmt: skip
-            for name, tensor in named.items():
-                add(f"{name} of rank {rank}", tensor)
-
-    def _enqueue(self, machine, index: int, x, scale, idx, weight, y, counts) -> None:
-        rank = self.ranks[index]
+    def _enqueue(self, machine, index: int, x, idx, weight, scale, out, counts) -> torch.Tensor:
+        rank, y = self.ranks[index], self._output(index, x, out)
+        add = machine.memory.add
+        for space, span in self.workspace.allocation.spaces[rank].items():
+            add(space, span, rank, regions_of(self.layout, space))
+        named = self.weights[index] | dict(
+            x=x, y=y, topk_idx=idx, topk_weights=weight, expert_counts=counts,
+            peers=self.workspace.peer_tables[rank], record=self.health.records[index],
+        )  # fmt: skip
+        for name, tensor in named.items():
+            add(f"{name} of rank {rank}", tensor)
         if scale is not None or not self.quantizes:
             machine.call(functools.partial(self._stage, index, x, scale), rank)
         self.kernel.launches.on_launch = functools.partial(machine.launch, rank=rank)
         self.launch(index, x, idx, weight, y, 0, scale is not None, counts)
         self.kernel.launches.check()
+        return y
 
     def synchronize(self) -> None:
         """Raise what the last launch reported."""
-        error = self._reported()
-        if error is not None:
-            if self.workspace.failed:
-                self.recover()
-            raise error
+        self._raise_reported()
 
-    def recover(self) -> None:
-        self.workspace.recover()
-        self.records.zero_()
-        self.workspace.failed = False
+    def close(self) -> None:
+        """Nothing is ever pending."""
 
 
 class GpuBackend(Backend):
     """Forward by one kernel launch per rank of this process."""
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        kernel: CompiledKernel,
-        num_sms: int,
-        timeout_s: float,
-        group: Group | None,
-        clamp: float | None,
-    ):
-        self.device, self.group = workspace.device, group
-        kernel.to_device(self.device.index)
-        with torch.inference_mode(False):  # made anywhere, zeroed anywhere
-            shape = len(workspace.local_ranks), faults.RECORD_WORDS
-            records = torch.zeros(shape, dtype=torch.int32, device="cpu").pin_memory()
-        super().__init__(workspace, kernel, num_sms, timeout_s, clamp, records)
-        with torch.cuda.device(self.device):
-            several = len(self.ranks) > 1
-            self.streams = [torch.cuda.Stream() for _ in self.ranks] if several else []
-            self.fork = torch.cuda.Event()
-            self.joins = [torch.cuda.Event() for _ in self.streams]
+    def __init__(self, workspace: Workspace, *args, **options):
+        super().__init__(workspace, *args, **options)
+        several = len(self.ranks) > 1
+        self.streams = Streams(self.device, len(self.ranks)) if several else None
 
-    def forward(self, xs, ids, weights, scales, outs, counts) -> list[torch.Tensor]:
+    def forward(self, rows: list[tuple]) -> list[torch.Tensor]:
+        """Launch; then raise what an earlier launch reported of its input. After a launch that
+        failed, raise that first, or recover: a launch would do nothing.
+        """
         if torch.cuda.current_device() != self.device.index:
             with torch.cuda.device(self.device):
-                return self.forward(xs, ids, weights, scales, outs, counts)
-        reported = any(record[faults.STATUS] for record in self.status)
-        if (reported or self.workspace.failed) and not torch.cuda.is_current_stream_capturing():
-            self.synchronize()
-            self.recover()
+                return self.forward(rows)
+        reported = self.health.reported
+        if (reported or self.health.failed) and torch.cuda.is_current_stream_capturing():
+            reported = False
+        elif reported or self.health.failed:
+            if self.health.broken and reported:
+                self.synchronize()
+            if self.health.failed:
+                self.recover()
         current = torch.cuda.current_stream()
-        ys, ranks = self._ranks(xs, ids, weights, scales, outs, counts)
-        if not self.streams:
-            self._stage_and_launch(0, current, *ranks[0])
-            return ys
-        self.fork.record(current)
-        for i, stream in enumerate(self.streams):
-            stream.wait_event(self.fork)
-            with torch.cuda.stream(stream):
-                self._stage_and_launch(i, stream, *ranks[i])
-                self.joins[i].record(stream)
-        for join in self.joins:
-            current.wait_event(join)
+        if self.streams is None:
+            ys = [self._stage_and_launch(0, current, *rows[0])]
+        else:
+            fork = self.streams.fork(current)
+            ys = [self._stage_and_launch(index, stream, *rows[index]) for index, stream in fork]
+            self.streams.join(current)
+        if reported:
+            self.synchronize()
         return ys
 
-    def _stage_and_launch(self, index: int, stream, x, scale, idx, weight, y, counts) -> None:
-        staged = self._stage(index, x, scale)
-        self.launch(index, x, idx, weight, y, stream.cuda_stream, staged, counts)
+    def _stage_and_launch(
+        self, index: int, stream: torch.cuda.Stream, x, idx, weight, scale, out, counts
+    ) -> torch.Tensor:
+        self._stage(index, x, scale)
+        y = self._output(index, x, out)
+        self.launch(index, x, idx, weight, y, stream.cuda_stream, scale is not None, counts)
+        return y
+
+    def refuse(self, reason: str) -> None:
+        """In place of a forward whose input this rank refuses: end the launch of the other ranks,
+        which tell their callers the reason. Behind what the current stream holds already.
+        """
+        with torch.cuda.device(self.device):
+            if self.health.broken or torch.cuda.is_current_stream_capturing():
+                return  # they know, or nothing is launched
+            self.health.tell(reason)
+            stream = torch.cuda.current_stream().cuda_stream
+            self.launchers[0](stream, x=0, expert_counts=0, num_tokens=faults.NO_INPUT)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
-        error = self._reported()
-        if error is not None:
-            if self.workspace.failed and self.group is None:
-                self.recover()
-            raise error
+        self._raise_reported()
 
-    def recover(self) -> None:
-        """Return the workspace to its first state; with a group every rank must come here.
-
-        Between the two meetings no rank runs a launch and none has signalled yet.
-        """
+    def close(self) -> None:
+        """Wait for running launches; they may still write records and read the workspace."""
         torch.cuda.synchronize(self.device)
-        if self.group is not None:
-            self.group.meet(self.timeout_s)
-        self.workspace.recover()
-        self.records.zero_()
-        torch.cuda.synchronize(self.device)
-        if self.group is not None:
-            self.group.meet(self.timeout_s)
-        self.workspace.failed = False
+        if self.streams is not None:
+            self.streams.close()
 
 
 def regions_of(layout: Layout, space: str) -> list[Region]:
@@ -311,6 +280,6 @@ def regions_of(layout: Layout, space: str) -> list[Region]:
 
 
 def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:
-    """Copy rows to the start of a buffer, unless that is where they are."""
+    """Copy rows to the start of a buffer, unless that is where they are. Autograd sees nothing."""
     if rows.data_ptr() != buffer.data_ptr():
-        buffer[: rows.shape[0]].copy_(rows)
+        buffer[: rows.shape[0]].copy_(rows.detach())

@@ -3,7 +3,8 @@
 A kernel is one shared library per configuration. Building needs nvidia-cutlass-dsl and a C
 compiler, but no GPU; loading needs neither: the library exports a flat C entry that takes plain
 integers, and finds the CUDA runtime that torch has already loaded. `load` looks in `kernel_dir`,
-then in the cache, and builds into the cache if it can.
+then in the cache, and builds into the cache if it can. `kernel_files` says what may be loaded:
+what it refuses in `kernel_dir` ends in its error, what is damaged in the cache is built again.
 
     python -m megamoe.compile --arch sm_90a --out kernels --num-experts 256 --top-k 8
         --hidden-size 7168 --intermediate-size 2048 --max-tokens-per-rank 8192 --num-ranks 8
@@ -22,12 +23,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from megamoe import budget
+from megamoe import budget, kernel_files
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.dsl import HAVE_DSL
+from megamoe.kernel_files import DamagedKernel, KernelError, KernelFileError, KernelNotFound
 from megamoe.machine import host
 
 ARCHITECTURES = ("sm_90a",)
@@ -49,9 +52,12 @@ ARGUMENTS = (
     ("expert_counts", ctypes.c_int64),
     ("record", ctypes.c_int64),
     ("timeout_ns", ctypes.c_int64),
+    ("start_timeout_ns", ctypes.c_int64),
     ("rank", ctypes.c_int32),
+    ("layer", ctypes.c_int32),
     ("num_tokens", ctypes.c_int32),
     ("wide_idx", ctypes.c_int32),
+    ("dependents", ctypes.c_int32),
     ("clamp", ctypes.c_float),
     ("num_ctas", ctypes.c_int32),
     ("stream", ctypes.c_void_p),
@@ -70,17 +76,19 @@ HOST_ONLY = {
     "inputs.py",
     "backends.py",
     "group.py",
+    "arguments.py",
+    "custom_op.py",
+    "health.py",
+    "residents.py",
+    "streams.py",
     "compile.py",
+    "kernel_files.py",
     "reference.py",
     "weights.py",
     "__init__.py",
     "views.py",
     "symmetric.py",
 }
-
-
-class KernelNotFound(RuntimeError):
-    """No built kernel for this configuration, and none can be built here."""
 
 
 @functools.cache
@@ -98,20 +106,44 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def kernel_name(config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a") -> str:
+def kernel_name(
+    config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", cpu: bool = False
+) -> str:
     """File stem of the kernel: readable prefix plus a digest of configurations and sources."""
     key = json.dumps(
         [dataclasses.asdict(config), dataclasses.asdict(kernel), arch, source_digest()],
         sort_keys=True,
     )
-    return f"{PREFIX}-{config.precision}-{arch}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return f"{PREFIX}-{config.precision}-{arch}-{digest}{host.MARK * cpu}"
 
 
 def cache_dir() -> Path:
     """Where kernels built on demand are kept: $MEGAMOE_CACHE_DIR, or megamoe in the user's cache
     directory.
     """
-    return Path(os.environ.get("MEGAMOE_CACHE_DIR") or Path.home() / ".cache" / "megamoe")
+    if chosen := os.environ.get(kernel_files.CACHE_VARIABLE):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "megamoe"
+    except RuntimeError as error:
+        raise KernelFileError(
+            f"no home directory to keep kernels in; set {kernel_files.CACHE_VARIABLE}"
+        ) from error
+
+
+def trust_kernels() -> bool:
+    """Whether kernels are loaded that other users can have written: $MEGAMOE_TRUST_KERNELS is 1."""
+    return os.environ.get(kernel_files.TRUST_VARIABLE) == "1"
+
+
+def dsl_version() -> str | None:
+    """Version of the DSL here, which shapes the machine code too; None where it is missing."""
+    if not HAVE_DSL:
+        return None
+    import cutlass
+
+    return cutlass.__version__
 
 
 def _check_dsl() -> None:
@@ -142,7 +174,7 @@ def trace(config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options
     }
     arguments = [fake[kind] for _, kind in ARGUMENTS[:-1]]
     # The DSL takes the machine's architecture, or $CUTE_DSL_ARCH at its first import; for another
-    # target than those it refuses to export. The version is pinned, so its own setting is a safe
+    # target than those it refuses to export. Its versions are bounded, so its own setting is a safe
     # place to say the target.
     CuTeDSL._get_dsl().envar.arch = arch
     return cute.compile(MegaMoEKernel(config, kernel), *arguments, options=options or None)
@@ -182,84 +214,86 @@ def build(
     cpu: bool = False,
 ) -> Path:
     """Build the kernel into `out_dir` (atomically) and return the library's path. Needs no GPU.
-
     `cpu`: not for a GPU but for `megamoe.machine`, with the PTX beside it.
 
     Raises ValueError for a configuration or architecture that is not supported, KernelNotFound
-    where the DSL or a C compiler is missing.
+    where the DSL or a C compiler is missing, KernelDirectoryError where `out_dir` cannot be written
+    or has no room.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch={arch!r} is not supported; choose one of {list(ARCHITECTURES)}")
     budget.check(config, kernel)
+    name = kernel_name(config, kernel, arch, cpu)
+    facts = {
+        "arch": arch,
+        "config": dataclasses.asdict(config),
+        "kernel": dataclasses.asdict(kernel),
+        "arguments": [argument for argument, _ in ARGUMENTS],
+    }
+    make = functools.partial(trace, config, kernel, arch)
+    return build_library(make, Path(out_dir), name, facts, cpu)
+
+
+def build_library(make: Callable, out_dir: Path, name: str, facts: dict, cpu: bool = False) -> Path:
+    """Link what `make` compiles (an object of the DSL) into `out_dir`, with a description that
+    holds `facts`; the library's path. For a CPU `make` is given options of `cute.compile`. Raises
+    as `build` does.
+    """
     _check_dsl()  # before the compiler: without the DSL that would be of no use
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise KernelNotFound("no C compiler (cc or gcc) on PATH to link the kernel")
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    name = kernel_name(config, kernel, arch)
-    with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
-        compiled = trace(config, kernel, arch, *([host.OPTIONS.format(scratch)] if cpu else []))
-        compiled.export_to_c(file_path=scratch, file_name=PREFIX, function_prefix=PREFIX)
-        header = (Path(scratch) / f"{PREFIX}.h").read_text()
+    with kernel_files.scratch_in(out_dir) as scratch:
+        compiled = make(*[host.OPTIONS.format(scratch)] * cpu)
+        kernel_files.check_room(out_dir)  # again: tracing takes a while
+        compiled.export_to_c(file_path=str(scratch), file_name=PREFIX, function_prefix=PREFIX)
+        header = (scratch / f"{PREFIX}.h").read_text()
         entry = re.search(rf"void (_mlir_{PREFIX}__mlir_ciface_\w+)\(", header).group(1)
-        library = Path(scratch) / (name + (host.SUFFIX if cpu else ".so"))
-        objects = [str(Path(scratch) / f"{PREFIX}.o"), _runtime_archive()]
+        objects = [str(scratch / f"{PREFIX}.o"), _runtime_archive()]
+        suffixes, options = [".so"], ()
         if cpu:
-            _link(compiler, [*objects, str(host.RUNTIME_SOURCE)], library, host.LINK_OPTIONS)
-            (ptx,) = Path(scratch).glob("*.ptx")
-            os.replace(ptx, out_dir / f"{name}.ptx")
-        else:
-            _link(compiler, objects, library)
-        described = {
-            "entry": entry,
-            "arch": arch,
-            "config": dataclasses.asdict(config),
-            "kernel": dataclasses.asdict(kernel),
-            "arguments": [argument for argument, _ in ARGUMENTS],
-        }
-        description = Path(scratch) / f"{name}.json"
-        description.write_text(json.dumps(described, indent=1))
-        os.replace(description, out_dir / description.name)
-        os.replace(library, out_dir / library.name)
-    return out_dir / library.name
+            objects, options = [*objects, str(host.RUNTIME_SOURCE)], host.LINK_OPTIONS
+            (ptx,) = scratch.glob("*.ptx")
+            ptx.rename(scratch / f"{name}.ptx")
+            suffixes.append(".ptx")
+        _link(compiler, objects, scratch / f"{name}.so", options)
+        facts = {**facts, "entry": entry, "dsl": dsl_version()}
+        kernel_files.install(scratch, out_dir, name, facts, suffixes)
+    return out_dir / f"{name}.so"
 
 
-def _share_cuda_runtime() -> None:
-    """Make the CUDA runtime of the process visible to kernel libraries."""
+@functools.cache
+def cuda_runtime() -> ctypes.CDLL:
+    """The CUDA runtime of the process, visible to kernel libraries from now on."""
     import torch
 
     version = (torch.version.cuda or "13").split(".")[0]
     name = f"libcudart.so.{version}"
     try:
-        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         for path in map(Path, sys.path):
             for found in path.glob(f"nvidia/*/lib/{name}"):
-                ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
-                return
+                return ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
         raise KernelNotFound(
             f"{name} was not found; the kernel needs the CUDA runtime that comes with torch"
         ) from None
 
 
 class CompiledKernel:
-    """A loaded kernel library. `launcher()` gives a call with its arguments packed in place.
-    `launches`: where a library for a CPU hands them over.
+    """A loaded kernel library. `launcher()` gives a call with its arguments packed in place, which
+    are those of the layer's kernel unless others are given. `launches`: where a library for a CPU
+    hands them over.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        stem = path.parent / path.name.partition(".")[0]
-        description = json.loads(stem.with_suffix(".json").read_text())
-        if description["arguments"] != [name for name, _ in ARGUMENTS]:
-            raise KernelNotFound(f"{path} was built for other arguments; build it again")
-        cpu = path.name.endswith(host.SUFFIX)
+    def __init__(self, path: Path, entry: str, arguments: tuple = ARGUMENTS):
+        cpu = path.stem.endswith(host.MARK)
         if not cpu:
-            _share_cuda_runtime()
+            cuda_runtime()
+        self.path = path
         self._library = ctypes.CDLL(str(path))
-        self.launches = host.Launches(self._library, stem.with_suffix(".ptx")) if cpu else None
-        self._entry = getattr(self._library, description["entry"])
+        self.launches = host.Launches(self._library, path.with_suffix(".ptx")) if cpu else None
+        self._entry, self._arguments = getattr(self._library, entry), arguments
         self._module = ctypes.c_void_p()
         self._module_pointer = ctypes.pointer(self._module)
         self._devices: set[int] = set()
@@ -290,7 +324,7 @@ class CompiledKernel:
             self._devices.add(device)
 
     def launcher(self) -> Launcher:
-        return Launcher(self._entry)
+        return Launcher(self._entry, self._arguments)
 
 
 class Launcher:
@@ -298,9 +332,9 @@ class Launcher:
     handle.
     """
 
-    def __init__(self, entry):
+    def __init__(self, entry, arguments: tuple = ARGUMENTS):
         self._entry = entry
-        self.values = {name: kind(0) for name, kind in ARGUMENTS}
+        self.values = {name: kind(0) for name, kind in arguments}
         addresses = [
             ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in self.values.values()
         ]
@@ -325,8 +359,38 @@ class Launcher:
 
 
 @functools.cache
-def _load_library(path: Path) -> CompiledKernel:
-    return CompiledKernel(path)
+def _load_library(path: Path, sha256: str, entry: str) -> CompiledKernel:
+    """A library once per process; `sha256` tells apart what one path held at different times."""
+    return CompiledKernel(path, entry)
+
+
+def _load_verified(path: Path, description: dict) -> CompiledKernel:
+    return _load_library(path, description["files"][path.name]["sha256"], description["entry"])
+
+
+def _find(directory: Path, name: str, trust: bool) -> tuple[Path, dict]:
+    """`kernel_files.verified`, of a library that takes these arguments."""
+    path, description = kernel_files.verified(directory, name, trust=trust)
+    if description["arguments"] != [argument for argument, _ in ARGUMENTS]:
+        raise DamagedKernel(f"{path} was built for other arguments")
+    return path, description
+
+
+def _find_built(directory: Path, name: str, trust: bool) -> tuple[Path, dict] | None:
+    """A kernel that was built earlier; None, after a warning if it is damaged, where it must be
+    built: if there is none, or another version of the DSL has built it.
+    """
+    if not kernel_files.exists(directory / f"{name}.so"):
+        return None
+    try:
+        path, description = _find(directory, name, trust)
+    except DamagedKernel as error:
+        if not HAVE_DSL:
+            raise
+        warnings.warn(f"{error}; building it again", RuntimeWarning, stacklevel=3)
+        return None
+    fits = not HAVE_DSL or description.get("dsl") == dsl_version()
+    return (path, description) if fits else None
 
 
 def load(
@@ -339,19 +403,29 @@ def load(
     """The kernel of this configuration: from `kernel_dir`, from the cache, or built into the cache.
     `cpu`: see `build`.
 
-    Raises KernelNotFound, with the way out, where none exists and none can be built.
+    Raises KernelNotFound, with the way out, where none exists and none can be built;
+    UntrustedKernel for files that other users can write, unless $MEGAMOE_TRUST_KERNELS is 1;
+    DamagedKernel for damaged ones in `kernel_dir` (in the cache they are built again, if that is
+    possible); KernelDirectoryError if a directory cannot be used. All are KernelError.
     """
-    name = kernel_name(config, kernel, arch) + (host.SUFFIX if cpu else ".so")
-    directories = [Path(kernel_dir)] if kernel_dir is not None else []
-    for directory in (*directories, cache_dir()):
-        path = directory / name
-        if path.exists():
-            return _load_library(path.resolve())
+    name, trust = kernel_name(config, kernel, arch, cpu), trust_kernels()
+    if kernel_dir is not None:
+        kernel_dir = Path(kernel_dir)
+        if any(kernel_files.exists(kernel_dir / f"{name}.{suffix}") for suffix in ("so", "json")):
+            return _load_verified(*_find(kernel_dir, name, trust))
+    cache = cache_dir()
+    if found := _find_built(cache, name, trust):
+        return _load_verified(*found)
     if kernel_dir is not None and not HAVE_DSL:
         raise KernelNotFound(
-            f"{kernel_dir} holds no {name} for {config}, and it cannot be built here"
+            f"{kernel_dir} holds no {name}.so for {config}, and it cannot be built here"
         )
-    return _load_library(build(config, kernel, cache_dir(), arch, cpu).resolve())
+    _check_dsl()
+    kernel_files.make_directory(cache)
+    if not trust:
+        kernel_files.check_trusted(cache.resolve())
+    build(config, kernel, cache, arch, cpu)
+    return _load_verified(*_find(cache, name, trust))
 
 
 def _configs_of(arguments: argparse.Namespace) -> list[tuple[MoEConfig, KernelConfig]]:
@@ -392,14 +466,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens-per-rank", type=int)
     parser.add_argument("--num-ranks", type=int, default=1)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--cpu", action="store_true", help="for device='cpu', not for a GPU")
     arguments = parser.parse_args(argv)
     try:
         for config, kernel in _configs_of(arguments):
-            path = Path(arguments.out) / f"{kernel_name(config, kernel, arguments.arch)}.so"
-            if not path.exists():
-                build(config, kernel, arguments.out, arguments.arch)
-            print(f"{path}  {config}", flush=True)
-    except (TypeError, ValueError, OSError, KernelNotFound) as error:
+            out, target = Path(arguments.out), (config, kernel, arguments.arch, arguments.cpu)
+            name = kernel_name(*target)
+            if _find_built(out, name, trust=True) is None:
+                build(config, kernel, out, *target[2:])
+            print(f"{out / name}.so  {config}", flush=True)
+    except (TypeError, ValueError, OSError, KernelError) as error:
         print(
             f"megamoe.compile: {error}".replace("MoEConfig.__init__()", "configuration"),
             file=sys.stderr,

@@ -1,43 +1,73 @@
 """What a launch reports when it cannot finish: the error record, its fields and the Python errors
 made from it.
 
-The kernel writes one record of int32 words into host-visible memory, `STATUS` last. Owns the
-numbering of roles and of record fields; region numbers are positions in the region table.
+The kernel writes one record of int32 words into host-visible memory, `STATUS` last. Owns
+the numbering of roles, of statuses and of record fields; region numbers are positions in the region
+table. `ERRORS.md` beside this file says what a user can do about each.
 """
 
 from __future__ import annotations
 
-from workspace.layout import Layout
+from dataclasses import dataclass
+
+from workspace import wire
+from workspace.layout import GRID_COUNTED, Layout
 
 #: Roles of the kernel that wait for other CTAs or ranks, numbered by position.
 ROLES = ("count", "dispatch", "load_tokens", "combine")
 ROLE_COUNT, ROLE_DISPATCH, ROLE_LOAD_TOKENS, ROLE_COMBINE = range(len(ROLES))
+#: The role whose waits are for CTAs and ranks to begin the launch; all others are for what has.
+STARTING = ROLE_COUNT
 
 #: Words of a record. SEEN_HIGH: upper half of an expert id of 64 bits.
 STATUS, RANK, ROLE, REGION, INDEX, EXPECTED, SEEN, CTA, PEER, SEEN_HIGH = range(10)
 RECORD_WORDS = 16
 
-#: Values of STATUS. PEER_FAILED: a wait ended because another rank gave up. NOT_RECOVERED: a launch
-#: (a graph replay, say) met the state that a failed launch left behind.
-OK, TIMED_OUT, BAD_EXPERT, PEER_FAILED, NOT_RECOVERED = range(5)
+#: Values of STATUS. PEER_FAILED: a wait ended because another rank gave up, PEER says which and
+#: why (`wire.encode_peer`). NOT_RECOVERED: a launch (a graph replay, say) met the state that a
+#: failed launch left behind. WRONG_LAYER: another rank has launched another layer. REFUSED: a rank
+#: has refused its input; only its peers report it.
+OK, TIMED_OUT, BAD_EXPERT, PEER_FAILED, NOT_RECOVERED, WRONG_LAYER, REFUSED = range(7)
+#: `num_tokens` of the launch of a rank that has refused its input: it only tells its peers.
+NO_INPUT = -1
 
 
 class MegaMoEError(RuntimeError):
     """A launch failed after it began."""
 
 
-class LaunchTimeout(MegaMoEError):
-    """A wait inside the kernel was not satisfied in time. The workspace must be recovered before
-    the next launch.
+class LaunchFailed(MegaMoEError):
+    """A launch ended before its work was done. Outputs mean nothing; the next forward returns the
+    workspace to its first state, together with every rank.
     """
 
 
-class PeerFailed(LaunchTimeout):
-    """A launch ended early because another rank's launch had failed."""
+class LaunchTimeout(LaunchFailed):
+    """A wait inside the kernel was not satisfied in time."""
+
+
+class PeerFailed(LaunchFailed):
+    """A launch ended early because another rank's launch had failed, or had refused its input."""
+
+
+class LayerMismatch(LaunchFailed):
+    """Ranks have launched different layers: one has left out a forward."""
+
+
+class NotRecovered(LaunchFailed):
+    """A launch met the state that a failed launch had left, and did nothing."""
 
 
 class InvalidExpertError(ValueError, MegaMoEError):
     """A launch met an expert id that is neither -1 nor below E; the slot was treated as masked."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that a launch may wait: for CTAs and ranks to begin, and for those that have."""
+
+    timeout_s: float
+    start_timeout_s: float
 
 
 def describe_wait(rank: int, role: str, region: str, index: int, expected: int, seen: int) -> str:
@@ -51,26 +81,56 @@ def describe_invalid_expert(rank: int, token: int, slot: int, value: int, expert
     )
 
 
-def error_of(record: list[int], layout: Layout) -> MegaMoEError | None:
-    """The error that a record describes, or None."""
-    if record[STATUS] == OK:
+def error_of(
+    record: list[int], layout: Layout, limits: Limits, reasons: dict[int, str] | None = None
+) -> MegaMoEError | None:
+    """The error that a record describes, or None. `reasons`: why a rank has refused its input, as
+    far as it is known.
+    """
+    status, rank, index = record[STATUS], record[RANK], record[INDEX]
+    if status == OK:
         return None
-    if record[STATUS] == BAD_EXPERT:
-        token, slot = divmod(record[INDEX], layout.config.top_k)
+    if status == BAD_EXPERT:
+        token, slot = divmod(index, layout.config.top_k)
         value = (record[SEEN_HIGH] << 32) + (record[SEEN] & 0xFFFFFFFF)
         return InvalidExpertError(
-            describe_invalid_expert(record[RANK], token, slot, value, record[EXPECTED])
+            describe_invalid_expert(rank, token, slot, value, record[EXPECTED])
             + "; the slot was treated as masked"
         )
-    if record[STATUS] == NOT_RECOVERED:
-        return LaunchTimeout(
-            f"rank {record[RANK]}: an earlier launch failed and the workspace was not recovered"
+    if status == NOT_RECOVERED:
+        return NotRecovered(
+            f"rank {rank}: an earlier launch failed and the workspace was not recovered"
+        )
+    if status == WRONG_LAYER:
+        return LayerMismatch(
+            f"rank {rank} has launched layer {record[EXPECTED]} and rank {index} layer "
+            f"{record[SEEN]}: one of them has left out a forward (layers are numbered in the order "
+            "in which they were made)"
         )
     region = list(layout.regions)[record[REGION]]
-    wait = describe_wait(
-        record[RANK], ROLES[record[ROLE]], region, record[INDEX], record[EXPECTED], record[SEEN]
-    )
-    if record[STATUS] == PEER_FAILED:
-        peer = record[PEER] - 1
-        return PeerFailed(f"launch ended because rank {peer} gave up: {wait} (CTA {record[CTA]})")
-    return LaunchTimeout(f"launch timed out: {wait} (CTA {record[CTA]})")
+    wait = describe_wait(rank, ROLES[record[ROLE]], region, index, record[EXPECTED], record[SEEN])
+    wait = f"{wait} (CTA {record[CTA]})"
+    if status == PEER_FAILED:
+        peer, why = wire.decode_peer(record[PEER])
+        if why == REFUSED:
+            reason = (reasons or {}).get(peer, "see its error")
+            return PeerFailed(f"launch ended because rank {peer} refused its input: {reason}")
+        if why == WRONG_LAYER:
+            return PeerFailed(f"launch ended because rank {peer} met a launch of another layer")
+        return PeerFailed(f"launch ended because rank {peer} gave up: {wait}")
+    return LaunchTimeout(f"launch timed out: {_cause(record, region, limits)}{wait}")
+
+
+def _cause(record: list[int], region: str, limits: Limits) -> str:
+    """What a wait that timed out says about the machine."""
+    if record[ROLE] != STARTING:
+        return f"nothing for timeout_s={limits.timeout_s:g}: "
+    limit = f"within start_timeout_s={limits.start_timeout_s:g}: "
+    if region == "nvlink_barrier_signal":
+        return f"rank {record[INDEX]} did not begin {limit}"
+    if region == "grid_sync_counter" and record[INDEX] == GRID_COUNTED:
+        return (
+            f"only {record[SEEN]} of {record[EXPECTED]} CTAs became resident, another kernel holds "
+            f"SMs of this GPU; leave it some with num_sms={record[SEEN]} or less, {limit}"
+        )
+    return limit

@@ -7,6 +7,7 @@ collective.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 from collections import defaultdict
@@ -17,9 +18,9 @@ import torch.distributed as dist
 
 from megamoe.faults import MegaMoEError
 
-#: Modules made by this process, by name of the process group: its ranks must make theirs in the
-#: same order.
-_serials: defaultdict[str, itertools.count] = defaultdict(itertools.count)
+#: Layers made by this process, by the ranks that they are over: all of these must make theirs in
+#: the same order.
+_made: defaultdict[tuple[int, ...], itertools.count] = defaultdict(itertools.count)
 
 
 class RanksDisagree(ValueError):
@@ -33,7 +34,9 @@ class MissingRank(MegaMoEError):
 
 
 class Group:
-    """This process's place in a job, and what it does together with the other ranks.
+    """This process's place in a job, and what it does together with the other ranks of a layer.
+
+    number: of the layer, among those over the same ranks, by whichever process group.
 
     Raises ValueError unless torch.distributed is initialised and `group` holds this process.
     """
@@ -49,9 +52,14 @@ class Group:
             )
         self.size = dist.get_world_size(group)
         name = getattr(group, "group_name", "world")
-        self.prefix = f"megamoe/{name}/{next(_serials[name])}"
+        self.number = next(_made[tuple(self.members)])
+        self.prefix = f"megamoe/{name}/{self.number}"
         self._store = dist.distributed_c10d._get_default_store()
-        self._met = 0
+
+    @property
+    def members(self) -> list[int]:
+        """Ranks of the job, in the order of the group."""
+        return dist.get_process_group_ranks(self.process_group)
 
     def agree(self, facts: dict[str, object]) -> None:
         """Collective: raise the same ValueError on every rank unless all passed equal `facts`.
@@ -77,20 +85,35 @@ class Group:
                 if gathered[other]["gpu"] == theirs["gpu"]:
                     raise RanksDisagree(f"ranks {other} and {rank} share GPU {theirs['gpu']}")
 
-    def meet(self, timeout_s: float) -> None:
-        """Wait until every rank has come here as often as this one; MissingRank names who has
-        not.
+    def meet(self, name: str, timeout_s: float) -> None:
+        """Wait until every rank has come to the meeting of this name; MissingRank names who has
+        not. A name is for one meeting, which may be tried again after it was missed.
         """
-        meeting = f"{self.prefix}/meeting/{self._met}"
-        keys = [f"{meeting}/{rank}" for rank in range(self.size)]
+        keys = self._keys(name)
         try:
             self._store.set(keys[self.rank], "here")
             self._store.wait(keys, timedelta(seconds=timeout_s))
         except (RuntimeError, dist.DistError) as error:
             raise MissingRank(
-                f"rank {self.rank} waited {timeout_s} s for {self._missing(keys)} to recover"
+                f"rank {self.rank} waited {timeout_s:g} s for {self._missing(keys)} at {name}"
             ) from error
-        self._met += 1  # a meeting that was missed can be tried again
+
+    def leave(self, name: str, text: str) -> None:
+        """Leave a text of this rank for the others, as far as the store can still be reached."""
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._store.set(self._keys(name)[self.rank], text)
+
+    def found(self, name: str) -> dict[int, str]:
+        """The texts that ranks have left under this name, by rank."""
+        texts = {}
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            for rank, key in enumerate(self._keys(name)):
+                if self._store.check([key]):
+                    texts[rank] = self._store.get(key).decode()
+        return texts
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"{self.prefix}/{name}/{rank}" for rank in range(self.size)]
 
     def _missing(self, keys: list[str]) -> str:
         try:

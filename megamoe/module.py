@@ -1,35 +1,35 @@
-"""MegaMoE: the layer as a Python object. Weights, workspace, forward, checks.
+"""MegaMoE: the layer as a torch module. Construction, weights, forward, end.
 
-On a GPU a forward is one kernel launch per rank; on a machine without one the same launch executes
-the kernel's PTX (`megamoe.machine`). The ranks are either one per process (`group`), each on a GPU of its own, or all in
-this process (`world`): one, or several virtual ranks that share a GPU. Virtual ranks launch side by
-side on streams of their own, so their CTAs must fit the GPU together.
+A forward is one kernel launch per rank: on a GPU, or on a CPU that executes the kernel's PTX
+(`megamoe.machine`). The ranks are either one per process (`group`), each on a GPU of its own, or
+all in this process (`world`): one, or several virtual ranks that share a GPU. Virtual ranks launch
+side by side on streams of their own, so their CTAs must fit the GPU together.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from megamoe import budget, compile
-from megamoe.backends import CPU_CTAS, CpuBackend, GpuBackend
-from megamoe.config import KernelConfig, MoEConfig, select, supports
+from megamoe import arguments, compile, custom_op
+from megamoe.backends import CPU_CTAS, Backend, CpuBackend, GpuBackend
+from megamoe.config import MoEConfig, supports
+from megamoe.faults import Limits
 from megamoe.group import Group, where
-from megamoe.inputs import by_rank, check_inputs
+from megamoe.health import Health
+from megamoe.inputs import InputCheck, columns_of
 from megamoe.reference import Weights
-from megamoe.weights import check_weights
-from workspace.layout import Layout, layout_of
+from megamoe.residents import ResidentWeights
+from workspace.layout import layout_of
 from workspace.views import Workspace
-
-MAX_TIMEOUT_S = 24 * 60 * 60.0
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
 
 
-class MegaMoE:
+class MegaMoE(ResidentWeights):
     """One expert-parallel MoE layer, forward only:
     y[t] = sum_k topk_weights[t, k] * expert[topk_idx[t, k]](x[t]).
 
@@ -43,23 +43,31 @@ class MegaMoE:
         precision: "bf16"; "fp8_block", e4m3 with a scale per 128 columns of a token and per
             128 x 128 weights, as DeepSeek-V3 checkpoints have them; "fp8_channel", e4m3 with a
             scale per token and per output channel.
-        device: "cuda", "cuda:1", "cpu" (executes the PTX) or a torch.device; default is the current GPU if
-            there is one.
-        num_sms: CTAs per rank, at most one per SM over all ranks of a GPU; default: all of them.
-        timeout_s: seconds that a wait inside a launch may take before it ends with LaunchTimeout;
-            above 0 and at most a day.
+        device: "cuda", "cuda:1", "cpu" (slow), "meta" or a torch.device; default is the current
+            GPU if there is one. On "meta" nothing is allocated and no other rank is asked until
+            `to_empty(device=...)`, which is then what construction is elsewhere.
+        num_sms: CTAs per rank, at most one per SM over all ranks of a GPU; default: all of them, on
+            a CPU 2. With fewer than a GPU has, the rest stays free for other streams, also between
+            launches.
+        timeout_s: seconds that a wait inside a launch may take once all ranks have begun it, before
+            it ends with LaunchTimeout; above 0 and at most a day.
+        start_timeout_s: the same for all ranks and all CTAs to begin a launch, and to come to a
+            recovery or a meeting: another rank may still compile or load.
         kernel_dir: directory of kernels built ahead of time.
         kernel_options: fields of `KernelConfig` to override. With `only` a launch does a part of
             the work, to be timed, and its outputs mean nothing.
         workspace: `workspace` of another layer of the same configuration, to share. Layers that
             share one run one after the other, and one's output is valid until the next runs.
         activation_clamp: a float c > 0: SwiGLU takes min(gate, c) and up within -c..c; default:
-            no clamp.
+            no clamp. NaN stays NaN.
 
-    A layer, and all that share its workspace, are used by one thread and one stream at a time.
+    A layer, and all that share its workspace, are used by one thread and one stream at a time. It
+    stays on its device with the dtypes that its weights have; it can be neither copied nor pickled,
+    its `state_dict` can.
 
-    Raises ValueError for an unsupported configuration; with `group`, RanksDisagree (a ValueError)
-    on every rank if one of them differs or cannot run.
+    Raises ValueError for an unsupported configuration, KernelError if no kernel can be had; with
+    `group`, RanksDisagree (a ValueError) on every rank if one of them differs or cannot run.
+    `ERRORS.md` beside this file says what to do about each.
     """
 
     def __init__(
@@ -76,11 +84,13 @@ class MegaMoE:
         device: torch.device | str | None = None,
         num_sms: int | None = None,
         timeout_s: float = 30.0,
+        start_timeout_s: float = 300.0,
         kernel_dir: Path | str | None = None,
         kernel_options: dict | None = None,
         workspace: Workspace | None = None,
         activation_clamp: float | None = None,
     ):
+        super().__init__()
         if group is not None and world is not None:
             raise ValueError(f"world={world} and group exclude each other")
         self.group = None if group is None else Group(group)
@@ -94,66 +104,88 @@ class MegaMoE:
             num_ranks=world,
             precision=precision,
         )
-        self.timeout_s, self.num_sms = timeout_s, num_sms
-        self.activation_clamp = activation_clamp
-        error = None
+        self.limits = Limits(timeout_s, start_timeout_s)
+        self.num_sms, self.activation_clamp = num_sms, activation_clamp
+        self._kernel_dir, self._kernel_options = kernel_dir, kernel_options
+        self.workspace = self.backend = self._finalizer = None
+        self._closed, self._meetings = False, 0
+        self._number = custom_op.register(self)
+        self._begin(device, workspace)
+        ranks_here = 1 if self.group else world
+        self.num_local_experts = ranks_here * self.config.experts_per_rank
+        self._declare()
+
+    def _begin(self, device: torch.device | str | None, workspace: Workspace | None) -> None:
+        """Settle on a device, and unless that is "meta" allocate there, together with all ranks."""
+        error = kernel = None
         try:
-            kernel = self._settle(device, kernel_dir, kernel_options, workspace)
+            kernel = self._settle(device, workspace)
         except Exception as caught:  # whatever it is, the other ranks must not wait for this one
             error = caught
-        if self.group is not None:
+        if self.group is not None and (error is not None or self.device.type != "meta"):
             shared = getattr(workspace, "name", None)
             self.group.agree(self._facts(error) | {"shared workspace": shared})
         if error is not None:
             raise error
-        self.workspace = workspace or Workspace(
-            self.layout,
-            self.device,
-            group=self.group and self.group.process_group,
-            name=self.group.prefix if self.group else "",
+        if self.device.type == "meta":
+            return
+        if workspace is None:
+            workspace = Workspace(
+                self.layout,
+                self.device,
+                group=self.group and self.group.process_group,
+                name=self.group.prefix if self.group else "",
+            )
+            workspace.health = Health(workspace, self.group)
+        self.workspace = workspace
+        self._inputs = InputCheck(self.config, self.device, workspace)
+        self._on_gpu = self.device.type == "cuda"
+        self.backend = (GpuBackend if self._on_gpu else CpuBackend)(
+            workspace,
+            kernel,
+            self.num_sms,
+            self.limits,
+            layer=self.group.number if self.group else 0,
+            clamp=self.activation_clamp,
+            yields=self._yields,
         )
-        common = self.workspace, kernel, self.num_sms, self.timeout_s
-        if self.device.type == "cpu":
-            self.backend = CpuBackend(*common, activation_clamp)
-        else:
-            self.backend = GpuBackend(*common, self.group, activation_clamp)
-        self._weights_loaded = False
+        self._finalizer = weakref.finalize(self, _close, self.backend)
+        self._finalizer.atexit = False  # the process ends, and CUDA with it
 
     def _settle(
-        self, device, kernel_dir, kernel_options, workspace
-    ) -> compile.CompiledKernel:
-        """Check everything that this process can check alone; the kernel."""
+        self, device: torch.device | str | None, workspace: Workspace | None
+    ) -> compile.CompiledKernel | None:
+        """Check everything that this process can check alone; the kernel, or None on "meta"."""
         supports(self.config)
-        self.kernel_config = _kernel_config(self.config, kernel_options)
+        self.kernel_config = arguments.kernel_config_of(self.config, self._kernel_options)
         self.layout = layout_of(self.config, self.kernel_config)
-        timeout_s, clamp, sms = self.timeout_s, self.activation_clamp, self.num_sms
-        if not (_is_positive(timeout_s) and timeout_s <= MAX_TIMEOUT_S):
-            raise ValueError(
-                f"timeout_s={timeout_s!r} must be > 0 and at most {MAX_TIMEOUT_S:.0f} seconds"
-            )
-        if clamp is not None and not _is_positive(clamp):
-            raise ValueError(
-                f"activation_clamp={clamp!r} must be a finite float32 number > 0, or None"
-            )
-        if sms is not None and (isinstance(sms, bool) or not isinstance(sms, int) or sms < 1):
-            raise ValueError(f"num_sms={sms!r} must be an integer >= 1, or None")
-        self.device = _resolve_device(device)
+        arguments.check_limits(self.limits)
+        arguments.check_clamp(self.activation_clamp)
+        arguments.check_num_sms(self.num_sms)
+        self.device = arguments.resolve_device(device)
+        ranks = [self.group.rank] if self.group else list(range(self.num_ranks))
+        if self.device.type == "meta":
+            if workspace is not None:
+                raise ValueError("workspace is of a device, and device='meta' is none")
+            return None
         if workspace is not None:
-            _check_shared(workspace, self.layout, self.device)
+            members = self.group and self.group.members
+            arguments.check_shared(workspace, self.layout, self.device, ranks, members)
         if self.device.type == "cpu":
             if self.group is not None:
                 raise ValueError("group needs one GPU per process; on a CPU use world")
-            self.num_sms = self.num_sms or CPU_CTAS
-            return compile.load(self.config, self.kernel_config, kernel_dir, cpu=True)
-        ranks_here = 1 if self.group else self.config.num_ranks
-        self.num_sms = _check_gpu(self.device, self.num_sms, ranks_here)
-        return compile.load(self.config, self.kernel_config, kernel_dir)
+            self._yields, self.num_sms = False, self.num_sms or CPU_CTAS
+        else:
+            self._yields = self.num_sms is not None
+            self.num_sms = arguments.check_gpu(self.device, self.num_sms, len(ranks))
+        on_cpu = self.device.type == "cpu"
+        return compile.load(self.config, self.kernel_config, self._kernel_dir, cpu=on_cpu)
 
     def _facts(self, error: Exception | None) -> dict[str, object]:
         """What all ranks of a job must have in common."""
         facts = {"error": None if error is None else str(error), "gpu": None, "host": None}
         if error is None:
-            facts |= where(self.device) | _fields(self.layout)
+            facts |= where(self.device) | arguments.fields_of(self.layout)
             facts["activation_clamp"] = self.activation_clamp
             facts |= {"megamoe version": compile.source_digest(), "torch": torch.__version__}
         return facts
@@ -187,7 +219,7 @@ class MegaMoE:
             precision,
         )
         supports(config)
-        layout = layout_of(config, _kernel_config(config, kernel_options))
+        layout = layout_of(config, arguments.kernel_config_of(config, kernel_options))
         return layout.bytes_by_kind() | {
             "reset": layout.reset_bytes,
             "total": layout.total_bytes,
@@ -201,42 +233,22 @@ class MegaMoE:
     @property
     def local_ranks(self) -> list[int]:
         """Ranks that live in this process."""
-        return self.workspace.local_ranks
+        return self._running().workspace.local_ranks
 
     @property
     def nvlink_bytes(self) -> int | None:
         """Bytes that crossed ranks in the last forward; counted on a CPU only."""
-        return self.backend.nvlink_bytes
+        return self._running().nvlink_bytes
 
-    def load_weights(
-        self,
-        w13: torch.Tensor,
-        w2: torch.Tensor,
-        w13_scale: torch.Tensor | None = None,
-        w2_scale: torch.Tensor | None = None,
-    ) -> None:
-        """Take the experts of the ranks of this process, in checkpoint layout.
+    def _settle_on(self, device: torch.device) -> None:
+        self._begin(device, None)
 
-        w13: [n, 2I, H], gate rows then up rows; w2: [n, H, I]; bfloat16, or float8_e4m3fn for the
-        precisions with scales. w13_scale, w2_scale: float32, what the stored weights are multiplied
-        by; for "fp8_block" [n, 2I/128, H/128] and [n, H/128, I/128], for "fp8_channel" [n, 2I] and
-        [n, H]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W
-        with a process per rank (its experts are number rank * e and following).
+    def _read(self, weights: list[Weights], tables: list[tuple]) -> None:
+        if self.backend is not None:
+            self.backend.set_weights(weights, tables)
 
-        All are contiguous and on the device, and start at a multiple of 16 bytes. Raises
-        ValueError, naming the tensor, otherwise. Weights are not copied: they must stay alive, and
-        a forward reads what they hold then; only scales of weight blocks are laid out anew here.
-        Whoever puts another tensor in their place (`parameter.data = ...`) loads them again.
-        """
-        weights = Weights(w13, w2, w13_scale, w2_scale)
-        local, ranks = self.config.experts_per_rank, len(self.local_ranks)
-        check_weights(self.config, local * ranks, self.device, weights)
-        self.backend.load_weights(
-            [weights.of(slice(i * local, (i + 1) * local)) for i in range(ranks)]
-        )
-        self._weights_loaded = True
-
-    def __call__(
+    # ---------------------------------------------------------------- forward
+    def forward(
         self,
         x: Tensors,
         topk_idx: Tensors,
@@ -245,53 +257,140 @@ class MegaMoE:
         out: Tensors | None = None,
         expert_counts: Tensors | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Forward. Plain tensors if one rank lives here, else one tensor per rank in every
-        argument; T may differ per rank and be zero.
+        """Plain tensors if one rank lives here, else one tensor per rank in every argument; T may
+        differ per rank and be zero.
 
         x: [T, H] bfloat16, which the launch quantises if the precision has scales, or float8_e4m3fn
         with x_scale: float32 [T, H/128], for "fp8_channel" [T, 1]. topk_idx: [T, K] int64 or int32,
         -1 masks a slot. topk_weights: [T, K] float32. out: [T, H] bfloat16, or None. expert_counts:
         int32 [e], or None; the rows that each expert of the rank receives are added to it.
-        All are contiguous; x and out start at a multiple of 16 bytes, and an out shares no memory
-        with the x of its rank or another out. Returns [T, H] per rank: `out`, or a buffer of the
-        workspace that the next forward on it overwrites.
+        All are contiguous; x and out start at a multiple of 16 bytes, and what is written shares no
+        memory with what is read, or with other outputs, of any rank of this process. Returns [T, H]
+        per rank: `out`, or a buffer of the workspace that the next forward on it overwrites; a new
+        tensor while torch traces, and where autograd could ask for a gradient, of which there is
+        none (backward raises an error).
 
-        Raises ValueError for wrong input. On a GPU nothing waits for the launch, so an expert id
-        that is out of range (InvalidExpertError, a ValueError) or a wait that timed out
-        (LaunchTimeout) is raised by `synchronize`, or by a later forward.
+        Raises ValueError for wrong input; with a group the other ranks' launches then end with
+        PeerFailed, which names this rank and the reason. On a GPU nothing waits for the launch: an
+        expert id that is out of range (InvalidExpertError, a ValueError) is raised by
+        `synchronize`, or by a later forward after it has launched; a launch that failed
+        (LaunchFailed) by `synchronize`, or by a later forward in place of its launch.
         """
+        arguments = x, topk_idx, topk_weights, x_scale, out, expert_counts
         single = isinstance(x, torch.Tensor)
-        arguments = {"x": x, "topk_idx": topk_idx, "topk_weights": topk_weights}
-        xs, ids, weights = (by_rank(name, item, single) for name, item in arguments.items())
-        optional = {"x_scale": x_scale, "out": out, "expert_counts": expert_counts}
-        scales, outs, counts = (
-            [None] * len(xs) if item is None else by_rank(name, item, single)
-            for name, item in optional.items()
-        )
-        if not self._weights_loaded:
-            raise ValueError("weights are not loaded: call load_weights(w13, w2) first")
-        ranks, buffer_of = self.local_ranks, self.input_scale_buffer
-        columns = xs, ids, weights, scales, outs, counts
-        check_inputs(self.config, self.device, ranks, buffer_of, *columns)
-        outputs = self.backend.forward(*columns)
-        return outputs[0] if single else outputs
+        if custom_op.is_traced():
+            ys = custom_op.trace(self._number, *columns_of(single, *arguments))
+        else:
+            ys = self.run(single, *arguments)
+        if torch.is_grad_enabled():
+            inputs = (x, topk_weights) if single else (*x, *topk_weights)
+            ys = custom_op.end_gradients(ys, (*inputs, *self._parameters.values()))
+        return ys[0] if single else ys
 
-    def synchronize(self) -> None:
-        """Wait for all launches; raise InvalidExpertError or LaunchTimeout if one failed.
-
-        After a timeout the next forward recovers the workspace first; with `group` that waits for
-        every rank to do the same, at most `timeout_s`.
+    def run(self, single: bool, *arguments) -> list[torch.Tensor]:
+        """A forward behind `torch`: arguments of `forward`, `single` if they are plain; outputs by
+        rank of this process. Other ranks are told of arguments that are refused.
         """
-        self.backend.synchronize()
+        try:
+            self._running()
+            self._adopt_changes()
+            rows = self._inputs.rows(single, *arguments)
+        except Exception as error:
+            if self.group is not None and self.backend is not None:
+                self.backend.refuse(str(error))
+            raise
+        if self._on_gpu and torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        return self.backend.forward(rows)
+
+    # ---------------------------------------------------------------- failure and end
+    def synchronize(self) -> None:
+        """Wait for all launches; raise InvalidExpertError or LaunchFailed if one failed, of any
+        layer of the workspace.
+
+        After a launch that failed the next forward recovers the workspace first; with `group` that
+        waits for every rank to do the same, at most `start_timeout_s`.
+        """
+        self._running().synchronize()
 
     def recover(self) -> None:
         """Return a workspace to its first state after a failed launch; collective with `group`.
 
         The next forward does it by itself; a CUDA graph does not. Raises MissingRank, naming the
-        ranks that did not come within `timeout_s`.
+        ranks that did not come within `start_timeout_s`; called again it goes on from there.
         """
-        self.backend.recover()
+        self._running().recover()
 
+    def meet(self, timeout_s: float | None = None) -> None:
+        """Wait on the host until every rank has come here as often as this one: before a first
+        launch, say, that one rank reaches minutes before another. `timeout_s`: by default
+        `start_timeout_s`. Raises MissingRank, naming who has not come. Without a group there is
+        nobody to wait for.
+        """
+        self._running()
+        if self.group is not None:
+            limit = self.limits.start_timeout_s if timeout_s is None else timeout_s
+            arguments.check_limits(Limits(limit, limit))
+            self.group.meet(f"meeting/{self._meetings}", limit)
+        self._meetings += 1
+
+    def close(self) -> None:
+        """Wait for running launches and give up memory, streams and weights; may be repeated.
+
+        With a group every rank closes for itself: nothing is sent, no rank waits for another, and
+        the process group may be destroyed before or after. Memory that peers have mapped comes back
+        when they have closed too. A layer that is deleted without it does the same, and `with
+        MegaMoE(...) as moe:` at the end of the block. Raises ValueError inside a graph capture,
+        which cannot wait.
+        """
+        if self._finalizer is not None:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise ValueError("close() waits for launches, which a graph capture cannot")
+            self._finalizer()
+        self.workspace = self.backend = self._finalizer = None
+        self._closed = True
+        self._declare()  # no weights
+
+    def __enter__(self) -> MegaMoE:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _running(self) -> Backend:
+        """The backend; ValueError if the layer was closed or is on "meta"."""
+        self._check_open()
+        if self.backend is None:
+            raise ValueError("the layer is on device 'meta': call to_empty(device='cuda') first")
+        return self.backend
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the layer was closed")
+
+    def __reduce_ex__(self, protocol):
+        if self.backend is not None:
+            raise TypeError(
+                "a MegaMoE layer can be neither copied nor pickled: it owns memory that other "
+                "layers and ranks share. Save its state_dict(), and make another layer"
+            )
+        return super().__reduce_ex__(protocol)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        sizes = {
+            "num_experts": config.num_experts,
+            "top_k": config.top_k,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "max_tokens_per_rank": config.max_tokens_per_rank,
+            "num_ranks": config.num_ranks,
+            "precision": config.precision,
+            "device": str(self.device),
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+
+    # ---------------------------------------------------------------- buffers
     def input_buffer(self, rank: int | None = None) -> torch.Tensor:
         """[max_tokens_per_rank, H] in symmetric memory, of the dtype that tokens travel in: an x of
         that dtype that starts there is not copied. Raises ValueError for a rank of another process.
@@ -307,83 +406,21 @@ class MegaMoE:
         return self._region("input_sf_buffer", rank)[:, : self.config.token_scales]
 
     def _region(self, name: str, rank: int | None) -> torch.Tensor:
-        rank = self.local_ranks[0] if rank is None else rank
-        if rank not in self.local_ranks:
-            raise ValueError(f"rank={rank!r} is none of this process, which has {self.local_ranks}")
+        ranks = self.local_ranks
+        rank = ranks[0] if rank is None else rank
+        if rank not in ranks:
+            raise ValueError(f"rank={rank!r} is none of this process, which has {ranks}")
         return self.workspace.regions(rank)[name]
 
 
-def _kernel_config(config: MoEConfig, options: dict | None) -> KernelConfig:
-    """The kernel's configuration with `options`; ValueError if it is not legal or does not fit."""
-    options = {} if options is None else options
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
-        raise ValueError(f"kernel_options={options!r} must be a dict with names of fields as keys")
-    kernel = select(config, **options)
-    budget.check(config, kernel)
-    return kernel
+#: Backends of layers that ended inside a graph capture, where nobody can wait for their launches.
+_waiting: list = []
 
 
-def _is_positive(value: object) -> bool:
-    """True for a number above 0 that is finite in float32."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value <= torch.finfo(torch.float32).max
-
-
-def _fields(layout: Layout) -> dict[str, object]:
-    """Every field of the two configurations."""
-    kernel = dataclasses.asdict(layout.kernel)
-    return dataclasses.asdict(layout.config) | {f"kernel.{k}": v for k, v in kernel.items()}
-
-
-def _check_shared(workspace: Workspace, layout: Layout, device: torch.device) -> None:
-    """Raise ValueError, naming the fields that differ, unless the workspace is one of this layout
-    on this device.
-    """
-    if not isinstance(workspace, Workspace):
-        raise ValueError(f"workspace must be that of another layer, got {type(workspace).__name__}")
-    has = _fields(workspace.layout) | {"device": str(workspace.device)}
-    needed = _fields(layout) | {"device": str(device)}
-    differ = [name for name in needed if has[name] != needed[name]]
-    if differ:
-        raise ValueError(
-            "workspace is of another layer: "
-            + ", ".join(f"{name}={has[name]!r}, not {needed[name]!r}" for name in differ)
-        )
-
-
-def _resolve_device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r} is no device of torch: use 'cuda' or 'cpu'") from error
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise ValueError(f"device={str(device)!r} is not supported; use 'cuda' or 'cpu'")
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"device={str(device)!r}, but torch sees no GPU; use device='cpu'"
-        )
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.index >= torch.cuda.device_count():
-        raise ValueError(f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def _check_gpu(device: torch.device, num_sms: int | None, ranks_here: int) -> int:
-    """CTAs per rank; ValueError unless this GPU can hold all CTAs of all its ranks at once."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        raise ValueError(
-            f"device={device} has compute capability {capability}, the kernel needs (9, 0)"
-        )
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    per_rank = sms // ranks_here if num_sms is None else num_sms
-    if not 1 <= per_rank * ranks_here <= sms:
-        raise ValueError(
-            f"num_sms={per_rank} for each of {ranks_here} ranks on {device} must add up to 1..{sms}"
-        )
-    return per_rank
+def _close(backend: Backend) -> None:
+    """Let a backend go once its launches have ended."""
+    _waiting.append(backend)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    while _waiting:
+        _waiting.pop().close()

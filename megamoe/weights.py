@@ -1,8 +1,8 @@
 """Expert weights: what the layer takes, quantising them, and the layout of their scales.
 
 The kernel reads `w13` [e, 2I, H] (gate rows, then up rows) and `w2` [e, H, I] as checkpoints hold
-them. Scales of weight blocks are laid out anew (`tile_scales`), so that a math warp finds those of
-a tile side by side; scales of output channels are used as they are.
+them. Scales of weight blocks are laid out anew (`write_tile_scales`), so that a math warp finds
+those of a tile side by side; scales of output channels are used as they are.
 """
 
 from __future__ import annotations
@@ -107,24 +107,39 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     return weights
 
 
-def tile_scales(
-    config: MoEConfig, weights: Weights
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(w13_sf, w2_sf): the scales as the kernel reads them, float32; None without scales.
-
-    A scale per weight block becomes [e, tile columns, K blocks, 4], one per quarter of a tile's 256
-    columns. FC1 tile column j: gate, up, gate, up of row blocks j and I/128 + j. FC2 tile column j:
-    row blocks 2j, 2j, 2j + 1, 2j + 1; 0 past H. Scales of output channels are used as they are.
+def empty_tile_scales(
+    config: MoEConfig, experts: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(w13_sf, w2_sf), zeroed, for `write_tile_scales` of so many experts; None for a recipe
+    without a scale per weight block.
     """
-    if config.recipe.weight_block[1] == WHOLE_ROW or not config.recipe.scaled:
-        return weights.w13_scale, weights.w2_scale
+    rows, columns = config.recipe.weight_block
+    if columns <= 0:
+        return None
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    shapes = (
+        (experts, intermediate // rows, hidden // columns, 4),
+        (experts, -(-hidden // (2 * rows)), intermediate // columns, 4),
+    )
+    with torch.inference_mode(False):  # rewritten inside and outside of it
+        w13_sf, w2_sf = (torch.zeros(s, dtype=torch.float32, device=device) for s in shapes)
+    return w13_sf, w2_sf
+
+
+@torch.no_grad()
+def write_tile_scales(weights: Weights, w13_sf: torch.Tensor, w2_sf: torch.Tensor) -> None:
+    """Scales per weight block as the kernel reads them, into tables [e, tile columns, K blocks, 4]:
+    one per quarter of a tile's 256 columns. Writes in place and allocates nothing.
+
+    FC1 tile column j: gate, up, gate, up of row blocks j and I/128 + j. FC2 tile column j: row
+    blocks 2j, 2j, 2j + 1, 2j + 1; past H the tables keep their 0.
+    """
     gate, up = weights.w13_scale.chunk(2, dim=1)
-    w13_sf = torch.stack([gate, up, gate, up], dim=-1)
-    experts, blocks, k_blocks = weights.w2_scale.shape
-    padded = weights.w2_scale.new_zeros(experts, blocks + blocks % 2, k_blocks)
-    padded[:, :blocks] = weights.w2_scale
-    pairs = padded.view(experts, -1, 2, k_blocks).transpose(2, 3)
-    return w13_sf, pairs.repeat_interleave(2, dim=-1).contiguous()
+    w13_sf[..., 0::2] = gate.unsqueeze(-1)
+    w13_sf[..., 1::2] = up.unsqueeze(-1)
+    for half in range(2):
+        scales = weights.w2_scale[:, half::2]
+        w2_sf[:, : scales.shape[1], :, 2 * half : 2 * half + 2] = scales.unsqueeze(-1)
 
 
 def check_weights(
@@ -157,22 +172,28 @@ def check_weights(
         check_tensor(name, tensor, shape, dtype, device, ALIGNMENT if read_as_it_is else 1)
 
 
-def fits(
+def address_of(
     tensor: object,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     alignment: int = 1,
-) -> bool:
-    """True if `tensor` passes `check_tensor`, in about a microsecond: every forward asks."""
-    return (
+) -> int | None:
+    """Where `tensor` starts if it passes `check_tensor`, else None. In about a microsecond: every
+    forward asks.
+    """
+    if not (
         isinstance(tensor, torch.Tensor)
         and tensor.shape == shape
         and tensor.dtype == dtype
         and tensor.device == device
         and tensor.is_contiguous()
-        and not (tensor.data_ptr() % max(alignment, dtype.itemsize) and tensor.numel())
-    )
+    ):
+        return None
+    address = tensor.data_ptr()
+    if address and not address % max(alignment, dtype.itemsize):
+        return address
+    return address if not tensor.numel() or device.type == "meta" else None
 
 
 def check_tensor(
@@ -184,10 +205,10 @@ def check_tensor(
     alignment: int = 1,
 ) -> None:
     """Raise ValueError, naming field and value, unless `tensor` has this shape, dtype and device,
-    is contiguous and, if it holds anything, starts at a multiple of `alignment` bytes and of its
-    items.
+    is contiguous and, if it holds anything, has memory of its own that starts at a multiple of
+    `alignment` bytes and of its items.
     """
-    if fits(tensor, shape, dtype, device, alignment):
+    if address_of(tensor, shape, dtype, device, alignment) is not None:
         return
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -201,6 +222,11 @@ def check_tensor(
         raise ValueError(f"{name} is on device {tensor.device}, expected {device}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name} with strides {list(tensor.stride())} is not contiguous")
+    if not tensor.data_ptr():
+        raise ValueError(
+            f"{name} has no memory of its own: its storage was freed, or it is a wrapper "
+            f"({type(tensor).__name__}) around other tensors; pass the plain local tensor"
+        )
     alignment = max(alignment, dtype.itemsize)
     if tensor.data_ptr() % alignment and tensor.numel():
         raise ValueError(

@@ -18,7 +18,6 @@ import torch
 
 from megamoe import budget, compile, dsl
 from megamoe.config import select
-from megamoe.machine.host import SUFFIX
 from megamoe.module import MegaMoE
 from megamoe.precision import ITEM_BYTES, PRECISIONS
 from perf import deepep, routings
@@ -429,8 +428,7 @@ def check_here(plans: Sequence[Plan]) -> None:
         if not dsl.HAVE_DSL:
             config = case.config(plan.max_tokens)
             kernel = select(config, **plan.kernel_options)
-            suffix = SUFFIX if plan.emulated else ".so"
-            file = compile.kernel_name(config, kernel) + suffix
+            file = compile.kernel_name(config, kernel, cpu=plan.emulated) + ".so"
             places = [Path(place) for place in (plan.kernel_dir, compile.cache_dir()) if place]
             if not any((directory / file).exists() for directory in places):
                 special = f" with {plan.kernel_options}" if plan.kernel_options else ""

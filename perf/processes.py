@@ -19,13 +19,13 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megamoe.compile import KernelNotFound
+from megamoe.kernel_files import KernelError
 
 #: Nothing here needs NVLink multicast, and on a shared host it can put GPUs out of service.
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 #: What ends a command, or a rank, in one line: a wrong argument, a file that cannot be written, a
-#: kernel that is not there.
-ONE_LINE = (ValueError, OSError, KernelNotFound)
+#: kernel that is not there or must not be loaded.
+ONE_LINE = (ValueError, OSError, KernelError)
 #: Seconds between a rank's last line and its end: torchrun then ends the others, who may have the
 #: better explanation.
 LAST_WORDS_S = 2.0

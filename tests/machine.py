@@ -9,9 +9,10 @@ from megamoe.reference import Weights
 from megamoe.weights import quantize_weights
 from tests.routing import make_routing
 
-#: One unit in the last place of bfloat16: products of other shapes add in another order, and move
-#: a rounding here and there. A wrong row is off by a hundred times as much.
-MAX_RELATIVE_ERROR = {"bf16": 2**-8, "fp8_block": 2**-7, "fp8_channel": 2**-7}
+#: In BF16 a unit in the last place: products that are added in another order move a rounding here
+#: and there. In FP8 such a rounding, of an element of the hidden row, moves it by a sixteenth. A
+#: wrong row is off by fifty times as much.
+MAX_RELATIVE_ERROR = {"bf16": 2**-8, "fp8_block": 2**-6, "fp8_channel": 2**-6}
 
 
 class WrongResult(AssertionError):
@@ -67,9 +68,13 @@ class Layer:
 
     def forward(self, inputs: tuple, seed: int = 0) -> list[torch.Tensor]:
         self.backend.settings["seed"] = seed
-        xs, idx, weights = inputs
+        return self.backend.forward(self.rows(*inputs))
+
+    @staticmethod
+    def rows(xs, idx, weights, outs=None) -> list[tuple]:
+        """Arguments of a forward by rank."""
         nothing = [None] * len(xs)
-        return self.backend.forward(xs, idx, weights, nothing, nothing, nothing)
+        return list(zip(xs, idx, weights, nothing, outs or nothing, nothing, strict=True))
 
     def compare(self, outputs: list[torch.Tensor], inputs: tuple[list, list, list]) -> None:
         for rank, (out, x, idx, weights) in enumerate(zip(outputs, *inputs, strict=True)):
@@ -90,14 +95,10 @@ class Layer:
     def check_many(self, routings: list[str], seed: int) -> None:
         """Launches back to back, in which ranks meet only inside the kernels."""
         launches = [self.inputs(routing, seed + n) for n, routing in enumerate(routings)]
-        nothing = [None] * self.config.num_ranks
         outs = [[torch.empty_like(x) for x in xs] for xs, _, _ in launches]
         self.backend.settings["seed"] = seed
         self.backend.forward_many(
-            [
-                (xs, idx, weights, nothing, out, nothing)
-                for (xs, idx, weights), out in zip(launches, outs, strict=True)
-            ]
+            [self.rows(*inputs, out) for inputs, out in zip(launches, outs, strict=True)]
         )
         for outputs, inputs in zip(outs, launches, strict=True):
             self.compare(outputs, inputs)

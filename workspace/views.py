@@ -30,7 +30,8 @@ def peer_table(allocation: Allocation, device: torch.device) -> torch.Tensor:
 class Workspace:
     """Memory of all ranks of one process for one layout.
 
-    Attributes: `layout`, `allocation`, `device`. Raises whatever the allocator raises when memory
+    Attributes: `layout`, `allocation`, `device`; `health`, what all layers that share it know of
+    its launches, set by the layer that makes it. Raises whatever the allocator raises when memory
     is short.
     """
 
@@ -46,7 +47,7 @@ class Workspace:
         self.device = torch.device(device)
         self.allocation = allocation or allocate(layout, self.device, group)
         self.name = name  # the same on every rank of a job
-        self.failed = False  # a launch timed out: counters and barrier words need `recover`
+        self.health = None
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     @property

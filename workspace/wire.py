@@ -10,6 +10,8 @@
   bulk copy moves.
 - combine row: H outputs at `combine_output[token][k]` of the source rank, addressed by the slot.
 - tile code (int64, `tile_trace`): phase in 8 bits, pool block in 32, tile column above.
+- peer word (int32, `abort_flag`): 1 + the rank that gave up in 8 bits, why (a status of
+  `megamoe.faults`) above; 0 while nobody has.
 
 Owns these encodings; the kernel and the tests call the same functions.
 """
@@ -49,6 +51,16 @@ def source_slot(code, max_slots):
 @dsl.jit
 def encode_tile(phase, pool, column):
     return phase + (pool << 8) + (column << 40)
+
+
+@dsl.jit
+def encode_peer(rank, status):
+    return 1 + rank + (status << 8)
+
+
+def decode_peer(word: int) -> tuple[int, int]:
+    """(rank, status)."""
+    return (word & 0xFF) - 1, word >> 8
 
 
 def decode_tile(code: int) -> tuple[int, int, int]:

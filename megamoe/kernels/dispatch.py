@@ -105,9 +105,9 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
     have rows: their number in `flag_smem[FLAG_LIVE]`, their rows in `received`, their ids in
     `expert_ids`.
 
-    `scratch` is shared memory for 3 * E words. If the barrier fails, or a launch before this one
-    has failed and nobody has recovered, there are none, so that every role of the CTA agrees that
-    there is nothing to do.
+    `scratch` is shared memory for 3 * E words. If the barrier fails, if a launch before this one
+    has failed and nobody has recovered, or if this rank has refused its input, there are none, so
+    that every role of the CTA agrees that there is nothing to do.
     """
     shape = launch.shape
     experts, local, ranks = shape.config.num_experts, shape.experts, shape.config.num_ranks
@@ -131,6 +131,9 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
     if aborted != 0:
         flag_smem[FLAG_OK] = Int32(0)
         sync.report_unrecovered(launch)
+    elif launch.num_tokens < 0 and launch.thread == 0:
+        flag_smem[FLAG_OK] = Int32(0)
+        sync.refuse(launch)
     arch.sync_threads()
     if flag_smem[FLAG_OK] == 1:
         publish(launch, scratch, flag_smem, threads)
@@ -139,6 +142,10 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
         launch, flag_smem, launch.thread, GRID_DISPATCHED, epoch + 1, ROLE, 0, threads
     )
     counts = global_ptr(address(launch, "expert_recv_count"))
+    layer = launch.layer  # of the rank that has the number of this thread; read beside the counts
+    if launch.cta == 0 and launch.thread < ranks:
+        if flag_smem[FLAG_OK] == 1:
+            layer = global_ptr(address(launch, "launched_layer", launch.thread))[0]
     for expert in range(launch.thread, local, threads):
         total = Int32(0)
         if flag_smem[FLAG_OK] == 1:
@@ -148,6 +155,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
         if launch.cta == 0 and launch.expert_counts != 0:
             statistics = global_ptr(launch.expert_counts + Int64(expert) * 4)
             arch.red(statistics, total, op="add", dtype="s32", sem="relaxed", scope="gpu")
+    sync.check_layer(launch, layer)
     arch.sync_threads()
     if launch.thread < 32:
         leave_out_empty(launch, received, expert_ids, flag_smem)
@@ -157,7 +165,8 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
 @cute.jit
 def publish(launch: Launch, scratch, flag_smem, threads: Constexpr):
     """Whole CTA, with the histogram of its entries in `scratch`: reserve room in every expert's
-    rows, then write the routed records and, on the first CTA, the count records.
+    rows, then write the routed records and, on the first CTA, the count records and the number of
+    the layer.
     """
     shape = launch.shape
     experts, local, top_k = shape.config.num_experts, shape.experts, shape.config.top_k
@@ -207,6 +216,9 @@ def publish(launch: Launch, scratch, flag_smem, threads: Constexpr):
             record = peer_address(launch, "expert_recv_count", owner, launch.rank)
             record += Int64(expert % local) * wire.COUNT_RECORD_BYTES
             store_global_v2(record, total, offsets[expert] - offsets[owner * local])
+        if launch.thread < shape.config.num_ranks:
+            owner = peer_address(launch, "launched_layer", launch.thread, launch.rank)
+            store_global(owner, launch.layer)
 
 
 @cute.jit

@@ -148,6 +148,19 @@ def opaque(word):
     return arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word])
 
 
+def min_or_nan(x, y):
+    """The smaller Float32, or NaN if one of them is: min.f32 would return the other."""
+    return arch.inline_ptx(
+        "min.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
+    )
+
+
+def max_or_nan(x, y):
+    return arch.inline_ptx(
+        "max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
+    )
+
+
 def as_float(word):
     return prims.mov_b32(word, target_type=Float32)
 

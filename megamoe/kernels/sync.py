@@ -8,6 +8,7 @@ Flags, one line each (who writes -> who waits, target, scope, who resets):
   fc2_done_counter       report warps and cleaner -> dispatch warps, tiles + 1, gpu, clean-up
   combine_arrival_count  cleaners of all ranks -> who reduces early, 0 from minus the live slots,
                          sys, set anew by count
+A rank that gives up writes `abort_flag` on every rank; who waits looks there now and then.
 Waits inside a CTA (mbarriers, named barriers) depend only on warps whose own waits are bounded, so
 they end too.
 
@@ -31,7 +32,7 @@ arch = cute.arch
 #: Polls between two looks at the clock and the abort flag.
 POLLS_PER_CHECK = 64
 #: Words of `abort_flag`: this rank gave up; it has reported an invalid expert in this launch; a
-#: peer gave up (its rank + 1).
+#: peer gave up (`wire.encode_peer`).
 ABORT_WORD, REPORTED_WORD, PEER_WORD = 0, 1, 2
 
 
@@ -76,22 +77,49 @@ def abort_word(launch: Launch, word: Constexpr) -> Int32:
 
 
 @cute.jit
-def give_up(launch: Launch, role: Constexpr, region: Constexpr, index, expected, seen, peer: Int32):
-    """End this rank's launch: the first caller writes the record and tells every peer.
+def give_up(
+    launch: Launch, cause: Constexpr, role: Constexpr, region: Constexpr, index, expected, seen,
+    peer: Int32,
+):  # fmt: skip
+    """End this rank's launch: the first caller writes the record and tells every peer the `cause`,
+    a status of `faults`, unless a `peer` has told it (then not 0). A rank that has refused its
+    input needs no record: its caller knows.
 
     The peers' waits then end at once, and so does any launch of theirs that comes later: nobody
     takes this rank's slots for finished, nobody waits a whole timeout for it.
     """
     if claim(launch, ABORT_WORD):
-        status = Int32(faults.TIMED_OUT)
+        status = Int32(cause)
         if peer != 0:
             status = Int32(faults.PEER_FAILED)
-        write_record(launch, status, role, region, index, expected, seen, peer)
+        if const_expr(cause != faults.REFUSED):
+            write_record(launch, status, role, region, index, expected, seen, peer)
         if peer == 0:
             for rank in range(launch.shape.config.num_ranks):
                 if rank != launch.rank:
                     word = global_ptr(peer_address(launch, "abort_flag", rank, 0, PEER_WORD))
-                    arch.store(word, launch.rank + 1, sem="relaxed", scope="sys")
+                    told = wire.encode_peer(launch.rank, cause)
+                    arch.store(word, told, sem="relaxed", scope="sys")
+
+
+@cute.jit
+def refuse(launch: Launch):
+    """One thread of a CTA of a rank that has refused its input: tell the peers."""
+    if launch.cta == 0:
+        zero = Int32(0)
+        give_up(launch, faults.REFUSED, faults.ROLE_COUNT, 0, zero, zero, zero, zero)
+
+
+@cute.jit
+def check_layer(launch: Launch, theirs):
+    """Thread `launch.thread` has read that its rank launched layer `theirs`: give up if that is
+    another layer than here. Tiles run on meanwhile, over addresses that are those of every layer of
+    the workspace; the launch ends before its last barrier.
+    """
+    if theirs != launch.layer:
+        region = launch.shape.layout.index("launched_layer")
+        role, rank = faults.ROLE_COUNT, launch.thread
+        give_up(launch, faults.WRONG_LAYER, role, region, rank, launch.layer, theirs, Int32(0))
 
 
 @cute.jit
@@ -136,7 +164,8 @@ def wait_for(
     seen = arch.load(flag, Int32, sem="relaxed", scope=scope)
     ok = Int32(1)
     if seen - expected < 0:
-        deadline = global_timer() + launch.timeout_ns
+        limit = launch.start_timeout_ns if role == faults.STARTING else launch.timeout_ns
+        deadline = global_timer() + limit
         polls = Int32(0)
         while seen - expected < 0 and ok == 1:
             seen = arch.load(flag, Int32, sem="relaxed", scope=scope)
@@ -147,7 +176,8 @@ def wait_for(
                 elif peer != 0 or global_timer() > deadline:
                     ok = Int32(0)
                     region = launch.shape.layout.index(name)
-                    give_up(launch, role, region, Int32(index), expected, seen, peer)
+                    cause = faults.TIMED_OUT
+                    give_up(launch, cause, role, region, Int32(index), expected, seen, peer)
             polls += 1
     load_acquire(flag, scope)
     return ok

@@ -16,7 +16,7 @@ from megamoe.machine.decode import Code, decode
 from megamoe.machine.faults import Fault
 from megamoe.machine.ptx import parse
 
-SUFFIX = ".cpu.so"
+MARK = ".cpu"  # ends the name of such a kernel
 #: Options of `cute.compile` that leave the PTX in a directory, with places in the source.
 OPTIONS = "--keep-ptx --generate-line-info --dump-dir {}"
 #: What turns an object into such a library, besides objects and libraries.

@@ -92,7 +92,7 @@ class Memory:
         offset = address - segment.base
         name, rest = segment.name, f" + {offset}"
         place = bisect([region.begin for region in segment.regions], offset) - 1
-        if 0 <= place and address < segment.end:
+        if place >= 0 and address < segment.end:
             region = segment.regions[place]
             row, column = divmod(offset - region.begin, region.row_bytes)
             if offset < region.begin + region.num_bytes:

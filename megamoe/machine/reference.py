@@ -14,7 +14,15 @@ import numpy as np
 
 from megamoe.machine.alu import DTYPES, OPERATIONS
 from megamoe.machine.decode import (
-    CORE, KINDS, NEGATED, NOBODY, PARAM_BASE, SHARED, SHARED_BASE, SPECIAL, Code,
+    CORE,
+    KINDS,
+    NEGATED,
+    NOBODY,
+    PARAM_BASE,
+    SHARED,
+    SHARED_BASE,
+    SPECIAL,
+    Code,
 )  # fmt: skip
 from megamoe.machine.faults import Deadlock, Fault
 from megamoe.machine.sums import add
@@ -209,7 +217,7 @@ class Warp:
     def do_elect(self, active, lanes, d, a, b, c, n, x):
         if d >= 0:
             self.write("u32", d, np.uint32(lanes[0]), active)
-        self.write("pred", n, LANES == lanes[0], active)
+        self.write("pred", n, lanes[0] == LANES, active)
 
     # Memory
 

@@ -28,6 +28,8 @@ EDGE = {
     "tiny_ring": _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, group_blocks=2),
     "one_block_ring": _fields(8, 4, 256, 256, 256, 4, pool_blocks=1, group_blocks=1),
 }
+#: More virtual ranks than torch has streams of a device.
+MANY = {f"ranks{n}": _fields(2 * n, 2, 128, 128, 16, n) for n in (33, 48, 72)}
 STRESS = {f"stress{ranks}": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=12) for ranks in (2, 8)}
 
 
@@ -44,6 +46,7 @@ def _scaled(short: str, precision: str) -> dict[str, dict]:
 
 SCALED = {**_scaled("block", "fp8_block"), **_scaled("channel", "fp8_channel")}
 STRESS["block_stress8"] = _fields(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
+QWEN3 = {"qwen3_block": _fields(16, 4, 256, 128, 512, 1)}  # of a small Qwen3-MoE
 #: 1.6 GB of weights: some 0.4 ms on H200, long beside what timing adds, whatever the clocks do.
 TIMED = {"timed1": _fields(32, 8, 4096, 2048, 64, 1)}
 #: Every part alone, of a layer whose ring holds all rows.
@@ -54,7 +57,7 @@ ALONE = {
 }
 #: Dispatch alone over a ring that is too small: nobody frees its slots.
 ALONE["dispatch_ring"] = _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")
-CONFIGS = {**SMALL, **EDGE, **SCALED, **STRESS, **TIMED, **ALONE}
+CONFIGS = {**SMALL, **EDGE, **MANY, **SCALED, **STRESS, **QWEN3, **TIMED, **ALONE}
 
 if (
     __name__ == "__main__"

@@ -65,10 +65,12 @@ def make_moe(name: str, **options) -> MegaMoE:
     """A fresh module of a configuration of `configs`, weights loaded."""
     fields = dict(CONFIGS[name])
     kernel = fields.pop("kernel")
+    timeout_s = options.pop("timeout_s", TIMEOUT_S)
     moe = MegaMoE(
         world=fields.pop("num_ranks"),
         device="cuda",
-        timeout_s=options.pop("timeout_s", TIMEOUT_S),
+        timeout_s=timeout_s,
+        start_timeout_s=options.pop("start_timeout_s", timeout_s),
         kernel_dir=os.environ.get("MEGAMOE_KERNEL_DIR"),
         kernel_options=kernel,
         **fields,

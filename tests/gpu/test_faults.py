@@ -4,11 +4,27 @@ usable module.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from megamoe import InvalidExpertError, LaunchTimeout
-from tests.gpu.harness import assert_at_rest, assert_correct, forward, inputs_of, make_moe
+from megamoe import (
+    InvalidExpertError,
+    LaunchTimeout,
+    LayerMismatch,
+    NotRecovered,
+    PeerFailed,
+    faults,
+)
+from tests.gpu.harness import (
+    assert_at_rest,
+    assert_correct,
+    expected_of,
+    forward,
+    inputs_of,
+    make_moe,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -16,8 +32,9 @@ pytestmark = pytest.mark.gpu
 def launch_only(moe, ranks, xs, ids, weights):
     """Start the launches of some ranks, as if the others had died."""
     for rank in ranks:
-        streams = moe.backend.streams or [torch.cuda.current_stream()]
-        stream, y = streams[rank].cuda_stream, moe.backend.outputs[rank]
+        streams = moe.backend.streams
+        stream = torch.cuda.current_stream() if streams is None else streams.streams[rank]
+        stream, y = stream.cuda_stream, moe.backend.outputs[rank]
         moe.backend.launch(rank, xs[rank], ids[rank], weights[rank], y, stream)
 
 
@@ -67,7 +84,7 @@ def test_launches_queued_behind_a_failed_one_do_nothing(name):
         launch_only(moe, [0], xs, queued, weights)
     torch.cuda.synchronize()
     assert all(torch.equal(views[key], before[key]) for key in written)
-    with pytest.raises(LaunchTimeout, match="launch timed out: rank 0, role"):
+    with pytest.raises(LaunchTimeout, match="launch timed out: .*rank 0, role"):
         moe.synchronize()
     assert_correct(moe, forward(moe, xs, ids, weights), xs, ids, weights)
     assert_at_rest(moe)
@@ -109,3 +126,80 @@ def test_bad_tensors_raise_before_any_launch():
     with pytest.raises(ValueError, match="num_sms"):
         make_moe("small2", num_sms=100)
     assert_at_rest(moe)
+
+
+def test_a_launch_of_another_layer_is_named():
+    """Ranks that are out of step by a layer would send tokens through other weights."""
+    moe = make_moe("small4")
+    inputs = inputs_of(moe, "uniform", seed=4)
+    moe.backend.launchers[2].set(layer=7)
+    with pytest.raises(LayerMismatch, match=r"rank \d has launched layer \d and rank \d layer \d"):
+        forward(moe, *inputs)
+    moe.backend.launchers[2].set(layer=0)
+    assert_at_rest(moe)
+    assert_correct(moe, forward(moe, *inputs), *inputs)
+
+
+@pytest.mark.parametrize("name", ["small4", "block4"])
+@pytest.mark.parametrize("refuses", [0, 3])
+def test_a_rank_that_refuses_ends_the_others_at_once(name, refuses):
+    moe = make_moe(name, timeout_s=20.0)
+    xs, ids, weights = inputs_of(moe, "uniform", seed=4)
+    expected = forward(moe, xs, ids, weights)
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    launch_only(moe, [rank for rank in range(4) if rank != refuses], xs, ids, weights)
+    stream = moe.backend.streams.streams[refuses].cuda_stream
+    moe.backend.launchers[refuses](stream, x=0, num_tokens=faults.NO_INPUT)
+    with pytest.raises(PeerFailed, match=f"rank {refuses} refused its input"):
+        moe.synchronize()
+    assert time.monotonic() - started < 1.0
+    assert_at_rest(moe)
+    again = forward(moe, xs, ids, weights)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+def test_launches_behind_a_refusal_do_nothing_until_recovery():
+    moe = make_moe("small2")
+    xs, ids, weights = inputs_of(moe, "uniform", seed=4)
+    stream = moe.backend.streams.streams[0].cuda_stream
+    moe.backend.launchers[0](stream, x=0, num_tokens=faults.NO_INPUT)
+    torch.cuda.synchronize()
+    assert not moe.workspace.health.reported  # who refused has an error of its own
+    launch_only(moe, [0], xs, ids, weights)
+    with pytest.raises(NotRecovered):
+        moe.synchronize()
+    assert_correct(moe, forward(moe, xs, ids, weights), xs, ids, weights)
+
+
+def test_ctas_that_never_become_resident_are_told_from_a_rank_that_is_late():
+    """Another stream holds some SMs: a launch on 32 of them, whose other rank does not come."""
+    total = torch.cuda.get_device_properties(0).multi_processor_count
+    holder = make_moe("small2", timeout_s=1.5, num_sms=32)
+    moe = make_moe("small1", timeout_s=5.0, start_timeout_s=0.2)
+    waited_for = inputs_of(holder, "uniform", seed=4)
+    xs, ids, weights = inputs_of(moe, "uniform", seed=4)
+    torch.cuda.synchronize()
+    launch_only(holder, [0], *waited_for)
+    time.sleep(0.05)
+    moe(xs[0], ids[0], weights[0])
+    expected = rf"only {total - 32} of {total} CTAs became resident.*num_sms={total - 32}"
+    with pytest.raises(LaunchTimeout, match=expected):
+        moe.synchronize()
+    with pytest.raises(LaunchTimeout, match="rank 1 did not begin within start_timeout_s=1.5"):
+        holder.synchronize()
+    assert_correct(moe, forward(moe, xs, ids, weights), xs, ids, weights)
+
+
+@pytest.mark.parametrize("name", ["small2", "block4", "channel4"])
+@pytest.mark.parametrize("clamp", [None, 7.0])
+def test_nan_stays_nan_behind_a_clamp(name, clamp):
+    """min.f32 returns the operand that is no NaN, and would turn it into the limit."""
+    moe = make_moe(name, activation_clamp=clamp)
+    xs, ids, weights = inputs_of(moe, "uniform", seed=9)
+    xs[1][0, 0] = float("nan")
+    ys = forward(moe, xs, ids, weights)
+    expected = expected_of(moe, xs, ids, weights, rounding=True)
+    assert ys[1][0].isnan().all() and expected[1][0].isnan().all()
+    assert all(torch.equal(y.isnan(), e.isnan()) for y, e in zip(ys, expected, strict=True))
+    assert ys[1][1:].isfinite().all()

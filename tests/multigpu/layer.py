@@ -30,6 +30,7 @@ def construct(context: Context, name: str, timeout_s: float = TIMEOUT_S, **chang
         "group": dist.group.WORLD,
         "device": context.device,
         "timeout_s": timeout_s,
+        "start_timeout_s": timeout_s,
         "kernel_dir": os.environ.get("MEGAMOE_KERNEL_DIR"),
         "kernel_options": kernel,
         **fields,
@@ -82,6 +83,11 @@ def poison_together(context: Context, moe: MegaMoE) -> None:
 
 def assert_correct(moe: MegaMoE, out: torch.Tensor, inputs: Inputs) -> None:
     harness.assert_correct(moe, [out], *[[part] for part in inputs])
+
+
+def roll(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """A tensor of any dtype with its first axis rotated, by its bytes."""
+    return tensor.view(torch.uint8).roll(by, 0).view(tensor.dtype)
 
 
 def capture(moe: MegaMoE, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:

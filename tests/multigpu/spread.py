@@ -10,7 +10,10 @@ import torch
 from megamoe import compile
 from megamoe.backends import GpuBackend
 from megamoe.config import MoEConfig, select
+from megamoe.faults import Limits
+from megamoe.health import Health
 from megamoe.reference import Weights
+from megamoe.weights import empty_tile_scales, write_tile_scales
 from tests.gpu import harness
 from tests.gpu.configs import CONFIGS
 from workspace import Workspace, layout_of
@@ -47,21 +50,20 @@ class Spread:
             config.num_experts, config.hidden_size, config.intermediate_size, config.precision
         )
         local = config.experts_per_rank
-        self.backends = []
+        self.backends, self.held = [], []
         for device, ranks in zip(devices, self.ranks, strict=True):
             here = Allocation({rank: spaces[rank] for rank in ranks}, bases)
             sms = torch.cuda.get_device_properties(device).multi_processor_count
-            backend = GpuBackend(
-                Workspace(self.layout, device, here),
-                library,
-                sms // len(ranks),
-                harness.TIMEOUT_S,
-                None,
-                None,
-            )
+            workspace = Workspace(self.layout, device, here)
+            workspace.health = Health(workspace, None)
+            limits = Limits(harness.TIMEOUT_S, harness.TIMEOUT_S)
+            backend = GpuBackend(workspace, library, sms // len(ranks), limits)
             experts = [weights.of(slice(rank * local, (rank + 1) * local)) for rank in ranks]
-            backend.load_weights([_on(device, part) for part in experts])
+            experts = [_on(device, part) for part in experts]
+            tables = [_tables(config, part) for part in experts]
+            backend.set_weights(experts, tables)
             self.backends.append(backend)
+            self.held += experts, tables
         for device in devices:
             torch.cuda.synchronize(device)
 
@@ -76,8 +78,8 @@ class Spread:
         """Start a forward; outputs by GPU and by rank there."""
         outputs = []
         for backend, (xs, ids, weights) in zip(self.backends, placed, strict=True):
-            none = [None] * len(xs)
-            outputs.append(backend.forward(xs, ids, weights, none, none, none))
+            rows = [(*row, None, None, None) for row in zip(xs, ids, weights, strict=True)]
+            outputs.append(backend.forward(rows))
         return outputs
 
     def synchronize(self) -> None:
@@ -92,6 +94,15 @@ class Spread:
             for rank, item in zip(ranks, items, strict=True)
         }
         return [found[rank] for rank in sorted(found)]
+
+
+def _tables(config: MoEConfig, weights: Weights) -> tuple:
+    """Scales as the kernel reads them."""
+    tables = empty_tile_scales(config, len(weights.w13), weights.w13.device)
+    if tables is None:
+        return weights.w13_scale, weights.w2_scale
+    write_tile_scales(weights, *tables)
+    return tables
 
 
 def _on(device: torch.device, weights: Weights) -> Weights:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
 
+import torch
 import torch.distributed as dist
 
-from megamoe import MegaMoE
+from megamoe import MegaMoE, MissingRank
+from megamoe.faults import Limits
 from megamoe.group import Group
+from megamoe.health import Health
 from tests.multigpu.launcher import Context
 
 
@@ -110,7 +112,7 @@ def meet_often(context: Context, times: int) -> int:
     for turn in range(times):
         if turn % 2 == context.rank:
             time.sleep(0.01)
-        group.meet(5.0)
+        group.meet(f"turn {turn}", 5.0)
     return times
 
 
@@ -125,25 +127,81 @@ def miss_a_meeting(context: Context, absent: int, dies: bool) -> tuple[str, floa
             os._exit(7)
     else:
         try:
-            group.meet(0.5)
+            group.meet("noon", 0.5)
         except RuntimeError as caught:
             error = f"{type(caught).__name__}: {caught}"
     return error, time.monotonic() - started
 
 
-def meet_again_after_a_miss(context: Context, absent: int) -> bool:
-    """A rank misses a meeting that the others give up; then all come twice, as in a recovery.
-    True unless somebody passed the second meeting before all had come to it.
-    """
+def leave_texts(context: Context) -> dict[int, str]:
+    """What rank 0 finds of the texts that were left: one by rank 1, none by itself."""
     group = Group(dist.group.WORLD)
-    if context.rank != absent:
-        with contextlib.suppress(RuntimeError):
-            group.meet(0.3)
+    before = group.found("notes")
+    if context.rank == 1:
+        group.leave("notes", "x is on device cpu")
+    group.meet("written", 5.0)
+    return before | group.found("notes")
+
+
+class Header:
+    """A workspace whose header peers signal, in the store: what `Health` needs of one."""
+
+    def __init__(self, context: Context, name: str):
+        self.context, self.name = context, name
+        self.layout, self.device, self.local_ranks = None, torch.device("cpu"), [context.rank]
+        self.log: list[str] = []
+
+    def signal(self, rank: int) -> None:
+        self.context.store.add(f"{self.name}/signals/{rank}", 1)
+
+    def signals(self) -> int:
+        return self.context.store.add(f"{self.name}/signals/{self.context.rank}", 0)
+
+    def recover(self) -> None:
+        self.log.append(f"zeroed {self.signals()} signals")
+        self.context.store.set(f"{self.name}/signals/{self.context.rank}", "0")
+
+
+def stall_between_the_meetings(context: Context) -> list[str]:
+    """Rank 1 stalls in its recovery after its first meeting; rank 0 gives up, and tries again after
+    rank 1 has recovered and signalled it. What rank 0 did.
+    """
+    header = Header(context, f"header/{context.task}")
+    health, limits = Health(header, Group(dist.group.WORLD)), Limits(0.5, 0.5)
+    header.signals()
+    if context.rank == 1:
+        zero = header.recover
+
+        def slowly():
+            zero()
+            time.sleep(1.2)
+
+        header.recover = slowly
+        health.recover(limits)
+        header.signal(0)  # of a launch that runs now
+        context.meet()
+        return []
+    try:
+        health.recover(limits)
+    except MissingRank as error:
+        header.log.append(f"missed {str(error).split()[-1]}")
     context.meet()
-    counter = f"task/{context.task}/came"
-    for turn in range(2):
-        if context.rank != absent:
-            time.sleep(0.2)
-        context.store.add(f"{counter}/{turn}", 1)
-        group.meet(2.0)
-    return context.store.add(f"{counter}/1", 0) == context.world
+    health.recover(limits)
+    return [*header.log, f"holds {header.signals()} signals", f"failed {health.failed}"]
+
+
+def recover_often(context: Context, times: int) -> int:
+    """Recoveries one after the other, of which rank 0 misses a meeting now and then."""
+    header = Header(context, f"header/{context.task}")
+    health = Health(header, Group(dist.group.WORLD))
+    for turn in range(times):
+        if turn % 3 == 1 and context.rank == 1:
+            time.sleep(0.15)
+        while True:
+            try:
+                health.recover(Limits(0.1, 0.1))
+                break
+            except MissingRank:
+                pass
+    context.meet()
+    return len(header.log)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from megamoe import compile
 from megamoe.config import MoEConfig, select
@@ -136,7 +138,7 @@ def test_a_place_that_is_no_directory_ends_in_one_line(tmp_path, monkeypatch, ca
     (tmp_path / "list.json").write_text(json.dumps([ENTRY]))
     assert compile.main(["--out", "/dev/null", "--list", str(tmp_path / "list.json")]) == 2
     error = capsys.readouterr().err
-    assert "'/dev/null'" in error
+    assert "/dev/null cannot be a directory for kernels" in error
     assert error.count("\n") == 1
 
 
@@ -182,6 +184,20 @@ def test_build_from_a_list_then_find_it(tmp_path, capsys):
     assert compile.main(command) == 0  # found, not built again
     assert library.stat().st_mtime_ns == before
     capsys.readouterr()
+
+
+def test_the_extras_admit_the_versions_of_serving_engines():
+    """vLLM 0.33.0 and SGLang 0.5.23 pin this DSL and torch 2.14."""
+    root = Path(compile.__file__).resolve().parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    (dsl,) = map(Requirement, extras["compile"])
+    assert dsl.extras == {"cu13"}
+    (tested,) = (r for r in map(Requirement, extras["test"]) if r.name == dsl.name)
+    (tested,) = (specifier.version for specifier in tested.specifier)
+    assert all(version in dsl.specifier for version in ("4.8.0", tested))
+    (torch,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "torch")
+    assert "2.14.1" in torch.specifier and "2.9.0" in torch.specifier
 
 
 def test_a_launcher_packs_its_arguments_in_place():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+import megamoe
 from megamoe import faults
 from megamoe.config import MoEConfig
-from workspace.layout import layout_of
+from workspace import wire
+from workspace.layout import GRID_COUNTED, layout_of
 
 LAYOUT = layout_of(MoEConfig(32, 4, 256, 256, 64, num_ranks=8))
 
@@ -18,30 +20,84 @@ def record(**words):
     return out
 
 
+LIMITS = faults.Limits(timeout_s=30.0, start_timeout_s=300.0)
+
+
+def error_of(**words):
+    return faults.error_of(record(**words), LAYOUT, LIMITS)
+
+
 def test_no_error():
-    assert faults.error_of(record(), LAYOUT) is None
-    assert faults.error_of(record(rank=3, seen=9), LAYOUT) is None
+    assert error_of() is None
+    assert error_of(rank=3, seen=9) is None
+
+
+WAITED = dict(rank=5, index=17, expected=128, seen=-3, cta=77)
 
 
 @pytest.mark.parametrize("region", LAYOUT.regions)
-@pytest.mark.parametrize("role", range(len(faults.ROLES)))
+@pytest.mark.parametrize("role", range(1, len(faults.ROLES)))
 def test_timeout_names_everything(role, region):
-    words = record(
-        status=faults.TIMED_OUT,
-        rank=5,
-        role=role,
-        region=LAYOUT.index(region),
-        index=17,
-        expected=128,
-        seen=-3,
-        cta=77,
-    )
-    error = faults.error_of(words, LAYOUT)
+    error = error_of(status=faults.TIMED_OUT, role=role, region=LAYOUT.index(region), **WAITED)
     assert type(error) is faults.LaunchTimeout
     assert str(error) == (
-        f"launch timed out: rank 5, role {faults.ROLES[role]}: waited for {region}[17] "
-        "to reach 128, saw -3 (CTA 77)"
+        f"launch timed out: nothing for timeout_s=30: rank 5, role {faults.ROLES[role]}: waited "
+        f"for {region}[17] to reach 128, saw -3 (CTA 77)"
     )
+
+
+def test_a_rank_that_did_not_begin_is_another_case_than_one_that_stalls():
+    region = LAYOUT.index("nvlink_barrier_signal")
+    words = dict(status=faults.TIMED_OUT, region=region, rank=0, index=1, expected=7, seen=6, cta=2)
+    late = str(error_of(role=faults.ROLE_COUNT, **words))
+    assert late.startswith("launch timed out: rank 1 did not begin within start_timeout_s=300: ")
+    stalled = str(error_of(role=faults.ROLE_COMBINE, **words))
+    assert stalled.startswith("launch timed out: nothing for timeout_s=30: rank 0, role combine")
+
+
+def test_ctas_that_never_became_resident_name_num_sms():
+    region = LAYOUT.index("grid_sync_counter")
+    error = error_of(
+        status=faults.TIMED_OUT, role=faults.ROLE_COUNT, region=region, index=GRID_COUNTED,
+        rank=2, expected=132, seen=100, cta=5,
+    )  # fmt: skip
+    assert type(error) is faults.LaunchTimeout
+    assert "only 100 of 132 CTAs became resident, another kernel holds SMs" in str(error)
+    assert "num_sms=100 or less, within start_timeout_s=300" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("why", "text"),
+    [
+        (faults.TIMED_OUT, "rank 6 gave up: rank 5, role combine: waited for"),
+        (faults.REFUSED, "rank 6 refused its input: x is on device cpu"),
+        (faults.WRONG_LAYER, "rank 6 met a launch of another layer"),
+    ],
+)
+def test_a_peer_that_failed_is_named_with_its_cause(why, text):
+    words = record(
+        status=faults.PEER_FAILED, role=faults.ROLE_COMBINE, region=0,
+        peer=wire.encode_peer(6, why), **WAITED,
+    )  # fmt: skip
+    error = faults.error_of(words, LAYOUT, LIMITS, {6: "x is on device cpu"})
+    assert type(error) is faults.PeerFailed and text in str(error)
+    assert wire.decode_peer(wire.encode_peer(71, why)) == (71, why)
+
+
+def test_a_refusal_without_a_known_reason_still_names_the_rank():
+    error = error_of(status=faults.PEER_FAILED, peer=wire.encode_peer(3, faults.REFUSED))
+    assert str(error) == "launch ended because rank 3 refused its input: see its error"
+
+
+def test_a_launch_of_another_layer_names_both():
+    error = error_of(status=faults.WRONG_LAYER, rank=0, index=1, expected=4, seen=3)
+    assert type(error) is faults.LayerMismatch
+    assert str(error).startswith("rank 0 has launched layer 4 and rank 1 layer 3: one of them has")
+
+
+def test_an_unrecovered_workspace():
+    error = error_of(status=faults.NOT_RECOVERED, rank=1)
+    assert type(error) is faults.NotRecovered and "was not recovered" in str(error)
 
 
 @pytest.mark.parametrize("token", [0, 1, 63])
@@ -57,14 +113,16 @@ def test_bad_expert_names_the_entry(token, slot, value):
         seen=low,
         seen_high=value >> 32,
     )
-    error = faults.error_of(words, LAYOUT)
+    error = faults.error_of(words, LAYOUT, LIMITS)
     assert type(error) is faults.InvalidExpertError
     assert f"topk_idx[{token}, {slot}] = {value} on rank 2" in str(error)
     assert "-1..31" in str(error) and "num_experts=32" in str(error)
 
 
 def test_errors_can_be_caught_by_kind():
-    assert issubclass(faults.LaunchTimeout, faults.MegaMoEError)
+    assert issubclass(faults.LaunchFailed, faults.MegaMoEError)
+    for kind in ("LaunchTimeout", "PeerFailed", "LayerMismatch", "NotRecovered"):
+        assert issubclass(getattr(megamoe, kind), megamoe.LaunchFailed)
     assert issubclass(faults.InvalidExpertError, faults.MegaMoEError)
     assert issubclass(faults.InvalidExpertError, ValueError)
     assert issubclass(faults.MegaMoEError, RuntimeError)
@@ -92,4 +150,5 @@ def test_words_of_a_record_are_distinct():
     words = [getattr(faults, name) for name in fields]
     assert len(set(words)) == len(words) and max(words) < faults.RECORD_WORDS
     assert faults.OK == 0, "a zeroed record reports no error"
-    assert len({faults.OK, faults.TIMED_OUT, faults.BAD_EXPERT}) == 3
+    statuses = "TIMED_OUT", "BAD_EXPERT", "PEER_FAILED", "NOT_RECOVERED", "WRONG_LAYER", "REFUSED"
+    assert len({getattr(faults, name) for name in statuses} - {faults.OK}) == len(statuses)

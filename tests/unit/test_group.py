@@ -87,13 +87,27 @@ def test_meetings(jobs):
 def test_a_meeting_names_who_is_missing(jobs, absent):
     seen = jobs.run(dummy_jobs.miss_a_meeting, absent=absent, dies=False)
     error, seconds = seen[1 - absent]
-    assert error == f"MissingRank: rank {1 - absent} waited 0.5 s for ranks [{absent}] to recover"
+    assert error == f"MissingRank: rank {1 - absent} waited 0.5 s for ranks [{absent}] at noon"
     assert 0.4 < seconds < 3
 
 
-def test_a_meeting_that_was_missed_does_not_count(jobs):
-    """Otherwise a rank is one meeting behind for ever, and no recovery can succeed."""
-    assert jobs.run(dummy_jobs.meet_again_after_a_miss, absent=1) == [True, True]
+def test_texts_that_ranks_leave(jobs):
+    assert jobs.run(dummy_jobs.leave_texts) == [{1: "x is on device cpu"}] * 2
+
+
+def test_a_recovery_that_missed_its_second_meeting_goes_on_from_there(jobs):
+    """Were it to begin anew, it would take the second meeting of the other rank for its first, and
+    zero the signal of a launch that runs already.
+    """
+    seen, _ = jobs.run(dummy_jobs.stall_between_the_meetings)
+    assert seen == [
+        "zeroed 0 signals", "missed recovery/0/clean", "holds 1 signals", "failed False"
+    ]  # fmt: skip
+
+
+def test_recoveries_of_which_meetings_are_missed_stay_in_step(jobs):
+    """Every rank zeroes its header once a recovery."""
+    assert jobs.run(dummy_jobs.recover_often, times=9) == [9, 9]
 
 
 def test_a_dead_rank_is_missing(jobs):

@@ -17,15 +17,17 @@ PACKAGES = ("megamoe", "workspace", "perf")
 
 #: From the bottom up: a module imports from its own layer or from layers before it.
 LAYERS = [
-    {"megamoe.dsl", "megamoe.precision"},
+    {"megamoe.dsl", "megamoe.precision", "megamoe.kernel_files"},
     {"megamoe.config"},
     {"megamoe.budget", "megamoe.schedule", "megamoe.reference", "megamoe.weights",
      "workspace.layout", "workspace.wire"},
     {"megamoe.shape", "megamoe.faults"},
     {"workspace.symmetric", "workspace.views", "workspace"},
-    {"megamoe.group", "megamoe.inputs"},
+    {"megamoe.group", "megamoe.inputs", "megamoe.arguments", "megamoe.custom_op"},
+    {"megamoe.health", "megamoe.residents"},
     {"megamoe.kernels", "megamoe.machine"},
     {"megamoe.compile"},
+    {"megamoe.streams"},
     {"megamoe.backends"},
     {"megamoe.module"},
     {"megamoe"},

@@ -106,7 +106,9 @@ def test_the_launch_quantises_as_the_caller_would(precision):
 
 
 def test_nvlink_bytes(ring):
-    """Rows, records, combine rows and signals of remote slots; count records of all experts."""
+    """Rows, records, combine rows and signals of remote slots; count records of all experts, and
+    the number of the layer.
+    """
     config = ring.config
     _, idx, _ = inputs = ring.inputs("masked", 3)
     ring.forward(inputs)
@@ -116,7 +118,7 @@ def test_nvlink_bytes(ring):
     )
     token = 768 if config.precision == "bf16" else 384 + 16
     expected = remote * (ROUTED_RECORD_BYTES + 4 + token + 768)  # 4: the arrival of a combine row
-    expected += 2 * (config.experts_per_rank * COUNT_RECORD_BYTES + 2 * 4)
+    expected += 2 * (config.experts_per_rank * COUNT_RECORD_BYTES + 4 + 2 * 4)
     assert ring.moe.nvlink_bytes == expected
 
 
@@ -132,9 +134,9 @@ def test_poison_is_left_where_nobody_writes(ring):
 
 def test_a_missing_rank_is_named_by_the_kernel(ring, monkeypatch):
     """As on a GPU: every wait times out, and the workspace recovers."""
-    enqueue = ring.backend._enqueue
+    launch = ring.backend.launch
     monkeypatch.setattr(
-        ring.backend, "_enqueue", lambda m, index, *rest: index == 1 or enqueue(m, index, *rest)
+        ring.backend, "launch", lambda index, *rest: index == 1 or launch(index, *rest)
     )
     with pytest.raises(
         LaunchTimeout, match=r"rank 0, role count: waited for nvlink_barrier_signal\[1\] to reach"
@@ -182,9 +184,9 @@ def test_wrong_numbers_are_noticed(ring):
 
 
 def test_a_map_that_leads_out_of_its_tensor_is_refused(ring):
-    rank, scales = ring.backend.weights[0]
-    ring.backend.weights[0] = rank._replace(w2=rank.w2[:-1]), scales
+    named = ring.backend.weights[0]
+    ring.backend.weights[0] = named | {"w2": named["w2"][:-1]}
     with pytest.raises(Fault, match="lie in no tensor; near: w2 of rank 0"):
         ring.check("uniform", 0)
-    ring.backend.weights[0] = rank, scales
+    ring.backend.weights[0] = named
     ring.check("uniform", 0)

@@ -10,7 +10,13 @@ from megamoe.config import MoEConfig, select
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, relative_error
 from megamoe.shape import Shape
-from megamoe.weights import check_tensor, check_weights, empty_weights, tile_scales
+from megamoe.weights import (
+    check_tensor,
+    check_weights,
+    empty_tile_scales,
+    empty_weights,
+    write_tile_scales,
+)
 from workspace.layout import layout_of
 
 CPU = torch.device("cpu")
@@ -123,7 +129,9 @@ def test_scales_of_a_tile_lie_side_by_side(hidden, intermediate):
     kernel = select(config)
     shape = Shape(config, kernel, layout_of(config, kernel))
     made = quantize_weights(*drawn(4, hidden, intermediate), "fp8_block")
-    w13_sf, w2_sf = tile_scales(config, made)
+    w13_sf, w2_sf = empty_tile_scales(config, 4, torch.device("cpu"))
+    for _ in range(2):  # in place, over what was there
+        write_tile_scales(made, w13_sf, w2_sf)
     assert w13_sf.shape == (4, shape.fc1_columns, hidden // 128, 4)
     assert w2_sf.shape == (4, shape.fc2_columns, intermediate // 128, 4)
     for scales in (w13_sf, w2_sf):
@@ -142,14 +150,9 @@ def test_scales_of_a_tile_lie_side_by_side(hidden, intermediate):
                 assert w2_sf[expert, column, k].tolist() == [rows[0], rows[0], rows[1], rows[1]]
 
 
-def test_scales_of_channels_are_used_as_they_are():
-    made = quantize_weights(*drawn(4), "fp8_channel")
-    w13_sf, w2_sf = tile_scales(config_of("fp8_channel"), made)
-    assert w13_sf is made.w13_scale and w2_sf is made.w2_scale
-
-
-def test_there_are_no_scales_in_bf16():
-    assert tile_scales(config_of("bf16"), Weights(*drawn())) == (None, None)
+@pytest.mark.parametrize("precision", ["bf16", "fp8_channel"])
+def test_only_scales_of_blocks_are_laid_out_anew(precision):
+    assert empty_tile_scales(config_of(precision), 4, torch.device("cpu")) is None
 
 
 # --- refusals

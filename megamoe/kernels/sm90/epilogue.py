@@ -23,6 +23,8 @@ from megamoe.kernels.ptx import (
     load_global_v2,
     load_shared,
     load_shared_v4,
+    max_or_nan,
+    min_or_nan,
     pack_bf16x2,
     silu_pair,
     store_global,
@@ -79,11 +81,11 @@ UP_INDEX = 4 * 8
 
 @cute.jit
 def clamp(accumulator, limit):
-    """Gates at most `limit`, ups within +-`limit`."""
+    """Gates at most `limit`, ups within +-`limit`; NaN stays."""
     for index in range_constexpr(cute.size(accumulator)):
-        value = arch.fmin(accumulator[index], limit)
+        value = min_or_nan(accumulator[index], limit)
         if const_expr(index // UP_INDEX % 2 == 1):
-            value = arch.fmax(value, -limit)
+            value = max_or_nan(value, -limit)
         accumulator[index] = value
 
 

@@ -99,9 +99,12 @@ class MegaMoEKernel:
         expert_counts: Int64,
         record: Int64,
         timeout_ns: Int64,
+        start_timeout_ns: Int64,
         rank: Int32,
+        layer: Int32,
         num_tokens: Int32,
         wide_idx: Int32,
+        dependents: Int32,
         clamp: Float32,
         num_ctas: Int32,
         stream: cuda.CUstream,
@@ -122,7 +125,8 @@ class MegaMoEKernel:
             tokens, hiddens, gate_up[0], gate_up[1], down[0], down[1],
             layout_a, layout_b,
             symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx, topk_weights, y,
-            expert_counts, record, timeout_ns, rank, num_tokens, wide_idx, clamp,
+            expert_counts, record, timeout_ns, start_timeout_ns, rank, layer, num_tokens, wide_idx,
+            dependents, clamp,
         ).launch(
             grid=(num_ctas, 1, 1),
             block=(kernel.num_threads, 1, 1),
@@ -155,9 +159,12 @@ class MegaMoEKernel:
         expert_counts: Int64,
         record: Int64,
         timeout_ns: Int64,
+        start_timeout_ns: Int64,
         rank: Int32,
+        layer: Int32,
         num_tokens: Int32,
         wide_idx: Int32,
+        dependents: Int32,
         clamp: Float32,
     ):
         config, budget = self.kernel_config, self.budget
@@ -166,8 +173,8 @@ class MegaMoEKernel:
         num_ctas, _, _ = arch.grid_dim()
         launch = Launch(
             self.shape, symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx,
-            topk_weights, y, expert_counts, record, timeout_ns, rank, num_tokens, wide_idx, clamp,
-            num_ctas, cta, thread,
+            topk_weights, y, expert_counts, record, timeout_ns, start_timeout_ns, rank, layer,
+            num_tokens, wide_idx, dependents, clamp, num_ctas, cta, thread,
         )  # fmt: skip
         warp = arch.make_warp_uniform(arch.warp_idx())
         warpgroup = arch.make_warp_uniform(thread // 128)
@@ -243,7 +250,8 @@ class MegaMoEKernel:
         scratch = cute.recast_ptr(staging, dtype=Int32)
         count(launch, scratch, received, expert_ids, flags, epoch, config.num_threads)
         num_live = flags[FLAG_LIVE]
-        arch.griddepcontrol_launch_dependents()
+        if launch.dependents == 1:
+            arch.griddepcontrol_launch_dependents()
 
         if thread == 0:
             sync.mark(launch, "dispatched")

@@ -1,0 +1,275 @@
+"""The weights of a layer: which tensors its launches read, where, and since when.
+
+Launches read the given tensors where they are, and scales of weight blocks from tables that are
+laid out for the kernel. A CUDA graph holds the addresses of all of them. So tables are allocated
+once and rewritten in place, and `weights_version` counts how often an address has changed.
+
+Neighbours: `weights` says what is legal and how tables look, `module` launches.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megamoe.arguments import resolve_device
+from megamoe.config import MoEConfig
+from megamoe.reference import Weights
+from megamoe.weights import (
+    check_weights,
+    empty_tile_scales,
+    empty_weights,
+    weight_shapes,
+    write_tile_scales,
+)
+
+TABLES = ("w13_sf", "w2_sf")
+
+
+class ResidentWeights(torch.nn.Module):
+    """A module that holds expert weights as buffers, or as parameters if that is what it was given,
+    and hands them to launches (`_read`).
+
+    A subclass sets `config`, `device` and `num_local_experts` (experts of all ranks that live in
+    this process) and then calls `_declare`; `_settle_on` is its way from "meta" to a device.
+    """
+
+    config: MoEConfig
+    device: torch.device
+    num_local_experts: int
+
+    def _declare(self) -> None:
+        """Declare the weights, of which there are none yet."""
+        self._names = tuple(weight_shapes(*self._sizes()))
+        for name in (*self._names, *TABLES):
+            self.register_buffer(name, None, persistent=name not in TABLES)
+        self._version, self._captured = 0, False
+        self._addresses: list[int] = []
+        self._watched: list[tuple] = []
+
+    def _sizes(self) -> tuple:
+        config = self.config
+        return config.recipe, self.num_local_experts, config.hidden_size, config.intermediate_size
+
+    def _read(self, weights: list[Weights], tables: list[tuple]) -> None:
+        """Let launches read these from now on; by rank: weights, and (w13_sf, w2_sf) or Nones."""
+        raise NotImplementedError
+
+    def _settle_on(self, device: torch.device) -> None:
+        """Allocate on a device, after "meta"."""
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        """Raise ValueError if the layer was closed."""
+
+    # ---------------------------------------------------------------- for users
+    def load_weights(
+        self,
+        w13: torch.Tensor,
+        w2: torch.Tensor,
+        w13_scale: torch.Tensor | None = None,
+        w2_scale: torch.Tensor | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Take the experts of the ranks of this process, in checkpoint layout.
+
+        w13: [n, 2I, H], gate rows then up rows; w2: [n, H, I]; bfloat16, or float8_e4m3fn for the
+        precisions with scales. w13_scale, w2_scale: float32, what the stored weights are multiplied
+        by; for "fp8_block" [n, 2I/128, H/128] and [n, H/128, I/128], for "fp8_channel" [n, 2I] and
+        [n, H]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W
+        with a process per rank (its experts are number rank * e and following).
+
+        All are contiguous and on the device, and start at a multiple of 16 bytes. Raises
+        ValueError, naming the tensor, otherwise. Weights are not copied: the layer holds them as
+        buffers of these names, or as parameters if that is what they are, and a forward reads what
+        they hold then. Only scales of weight blocks are laid out anew, now and by `refresh_scales`.
+
+        Once a CUDA graph has captured a forward, tensors at other addresses are refused, because
+        the graph reads the old ones; `replace` takes them, for who captures again
+        (`weights_version` changes).
+        """
+        self._check_open()
+        weights = Weights(w13, w2, w13_scale, w2_scale)
+        self._check_weights(weights, replace)
+        for name in self._names:
+            self._hold(name, getattr(weights, name))
+        self._adopt(replace)
+
+    def refresh_scales(self) -> None:
+        """Bring new values of w13_scale and w2_scale to the next launch, and to replays of graphs
+        that were captured before. Runs on the current stream and may itself be captured.
+
+        For precision="fp8_block" only this, or loading again, does it for certain: a forward by
+        itself notices what torch counts as a write (not `tensor.data.copy_`), a replay nothing.
+        Other precisions have no scales that are laid out anew.
+        """
+        self._check_open()
+        self._adopt()
+
+    def kernel_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """(name, tensor) of what launches read of the weights: w13, w2 and their scales as the
+        kernel has them. The first axis of each is the expert: who moves expert rows, or writes new
+        ones, does it in all of them (or in the given tensors, and then calls `refresh_scales`).
+        """
+        held = self._held()
+        matrices = [("w13", held.w13), ("w2", held.w2)]
+        tables = self._tables()
+        if tables is not None:
+            return matrices + list(zip(TABLES, tables, strict=True))
+        return matrices + [(name, getattr(held, name)) for name in self._names[2:]]
+
+    @property
+    def weights_version(self) -> int:
+        """Changes whenever launches read weights at other addresses; a CUDA graph captured under
+        another version reads memory that may be freed.
+        """
+        return self._version
+
+    # ---------------------------------------------------------------- what is held
+    def _held(self) -> Weights:
+        """The weights that the module has now; ValueError if it has none."""
+        found = {}
+        for name in self._names:
+            tensor = self._parameters.get(name)
+            found[name] = self._buffers.get(name) if tensor is None else tensor
+            if found[name] is None:
+                raise ValueError("weights are not loaded: call load_weights(w13, w2) first")
+        return Weights(**found)
+
+    def _holds_any(self) -> bool:
+        return any(
+            held.get(name) is not None
+            for name in self._names
+            for held in (self._buffers, self._parameters)
+        )
+
+    def _hold(self, name: str, tensor: torch.Tensor) -> None:
+        self._buffers.pop(name, None)
+        self._parameters.pop(name, None)
+        if isinstance(tensor, torch.nn.Parameter):
+            self.register_parameter(name, tensor)
+        else:
+            self.register_buffer(name, tensor)
+
+    def _check_weights(self, given: Weights, replace: bool) -> None:
+        """Raise ValueError unless `_adopt` may take these."""
+        check_weights(self.config, self.num_local_experts, self.device, given)
+        moved = self._addresses and _places(given) != self._addresses
+        if moved and self._captured and not replace:
+            raise ValueError(
+                "weights are at other addresses than those that a captured CUDA graph reads: write "
+                "new values into the tensors that the layer has, or load with replace=True and "
+                "capture again"
+            )
+
+    def _adopt(self, replace: bool = False) -> None:
+        """Let launches read what the module holds; captured graphs get new scales too."""
+        held = self._held()
+        self._check_weights(held, replace)
+        places = _places(held)
+        if places != self._addresses:
+            self._addresses, self._captured = places, False
+            self._version += 1
+        if self.device.type != "meta":
+            self._lay_out_scales(held)
+        self._watched = self._watch(held)
+        tensors = [tensor for _, tensor in self.kernel_tensors()]
+        scales = tensors[2:] or [None, None]
+        local = self.config.experts_per_rank
+        parts = [slice(at, at + local) for at in range(0, self.num_local_experts, local)]
+        self._read(
+            [held.of(part) for part in parts],
+            [tuple(None if scale is None else scale[part] for scale in scales) for part in parts],
+        )
+
+    def _lay_out_scales(self, held: Weights) -> None:
+        tables = self._tables()
+        if tables is None:
+            tables = empty_tile_scales(self.config, self.num_local_experts, self.device)
+            for name, table in zip(TABLES, tables or (), strict=False):
+                self.register_buffer(name, table, persistent=False)
+        if tables is not None:
+            write_tile_scales(held, *tables)
+
+    def _tables(self) -> tuple[torch.Tensor, ...] | None:
+        """(w13_sf, w2_sf) where scales are laid out anew."""
+        tables = tuple(self._buffers[name] for name in TABLES)
+        return None if tables[0] is None else tables
+
+    def _adopt_changes(self) -> None:
+        """Before a launch: take weights that were put elsewhere, and scales that were written as
+        far as torch counts that. Every forward asks, so it is a microsecond.
+        """
+        for store, name, tensor, address, writes in self._watched:
+            if (
+                store.get(name) is not tensor
+                or tensor.data_ptr() != address
+                or (writes is not None and tensor._version != writes)
+            ):
+                self._adopt()
+                return
+        if not self._watched:
+            self._held()  # which says that there are none
+
+    def _watch(self, held: Weights) -> list[tuple]:
+        """(where the module holds it, name, tensor, address, writes that torch has counted): the
+        last for scales that are laid out anew.
+        """
+        watched = []
+        for name in self._names:
+            tensor = getattr(held, name)
+            store = self._parameters if name in self._parameters else self._buffers
+            counted = self._tables() is not None and name.endswith("_scale")
+            writes = tensor._version if counted and not tensor.is_inference() else None
+            watched.append((store, name, tensor, tensor.data_ptr(), writes))
+        return watched
+
+    # ---------------------------------------------------------------- as torch calls it
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists) -> None:
+        """As of any module: values are copied into the weights that are there, or with assign=True
+        take their place. A layer without weights gets some.
+        """
+        given = [state_dict.get(prefix + name) for name in self._names]
+        complete = all(tensor is not None for tensor in given)
+        if complete and not self._holds_any():
+            if not local_metadata.get("assign_to_params_buffers"):
+                given = [
+                    tensor
+                    for tensor in empty_weights(*self._sizes(), self.device)
+                    if tensor is not None
+                ]
+            for name, tensor in zip(self._names, given, strict=True):
+                self._hold(name, tensor)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        errors = lists[-1]
+        if complete and not errors:
+            try:
+                self._adopt()
+            except ValueError as error:
+                errors.append(str(error))
+
+    def _apply(self, fn, recurse=True):
+        """`.to` and its like: to where and what the layer is; from "meta", where it shall be."""
+        held = [tensor for tensor in (*self.buffers(), *self.parameters())]
+        for dtype in {torch.bfloat16, *(tensor.dtype for tensor in held)}:
+            sample = fn(torch.empty(0, dtype=dtype, device=self.device))
+            if sample.dtype != dtype:
+                raise ValueError(
+                    f"a layer of precision={self.config.precision!r} keeps its dtypes: {dtype} "
+                    f"cannot become {sample.dtype}"
+                )
+        there = resolve_device(sample.device)
+        if there != self.device:
+            if self.device.type != "meta":
+                raise ValueError(
+                    f"a layer stays on its device, {self.device}, and cannot go to {there}: make "
+                    "one there, or make it on 'meta' and call to_empty(device=...)"
+                )
+            self._settle_on(there)
+        super()._apply(fn, recurse)
+        if held:
+            self._adopt()
+        return self
+
+
+def _places(weights: Weights) -> list[int]:
+    return [tensor.data_ptr() for tensor in weights if tensor is not None]

@@ -1,0 +1,1 @@
+"""Kernels for tests alone: questions to the GPU that the product's kernel cannot ask by itself."""
