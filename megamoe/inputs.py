@@ -101,7 +101,7 @@ class InputCheck:
             )
         rows, slots = (tokens, hidden), (tokens, config.top_k)
         token = torch.bfloat16
-        if scale is not None or x.dtype == torch.float8_e4m3fn:
+        if scale is not None or (config.recipe.scaled and x.dtype == torch.float8_e4m3fn):
             token = self._check_scale(number, x, scale)
             begin = scale.data_ptr()
             read.append((begin, begin + scale.nbytes, "x_scale", number))
@@ -124,8 +124,6 @@ class InputCheck:
         """Check the scales of a quantised x; the dtype that x must have."""
         config, label = self.config, self._label("x_scale", number)
         if not config.recipe.scaled:
-            if scale is None:
-                return torch.bfloat16
             raise ValueError(f"{label} is given, but precision={config.precision!r} has no scales")
         shape = (x.shape[0], config.token_scales)
         if scale is None:

@@ -79,9 +79,7 @@ def test_a_meeting_before_the_first_launch(jobs):
 @worlds
 @pytest.mark.parametrize("group_first", [False, True])
 def test_memory_comes_back_whenever_the_group_goes(jobs, group_first):
-    answers = jobs.run(
-        life_jobs.memory_comes_back, name=f"mp{jobs.world}", group_first=group_first
-    )
+    answers = jobs.run(life_jobs.memory_comes_back, name=f"mp{jobs.world}", group_first=group_first)
     for used in answers:
         assert used[3] <= used[1] + 8 * 2**20, used  # what is made once is there by then
 

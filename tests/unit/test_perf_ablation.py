@@ -55,7 +55,7 @@ def test_every_part_is_timed_with_a_workspace_of_its_own(made):
         assert "num_stages=" in row.config and len(point.times.us) == 2
     layers = {id(moe.workspace): moe for moe in map(layer_in, runner.contenders)}
     assert len(layers) == 3 and id(runner.moe.workspace) not in layers
-    assert all(moe._weights_loaded for moe in layers.values())
+    assert all(moe.weights_version for moe in layers.values())
 
 
 def layer_in(contender) -> megamoe.MegaMoE:

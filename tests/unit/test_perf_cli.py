@@ -415,7 +415,8 @@ def test_staging_is_measured_where_a_forward_stages(precision, ranks):
     buffer, launched = torch.zeros(4, case.model.hidden).bfloat16(), []
     backend = SimpleNamespace(
         layout=SimpleNamespace(config=case.config(4)), quantizes=case.recipe.scaled,
-        staged=[buffer], staged_scales=[], launch=lambda *arguments: launched.append(arguments),
+        staged=[buffer], staged_scales=[], outputs=[buffer],
+        launch=lambda *arguments: launched.append(arguments),
     )  # fmt: skip
     x, *others = dataclasses.astuple(make_rank_inputs(case, 0))
     stream = SimpleNamespace(cuda_stream=0)
