@@ -101,9 +101,7 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     if device.type != "cuda":
         raise ValueError(f"device={str(device)!r} is not supported; use 'cuda' or 'cpu'")
     if not torch.cuda.is_available():
-        raise ValueError(
-            f"device={str(device)!r}, but torch sees no GPU; use device='cpu'"
-        )
+        raise ValueError(f"device={str(device)!r}, but torch sees no GPU; use device='cpu'")
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     if device.index >= torch.cuda.device_count():

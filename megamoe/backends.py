@@ -1,4 +1,4 @@
-"""How a forward runs: by kernel launches on a GPU, or by the same on a CPU, which executes their PTX.
+"""How a forward runs: by kernel launches on a GPU, or by the same launches, of PTX, on a CPU.
 
 Both take a row of arguments per rank of this process (`inputs.NAMES`), know nothing of validation
 and launch once per rank with the same arguments. On a GPU a single rank launches on the current

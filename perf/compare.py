@@ -233,9 +233,7 @@ def run(args: argparse.Namespace) -> int:
     words = (SLOWER, FASTER, SAME, *(word for word in (UNJUDGED, WRONG) if count[word]))
     print(", ".join(f"{count[word]} {word}" for word in words))
     if count[UNJUDGED]:
-        print(
-            "times of a CPU say nothing of a GPU; --threshold judges them all the same"
-        )
+        print("times of a CPU say nothing of a GPU; --threshold judges them all the same")
     blind = sum(VISIBLE < pair.noise < inf for pair in pairs)
     if blind:
         print(f"{blind} measurement(s) too noisy to show a difference of {VISIBLE:.0%}")

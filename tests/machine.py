@@ -107,7 +107,9 @@ class Layer:
         """Every rank is as a finished launch leaves it."""
         for rank in self.moe.local_ranks:
             views = self.workspace.regions(rank)
-            left = [r.name for r in self.moe.layout.regions.values() if r.resets and views[r.name].any()]
+            left = [
+                r.name for r in self.moe.layout.regions.values() if r.resets and views[r.name].any()
+            ]
             assert not left, f"rank {rank}: {left} are not zero"
             signals = views["nvlink_barrier_signal"][:, 0]
             assert (signals == views["nvlink_barrier_counter"][0]).all()

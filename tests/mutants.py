@@ -99,7 +99,15 @@ class Mutator:
             return lambda code: values
 
         dropped = fields(op=NUMBER["nop"])
-        if op in ("fence", "fence_proxy", "warp_sync", "bar_sync", "stores_wait", "mma_fence", "mma_wait"):
+        if op in (
+            "fence",
+            "fence_proxy",
+            "warp_sync",
+            "bar_sync",
+            "stores_wait",
+            "mma_fence",
+            "mma_wait",
+        ):
             yield f"no {op}", dropped
         elif op in ("mbarrier_try", "mbarrier_test"):
             yield "no wait", fields(op=alu.TABLE["mov.pred"].number, a=1)
@@ -112,11 +120,14 @@ class Mutator:
         elif op == "st" and (flags & STRONG or self._subject(index) in PADDING):
             yield "no store", dropped
         elif op == "ld" and flags & STRONG and not flags & ACQUIRE:
-            yield "reads plenty", lambda code: {
-                "op": alu.TABLE["mov.b32"].number,
-                "d": int(code.extra[int(code.instructions["x"][index]) + 5]),
-                "a": _constant(code, PLENTY),
-            }
+            yield (
+                "reads plenty",
+                lambda code: {
+                    "op": alu.TABLE["mov.b32"].number,
+                    "d": int(code.extra[int(code.instructions["x"][index]) + 5]),
+                    "a": _constant(code, PLENTY),
+                },
+            )
         if op in ("atom", "ld", "st", "fence") and "volatile" not in self.code.origin[index].op:
             for bit, name in ((ACQUIRE, "acquire"), (RELEASE, "release"), (SYSTEM, "sys scope")):
                 if flags & bit and (op != "fence" or bit == SYSTEM):

@@ -229,7 +229,9 @@ def fused(a, b, c):
     error = (product - (total - back)) + (c - back)
     odd = total.view(np.int64) & 1
     other = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
-    return np.where((error == 0) | (odd == 1) | ~np.isfinite(total), total, other).astype(np.float32)
+    return np.where((error == 0) | (odd == 1) | ~np.isfinite(total), total, other).astype(
+        np.float32
+    )
 
 
 def minimum(a, b):

@@ -48,7 +48,9 @@ def _fields(text: str) -> list[tuple[str, type]]:
 
 class CCode(Structure):
     _fields_ = [
-        *_fields("pointer instructions extra constants\nint32 num_rows num_predicates threads number"),
+        *_fields("""
+        pointer instructions extra constants
+        int32 num_rows num_predicates threads number"""),
         ("shift", c_int32 * 2), ("seen", c_void_p),
     ]  # fmt: skip
 
@@ -62,7 +64,8 @@ class Map(Structure):
 
 class Settings(Structure):
     _fields_ = _fields("""
-        int32 policy delay budget patient ordered held_share num_ranks max_ctas agents_per_cta num_agents
+        int32 policy delay budget patient ordered held_share num_ranks max_ctas agents_per_cta
+        int32 num_agents
         uint64 seed max_steps""")
 
 
@@ -156,7 +159,9 @@ def _processor() -> str:
 def _generated() -> dict[str, str]:
     """The headers that are made from tables."""
     numbers = [f"OP_{name} = {number}" for name, number in NUMBER.items()]
-    numbers = f"enum {{ {', '.join(numbers)}, NOBODY = {NOBODY} }};\n#define PARAM_BASE {PARAM_BASE}ull\n"
+    numbers = (
+        f"enum {{ {', '.join(numbers)}, NOBODY = {NOBODY} }};\n#define PARAM_BASE {PARAM_BASE}ull\n"
+    )
     return {"cases.h": alu.c_cases(), "numbers.h": numbers}
 
 
@@ -182,7 +187,13 @@ def build(directory: Path, native: bool = True) -> Path:
         for name, text in _generated().items():
             (Path(scratch) / name).write_text(text)
         built = Path(scratch) / target.name
-        command = [compiler, *FLAGS.split(), *["-march=native"] * native, f"-I{scratch}", f"-I{HERE}"]
+        command = [
+            compiler,
+            *FLAGS.split(),
+            *["-march=native"] * native,
+            f"-I{scratch}",
+            f"-I{HERE}",
+        ]
         subprocess.run([*command, "-o", built, HERE / "engine.c", "-lm"], check=True)
         os.replace(built, target)
     return target
@@ -207,5 +218,3 @@ def library(directory: Path, *others: Path) -> ctypes.CDLL | None:
 
 def bytes_pointer(data: bytes):
     return ctypes.cast(ctypes.c_char_p(data), c_void_p)
-
-

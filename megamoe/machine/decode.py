@@ -17,7 +17,7 @@ from megamoe.machine.ptx import BITS, Entry, Instr
 
 #: `Instruction` in `machine.h`. d, a, b, c: registers; n, x: what the operation makes of them.
 INSTRUCTION = np.dtype(
-    [("op", "u2"), ("flags", "u2"), *((name, "i4") for name in ("guard", "d", "a", "b", "c", "n", "x"))]
+    [("op", "u2"), ("flags", "u2"), *((name, "i4") for name in ("guard", *"dabcnx"))]
 )  # fmt: skip
 NEGATED, TOUCHES_SUMS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS, RELAXED = (
     1 << bit for bit in range(8)
@@ -107,7 +107,9 @@ class Decoder:
 
     def _shared(self) -> None:
         position = SHARED_BASE
-        for name, (size, alignment) in sorted(self.entry.shared.items(), key=lambda item: -item[1][0]):
+        for name, (size, alignment) in sorted(
+            self.entry.shared.items(), key=lambda item: -item[1][0]
+        ):
             position = -(-position // alignment) * alignment  # dynamic memory comes last
             self.code.shared_names[name] = position
             position += size
@@ -147,7 +149,9 @@ class Decoder:
         """Number of a predicate; of a constant 0 or 1, which never change."""
         if text.startswith("!"):
             number = self._temporary()
-            self.emit(alu.TABLE["not.pred"].number, d=number, a=self.predicate(text[1:]), guarded=False)
+            self.emit(
+                alu.TABLE["not.pred"].number, d=number, a=self.predicate(text[1:]), guarded=False
+            )
             return number
         if text in self.predicates:
             return self.predicates[text]
@@ -203,7 +207,9 @@ class Decoder:
         op, args = self.instr.op, self.instr.args
         words = op.split(".")
         try:
-            if op in alu.TABLE and not any(text[0] in "{%" and self._is_special(text) for text in args):
+            if op in alu.TABLE and not any(
+                text[0] in "{%" and self._is_special(text) for text in args
+            ):
                 return self.lanes(op, *self._compared(args) if words[0] == "setp" else args)
             for name, method in METHODS.items():
                 if op.startswith(name):
@@ -263,7 +269,9 @@ class Decoder:
         wide = self.bits(args[0], 32) == 64
         if size != (8 if wide else 4):
             raise Unmodelled(f"{size} bytes")
-        self.emit("param", self.rows[args[0]], n=self.entry.params[name][0] + int(offset or 0), x=wide)
+        self.emit(
+            "param", self.rows[args[0]], n=self.entry.params[name][0] + int(offset or 0), x=wide
+        )
 
     def shuffle(self, words, args) -> None:
         d, _, valid = args[0].partition("|")
@@ -449,7 +457,8 @@ METHODS = {
     "setp": Decoder.compare, "mov": Decoder.move, "bra": Decoder.branch, "ret": Decoder.leave,
     "exit": Decoder.leave, "ld.param": Decoder.parameter, "shfl.sync": Decoder.shuffle,
     "vote.sync": Decoder.vote, "elect.sync": Decoder.elect, "ld": Decoder.memory,
-    "stmatrix": Decoder.matrices, "st": Decoder.memory, "atom": Decoder.atomic, "red": Decoder.atomic,
+    "stmatrix": Decoder.matrices, "st": Decoder.memory,
+    "atom": Decoder.atomic, "red": Decoder.atomic,
     **dict.fromkeys(NOTHING, Decoder.nothing),
     "fence.proxy.async": Decoder.proxy_fence, "fence.acq_rel": Decoder.fence,
     "bar.warp.sync": Decoder.plain, "bar.sync": Decoder.barrier, "bar.arrive": Decoder.barrier,

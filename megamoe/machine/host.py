@@ -1,5 +1,5 @@
-"""Kernel libraries on a CPU: linked with a CUDA runtime of our own, so that the host entry that a GPU
-would run hands its launches to Python.
+"""Kernel libraries on a CPU: linked with a CUDA runtime of our own, so that the host entry that a
+GPU would run hands its launches to Python.
 
 Nothing of the process takes part: the library holds the object, the DSL's static runtime and
 `cudart.c`, and resolves its calls inside. The PTX lies beside it.

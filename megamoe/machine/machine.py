@@ -59,7 +59,9 @@ class Warp:
         """The lanes of a register by its name in PTX: uint32, uint64, or bool of a predicate."""
         if name in self.code.predicates:
             mask = _array(self.state.predicates, ctypes.c_uint32, self.code.num_predicates)
-            return (mask[self.code.predicates[name]] >> np.arange(32, dtype=np.uint32) & 1).astype(bool)
+            return (mask[self.code.predicates[name]] >> np.arange(32, dtype=np.uint32) & 1).astype(
+                bool
+            )
         row, bits = self.code.rows[name], self.code.entry.registers.get(name, 32)
         lanes = self.rows()[row : row + bits // 32 or 1].reshape(-1)
         return lanes.view(np.uint64) if bits == 64 else lanes

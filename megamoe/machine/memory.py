@@ -6,6 +6,7 @@ names and rows. Whatever lies in no segment is not mapped.
 
 from __future__ import annotations
 
+import ctypes
 from bisect import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -57,26 +58,36 @@ class Segment:
 class Memory:
     def __init__(self) -> None:
         self.segments: list[Segment] = []
+        self._kept: list[torch.Tensor] = []
 
     def add(
-        self, name: str, tensor: torch.Tensor | None, rank: int = HOST, regions: Iterable[Region] = ()
+        self,
+        name: str,
+        tensor: torch.Tensor | None,
+        rank: int = HOST,
+        regions: Iterable[Region] = (),
     ) -> None:
         """Map a tensor; one without bytes, or None, is nothing, and so is one that is there."""
         if tensor is None or tensor.numel() == 0:
             return
         size = tensor.numel() * tensor.element_size()
-        if any(s.base <= tensor.data_ptr() and tensor.data_ptr() + size <= s.end for s in self.segments):
+        if any(
+            s.base <= tensor.data_ptr() and tensor.data_ptr() + size <= s.end for s in self.segments
+        ):
             return
-        flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        base = flat.__array_interface__["data"][0]
-        assert base == tensor.data_ptr(), f"{name} is not contiguous"
+        assert tensor.is_contiguous(), f"{name} is not contiguous"
+        base = tensor.data_ptr()  # not tensor.numpy(), after which the storage cannot be resized
+        flat = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))
+        self._kept.append(tensor)
         self.segments.append(Segment(name, base, flat, rank, sorted(regions, key=_begin)))
 
     def find(self, address: int, size: int) -> Segment:
         for segment in self.segments:
             if segment.base <= address and address + size <= segment.end:
                 return segment
-        raise Fault(f"{size} bytes at {address:#x} lie in no tensor; near: {self.describe(address)}")
+        raise Fault(
+            f"{size} bytes at {address:#x} lie in no tensor; near: {self.describe(address)}"
+        )
 
     def at(self, address: int, size: int) -> np.ndarray:
         """The bytes there."""

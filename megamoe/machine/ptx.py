@@ -1,8 +1,8 @@
 """PTX text -> entries: instructions with their names resolved, parameters, labels, source lines.
 
-Owns the syntax alone: what an instruction means is `decode`'s matter. Registers and labels of inline
-assembly live in scopes and get names of their own; every instruction knows its line in the PTX and,
-where the compiler left line information, the place in the kernel's source.
+Owns the syntax alone: what an instruction means is `decode`'s matter. Registers and labels of
+inline assembly live in scopes and get names of their own; every instruction knows its line in the
+PTX and, where the compiler left line information, the place in the kernel's source.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Reader:
     def _signature(self, text: str) -> None:
         offset = 0
         for item in filter(str.strip, text.split(",")):
-            found = re.search(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?", item)
+            found = re.search(
+                r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?", item
+            )
             size = BITS[found[2]] // 8
             alignment = int(found[1] or size)
             offset = -(-offset // alignment) * alignment
@@ -116,7 +118,9 @@ class Reader:
         while True:
             token = TOKEN.match(text, position)
             if not token:
-                raise SyntaxFault(f"line {self._line(position)}: {text[position : position + 60]!r}")
+                raise SyntaxFault(
+                    f"line {self._line(position)}: {text[position : position + 60]!r}"
+                )
             position = token.end()
             opened, closed, label, statement = token.groups()
             if opened:

@@ -31,8 +31,9 @@ from megamoe.machine.tensormap import TensorMap
 ALL = 0xFFFFFFFF
 LANES = np.arange(32)
 RAN, BLOCKED, ENDED = "ran", "blocked", "ended"
+_BYTE = np.arange(128)
 E4M3 = np.where(
-    np.arange(128) < 8, np.arange(128) * 2.0**-9, (8 + np.arange(128) % 8) * 2.0 ** (np.arange(128) // 8 - 10)
+    _BYTE < 8, _BYTE * 2.0**-9, (8 + _BYTE % 8) * 2.0 ** (_BYTE // 8 - 10)
 ).astype(np.float32)  # fmt: skip
 E4M3[127] = np.nan
 E4M3 = np.concatenate([E4M3, -E4M3])
@@ -362,13 +363,20 @@ class Warp:
         sums = self.code.extra[x + 2 : x + 2 + columns // 2]
         name = next(name for name, number in KINDS.items() if number == kind)
         if a == NOBODY:
-            left = self.rows[self.code.extra[x + 2 + columns // 2 :][:4]]  # lane 4 r + q: word q of row r
-            left = left.reshape(2, 2, 8, 4).transpose(1, 2, 0, 3).reshape(16, 8).copy().view(np.uint8)
+            left = self.rows[
+                self.code.extra[x + 2 + columns // 2 :][:4]
+            ]  # lane 4 r + q: word q of row r
+            left = (
+                left.reshape(2, 2, 8, 4).transpose(1, 2, 0, 3).reshape(16, 8).copy().view(np.uint8)
+            )
         else:
             left = self._operand(self.value(a, 0, True), 16 * (self.index % 4), 16)
         right = self._operand(self.value(b, 0, True), 0, columns)
         register = np.arange(columns // 2)[:, None]
-        at = (LANES // 4 + 8 * (register >> 1 & 1), 8 * (register >> 2) + 2 * (LANES % 4) + (register & 1))
+        at = (
+            LANES // 4 + 8 * (register >> 1 & 1),
+            8 * (register >> 2) + 2 * (LANES % 4) + (register & 1),
+        )
         total = np.zeros((16, columns), np.float32)
         if self.predicates[c] & 1:
             total[at] = self.rows[sums].view(np.float32)
@@ -394,7 +402,9 @@ def mask_of(lanes: np.ndarray) -> int:
 def values(stored: np.ndarray, kind: str) -> np.ndarray:
     """Of operand bytes [n, 32]."""
     if kind == "bf16":
-        return (np.ascontiguousarray(stored).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return (np.ascontiguousarray(stored).view(np.uint16).astype(np.uint32) << 16).view(
+            np.float32
+        )
     return E4M3[stored]
 
 
@@ -438,5 +448,3 @@ class Reference:
             self.time += turn
             if self.steps == before:
                 raise Deadlock("nobody can go on")
-
-

@@ -73,7 +73,9 @@ def waiting_for(warp) -> str:
     if state.blocked == core.ON_MBARRIER:
         (barrier,) = (b for b in warp.block.barriers if b.address == state.what)
         missing = f"{barrier.pending} of {barrier.count} arrivals and {barrier.bytes} bytes"
-        return f"waits for {barrier_name(warp, state.what)}, phase {barrier.flips}: {missing} missing"
+        return (
+            f"waits for {barrier_name(warp, state.what)}, phase {barrier.flips}: {missing} missing"
+        )
     if state.blocked == core.ON_BARRIER:
         return f"waits at barrier {state.what}"
     if state.blocked == core.ON_LAUNCH:
@@ -116,7 +118,8 @@ def races(machine) -> list[str]:
     lines = []
     for found in machine.found_races():
         one, two = (
-            where(machine.codes[place >> 20].origin[place & 0xFFFFF]) for place in (found.where, found.other)
+            where(machine.codes[place >> 20].origin[place & 0xFFFFF])
+            for place in (found.where, found.other)
         )
         place = f"shared {found.address}" if found.space else machine.memory.describe(found.address)
         first, second = agent_name(machine, found.agent), agent_name(machine, found.other_agent)

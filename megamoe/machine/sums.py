@@ -1,11 +1,11 @@
 """How a Hopper tensor core adds: the products of one instruction and the accumulator.
 
-It does not add in float32. The products (32 of e4m3, 16 of bfloat16) and the accumulator are aligned
-to the largest of their exponents, that of a product being the sum of its operands'; what lies more
-than `places` below is cut off each; the rest is added exactly, and of the sum `kept` bits behind the
-leading one stay. Found by trying a family of models on 409,600 sums measured on an H100 and an H200
-(2026-11-27, `tests/gpu/numerics.py`): both gave the same bits, whatever the width of the instruction
-and wherever A lay, and this model gives them all.
+It does not add in float32. The products (32 of e4m3, 16 of bfloat16) and the accumulator are
+aligned to the largest of their exponents, that of a product being the sum of its operands'; what
+lies more than `places` below is cut off each; the rest is added exactly, and of the sum `kept` bits
+behind the leading one stay. Found by trying a family of models on 409,600 sums measured on an H100
+and an H200 (2026-11-27, `tests/gpu/numerics.py`): both gave the same bits, whatever the width of
+the instruction and wherever A lay, and this model gives them all.
 """
 
 from __future__ import annotations

@@ -58,5 +58,7 @@ class TensorMap:
     def packed(self, offset: int, memory: Memory) -> core.Map:
         """For the core, as the parameter at `offset`; Fault if it leads out of a tensor."""
         memory.find(self.base, self.extent)
-        padded = [(*values, *[0] * (5 - len(values))) for values in (self.size, self.stride, self.box)]
+        padded = [
+            (*values, *[0] * (5 - len(values))) for values in (self.size, self.stride, self.box)
+        ]
         return core.Map(self.base, self.item, len(self.size), *padded, offset)

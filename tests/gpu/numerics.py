@@ -159,7 +159,8 @@ def library(directory: str) -> ctypes.CDLL:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     path, target = Path(directory) / "numerics.cu", Path(directory) / "numerics.so"
     path.write_text(source())
-    command = f"{nvcc} -gencode=arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC -w -o {target} {path}"
+    options = "-gencode=arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC -w"
+    command = f"{nvcc} {options} -o {target} {path}"
     subprocess.run(command.split(), check=True)
     return ctypes.CDLL(str(target))
 

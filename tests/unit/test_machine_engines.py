@@ -117,7 +117,9 @@ def operand(rng: random.Random, kind: str, registers: dict[str, list[str]]) -> s
     return str(rng.choice(WORDS) & 0xFFFF)
 
 
-CLASS = {kind: "%rd" if kind[1:] == "64" else "%p" if kind == "pred" else "%r" for kind in alu.DTYPES}
+CLASS = {
+    kind: "%rd" if kind[1:] == "64" else "%p" if kind == "pred" else "%r" for kind in alu.DTYPES
+}
 CLASS |= {"u16": "%rs", "s16": "%rs"}
 WORDS = [0, 1, 2, 31, 32, 0x7F, 0x80, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x3F800000,
          0xBF800000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x00000001, 0x80000001, 0x42280000,
@@ -160,15 +162,26 @@ def random_program(seed: int, length: int = 400) -> str:
         if number % 16 == 0:
             mode = rng.choice(["idx", "up", "down", "bfly"])
             clamp = rng.choice([0, 31, 0x1C03 if mode != "up" else 0x1C00])
-            lines.append(f"shfl.sync.{mode}.b32 {r()}|{p}, {r()}, {rng.randrange(32)}, {clamp}, -1;")
-            lines.append(f"vote.sync.{rng.choice(['any', 'all'])}.pred {p}, %p{rng.randrange(6)}, -1;")
-            lines.append(f"vote.sync.ballot.b32 {r()}, %p{rng.randrange(6)}, -1; elect.sync _|{p}, -1;")
-            lines.append(f"{guard}st.shared.v2.b32 [%a], {{{r()}, {r()}}}; {guard}st.shared.b8 [%a+9], {r()};")
+            lines.append(
+                f"shfl.sync.{mode}.b32 {r()}|{p}, {r()}, {rng.randrange(32)}, {clamp}, -1;"
+            )
+            lines.append(
+                f"vote.sync.{rng.choice(['any', 'all'])}.pred {p}, %p{rng.randrange(6)}, -1;"
+            )
+            lines.append(
+                f"vote.sync.ballot.b32 {r()}, %p{rng.randrange(6)}, -1; elect.sync _|{p}, -1;"
+            )
+            lines.append(
+                f"{guard}st.shared.v2.b32 [%a], {{{r()}, {r()}}}; "
+                f"{guard}st.shared.b8 [%a+9], {r()};"
+            )
             lines.append(f"ld.shared.s16 {r()}, [%a+2]; ld.shared.u8 {r()}, [%a+9];")
             kind = rng.choice(["add.u32", "min.s32", "max.u32", "or.b32", "exch.b32", "xor.b32"])
             lines.append(f"{guard}atom.shared.{kind} {r()}, [smem+768], {r()};")
         if number % 32 == 0:
-            lines.append(f"@{p} bra $E{number}; {r().join(['add.s32 ', ', '])}{r()}, 3; $E{number}:")
+            lines.append(
+                f"@{p} bra $E{number}; {r().join(['add.s32 ', ', '])}{r()}, 3; $E{number}:"
+            )
     body = "\n".join(lines)
     return (
         ".extern .shared .align 1024 .b8 smem[];\n.visible .entry k()\n"
@@ -187,7 +200,9 @@ def test_random_programs(seed):
 def test_every_operation_is_tried():
     """By the random programs together."""
     text = "".join(random_program(seed) for seed in range(20))
-    missing = [name for name in alu.TABLE if f"{name} " not in text and not name.startswith(SPELLED)]
+    missing = [
+        name for name in alu.TABLE if f"{name} " not in text and not name.startswith(SPELLED)
+    ]
     assert len(missing) < 12, missing
 
 

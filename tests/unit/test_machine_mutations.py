@@ -173,7 +173,9 @@ def test_one_of_two_redundant_operations_must_stay(ring, pattern):
 
 
 #: With scales: what these functions do is tried with each recipe that has some.
-OF_SCALES = r".*\b(quantize_input|store_piece|finish_store|signal|hand_over|accumulate_scaled|release)\b"
+OF_SCALES = (
+    r".*\b(quantize_input|store_piece|finish_store|signal|hand_over|accumulate_scaled|release)\b"
+)
 #: What shows nothing there.
 SPARED = {
     "no fence_proxy by dispatch in store_piece": "load_rows has one too",

@@ -70,7 +70,9 @@ def program(a: str, b: str, threads: int):
     count = iter(range(1000))
 
     def spelled(text: str) -> str:
-        parts = [WORDS.get(part, part) for part in re.split(r"\s*\|\s*|\s(?=[A-Z_]+\b)", text.strip())]
+        parts = [
+            WORDS.get(part, part) for part in re.split(r"\s*\|\s*|\s(?=[A-Z_]+\b)", text.strip())
+        ]
         return "\n".join(part.replace("#", str(next(count))) for part in parts)
 
     text = TEXT.format(a=spelled(a), b=spelled(b), threads=threads)
@@ -160,7 +162,9 @@ def test_what_is_ordered(name, held_share):
 def test_what_is_not_ordered(name):
     ranks, a, b = UNORDERED[name]
     text = races(a, b, ranks)
-    assert re.search(r"data\[0\].* of rank 0: (read|write) is not ordered after the (write|read)", text)
+    assert re.search(
+        r"data\[0\].* of rank 0: (read|write) is not ordered after the (write|read)", text
+    )
 
 
 def test_stores_that_nobody_ordered_stay_unseen():
@@ -210,7 +214,9 @@ def test_warps_meet_at_barriers():
 
 
 MBARRIER = "add.s32 %r20, %r2, 64; @%p0 mbarrier.init.shared.b64 [%r20], 1; bar.sync 0;"
-AWAIT_PHASE = "{ .reg .pred P; W: mbarrier.try_wait.parity.shared.b64 P, [%r20], 0; @P bra D; bra W; D: }"
+AWAIT_PHASE = (
+    "{ .reg .pred P; W: mbarrier.try_wait.parity.shared.b64 P, [%r20], 0; @P bra D; bra W; D: }"
+)
 
 
 @pytest.mark.parametrize("relaxed", ["", "arrive", "try_wait"])
@@ -257,7 +263,10 @@ def test_tensor_cores_read_after_a_proxy_fence():
 @pytest.mark.parametrize(
     ("a", "message"),
     [
-        ("@%p0 ld.global.b32 %r10, [%rd0+256];", r"no memory there; .* data \+ 256 .*beyond its end"),
+        (
+            "@%p0 ld.global.b32 %r10, [%rd0+256];",
+            r"no memory there; .* data \+ 256 .*beyond its end",
+        ),
         ("@%p0 ld.global.v2.b32 {%r10, %r11}, [%rd0+4];", r"misaligned; last access: data\[1\]"),
         ("ld.shared.b32 %r10, [%r2+8192];", "no memory there; last access: shared 9216"),
         ("@%p0 mbarrier.arrive.shared.b64 %rd5, [%r2];", "no mbarrier there"),
@@ -266,7 +275,10 @@ def test_tensor_cores_read_after_a_proxy_fence():
         ("bar.arrive 1, 64; bar.arrive 1, 32;", "too many threads"),
         ("@%p0 cp.async.bulk.global.shared::cta.bulk_group [%rd0], [%r2+8], 16;", "multiple of 16"),
         ("STORE COMMIT", "ends before its bulk stores"),
-        ("INIT | @%p0 mbarrier.arrive.expect_tx.shared.b64 %rd5, [%r2], 16;", "while copies come in"),
+        (
+            "INIT | @%p0 mbarrier.arrive.expect_tx.shared.b64 %rd5, [%r2], 16;",
+            "while copies come in",
+        ),
     ],
 )
 def test_what_a_gpu_would_not_forgive(a, message):
@@ -278,5 +290,9 @@ def test_a_deadlock_says_who_waits_for_what():
     with pytest.raises(Deadlock) as error:
         run("AWAIT", "INIT | EXPECT LANDED", roles=("waiter",))
     text = str(error.value)
-    assert "rank 0, CTA 0, warp 0 (waiter)" in text and "polls flags[0] of rank 0, which is 0" in text
-    assert re.search(r"CTA 1, .* waits for mbarrier of \?\[0\], phase 0: 0 of 1 arrivals and 16 bytes", text)
+    assert (
+        "rank 0, CTA 0, warp 0 (waiter)" in text and "polls flags[0] of rank 0, which is 0" in text
+    )
+    assert re.search(
+        r"CTA 1, .* waits for mbarrier of \?\[0\], phase 0: 0 of 1 arrivals and 16 bytes", text
+    )
