@@ -236,7 +236,8 @@ static int execute(Warp *w, s32 budget) {
   const Instruction *code = w->code->instructions;
   Machine *machine = w->machine;
   for (; done < budget; done++) {
-    const Instruction *i = code + w->pc;
+    const s32 at = w->pc;
+    const Instruction *i = code + at;
     u32 m = w->mask;
     if (i->guard >= 0) m &= w->predicates[i->guard] ^ (i->flags & NEGATED ? ~0u : 0);
     if (i->flags & STOPS) {
@@ -307,7 +308,7 @@ static int execute(Warp *w, s32 budget) {
         case OP_mma_commit: w->products_open++; break;
         case OP_mma_wait: finish_products(w, w->products_open - i->n); break;
       }
-      if (w->code->seen) w->code->seen[w->pc].address = w->address, w->code->seen[w->pc].warps |= 1ull << w->index;
+      if (w->code->seen) w->code->seen[at].address = w->address, w->code->seen[at].warps |= 1ull << w->index;
       if (status >= BLOCKED) break;
     }
     go(w, w->pc + 1);

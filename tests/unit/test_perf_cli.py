@@ -413,14 +413,15 @@ def test_staging_is_measured_where_a_forward_stages(precision, ranks):
     plan = plan_for("--ranks", str(ranks), "--precision", precision, "--tokens", "3", "--staging")
     case = plan.case
     buffer, launched = torch.zeros(4, case.model.hidden).bfloat16(), []
-    backend = SimpleNamespace(
+    backend = object.__new__(GpuBackend)
+    backend.__dict__.update(
         layout=SimpleNamespace(config=case.config(4)), quantizes=case.recipe.scaled,
         staged=[buffer], staged_scales=[], outputs=[buffer],
         launch=lambda *arguments: launched.append(arguments),
     )  # fmt: skip
     x, *others = dataclasses.astuple(make_rank_inputs(case, 0))
     stream = SimpleNamespace(cuda_stream=0)
-    GpuBackend._stage_and_launch(backend, 0, stream, x, *others, None, None, None)
+    backend._stage_and_launch(0, stream, x, *others, None, None, None)
     assert len(launched) == 1 and bool(buffer.any()) == plan.stages
     moe = SimpleNamespace(local_ranks=[0], input_buffer=lambda rank: torch.zeros_like(buffer))
     for contender in staging_contenders(plan, moe):
