@@ -98,6 +98,13 @@ static void check(Machine *m, Shadow *s, u64 address, u32 bytes, const Access *a
   }
 }
 
+// Whether any of these bytes was stored: a word that is not needed may travel with others.
+static int written(const Shadow *s, u64 address, u32 bytes) {
+  for (u64 k = (address - s->base) >> s->shift; k <= (address - s->base + bytes - 1) >> s->shift; k++)
+    if (s->pages[k / PAGE] && s->pages[k / PAGE]->cell[k % PAGE].clock) return 1;
+  return 0;
+}
+
 static void touch(Machine *m, Cta *c, int space, u64 address, u32 bytes, Access *a, s32 *last) {
   if (!bytes) return;
   if (space == SHARED) { a->fresh = NULL; check(m, c->shadow, address, bytes, a); return; }
@@ -257,6 +264,12 @@ static void before_access(Warp *w, const Instruction *i, u32 m, int space, const
   s32 last = w->segment;
   Access a = {.where = where(w, i), .write = writes, .flags = i->flags & (STRONG | SYSTEM), .launch = w->cta->launch->number};
   a.plain_load = reads && !a.flags;
+  for (u32 rest = reads && space == SHARED ? m : 0; rest; rest &= rest - 1) {
+    int l = __builtin_ctz(rest);
+    Shadow *s = w->cta->shadow;
+    a.agent = w->agent + (l > 0);
+    if (!written(s, address[l], bytes)) race(machine, s, UNWRITTEN, address[l] >> s->shift, &a, 0, 0);
+  }
   for (u32 rest = m; rest;) {
     int l = __builtin_ctz(rest), h = l > 0;
     u64 from = address[l], to = from + bytes;

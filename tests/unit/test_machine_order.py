@@ -238,6 +238,15 @@ def test_bytes_that_nobody_wrote():
     assert (run("", "", fresh=True).data == -1).all(), "what nobody writes is garbage"
 
 
+def test_shared_bytes_that_nobody_wrote():
+    """Each CTA has its own; words that are not needed may travel with one that is."""
+    alone = "ld.shared.b32 %r3, [%r2+64];"
+    assert "shared" in races(alone) and "nobody wrote" in races(alone)
+    assert "nobody wrote" in races(alone, "st.shared.b32 [%r2+64], 1;")
+    run(f"@%p0 st.shared.b32 [%r2+64], 1; bar.warp.sync -1; {alone}")
+    run("@%p0 st.shared.b32 [%r2+64], 1; bar.warp.sync -1; ld.shared.v2.b32 {%r3, %r4}, [%r2+64];")
+
+
 def test_bytes_of_another_launch():
     """The second launch reads what only the first has written; stores alternate by a counter."""
     once = "@%p0 ld.relaxed.gpu.global.b32 %r21, [%rd1+16]; setp.ne.s32 %p4, %r21, 0; @%p4 bra $E; | WRITE"
