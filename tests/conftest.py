@@ -13,6 +13,7 @@ os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
 NO_GPU = "needs a CUDA GPU (sm_90), none is visible"
 NO_DSL = "needs nvidia-cutlass-dsl, which is not installed"
+NO_NIGHT = "takes many minutes; runs with --nightly"
 
 
 def have_gpu() -> bool:
@@ -23,8 +24,13 @@ def have_dsl() -> bool:
     return importlib.util.find_spec("cutlass") is not None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--nightly", action="store_true", help="run what takes many minutes too")
+
+
+def pytest_collection_modifyitems(config, items):
     missing = {
+        "nightly": None if config.getoption("--nightly") else pytest.mark.skip(reason=NO_NIGHT),
         "gpu": None if have_gpu() else pytest.mark.skip(reason=NO_GPU),
         "compile": None if have_dsl() else pytest.mark.skip(reason=NO_DSL),
     }

@@ -50,6 +50,18 @@ def test_ranks_may_run_ahead(ring):
         ring.assert_at_rest()
 
 
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("policy", ["late", "tardy", "random"])
+def test_hundreds_of_interleavings(ring, policy):
+    settings = dict(ring.backend.settings)
+    for seed in range(100):
+        ring.backend.settings |= {"policy": policy, "held_share": seed % 3 * 50}
+        ring.check(ROUTINGS[seed % len(ROUTINGS)], seed)
+        ring.assert_at_rest()
+    ring.backend.settings = settings
+
+
 @pytest.mark.parametrize("precision,world", [("bf16", 8), ("fp8_block", 8), ("bf16", 16)])
 def test_many_ranks(precision, world):
     layer = Layer(world, 6, 3, hidden=256, inner=256, precision=precision)
