@@ -269,14 +269,12 @@ class GpuBackend(Backend):
 
 def regions_of(layout: Layout, space: str) -> list[Region]:
     """The regions of a space as the machine names them. What a launch finds in those that the host
-    fills or reads was not written in the same launch.
+    writes was not written in the same launch.
     """
     return [
-        Region(r.name, r.offset, r.num_bytes, r.num_bytes // r.shape[0], r.kind == DATA and not (
-            r.name.startswith("input_") or r.name.endswith("trace")
-        ))
+        Region(r.name, r.offset, r.num_bytes, r.row_bytes, r.kind == DATA and not r.host_writes)
         for r in layout.of_space(space)
-    ]  # fmt: skip
+    ]
 
 
 def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megamoe.config import KernelConfig, MoEConfig, supports
 from megamoe.precision import num_scales
-from workspace.wire import COUNT_RECORD_BYTES, scale_words
+from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 
 SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
 REGISTERS_PER_TRIPLE = (

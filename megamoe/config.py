@@ -78,7 +78,7 @@ class KernelConfig:
     lag_waves: FC2 of a unit trails its FC1 by about this many tiles per CTA.
     pool_blocks: pool blocks held at once (the ring); None takes what the worst routing needs, up to
     192 in BF16 and 384 in FP8.
-    trace: every CTA records when it reached the marks of `workspace.layout.TRACE_NAMES`.
+    trace: every CTA records when it reached the marks of `megamoe.regions.TRACE_NAMES`.
     only: a part of the launch, to time it alone, or "" for all of it. Outputs mean nothing then;
     every part counts and passes both barriers, as the launch does. "dispatch" pulls rows, over
     whatever the ring holds, and leaves their metadata behind. "gemms" runs the tiles of the real

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workspace import wire
-from workspace.layout import GRID_COUNTED, Layout
+from megamoe import wire
+from megamoe.regions import GRID_COUNTED, LayerLayout
 
 #: Roles of the kernel that wait for other CTAs or ranks, numbered by position.
 ROLES = ("count", "dispatch", "load_tokens", "combine")
@@ -82,7 +82,7 @@ def describe_invalid_expert(rank: int, token: int, slot: int, value: int, expert
 
 
 def error_of(
-    record: list[int], layout: Layout, limits: Limits, reasons: dict[int, str] | None = None
+    record: list[int], layout: LayerLayout, limits: Limits, reasons: dict[int, str] | None = None
 ) -> MegaMoEError | None:
     """The error that a record describes, or None. `reasons`: why a rank has refused its input, as
     far as it is known.

@@ -22,8 +22,8 @@ from megamoe.group import Group, where
 from megamoe.health import Health
 from megamoe.inputs import InputCheck, columns_of
 from megamoe.reference import Weights
+from megamoe.regions import layout_of
 from megamoe.residents import ResidentWeights
-from workspace.layout import layout_of
 from workspace.views import Workspace
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 from megamoe.budget import weight_sf_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
+from megamoe.regions import LayerLayout
 from megamoe.schedule import ceil_div
-from workspace.layout import COUNTER, Layout
-from workspace.wire import scale_words
+from megamoe.wire import scale_words
+from workspace.layout import COUNTER, PADDING
 
 
 @dataclass(frozen=True)
 class Shape:
     config: MoEConfig
     kernel: KernelConfig
-    layout: Layout
+    layout: LayerLayout
 
     @property
     def experts(self) -> int:
@@ -99,4 +100,9 @@ class Shape:
     @property
     def counters(self) -> tuple[str, ...]:
         """Regions that the clean-up of a launch zeroes."""
-        return tuple(name for name, region in self.layout.regions.items() if region.kind == COUNTER)
+        return tuple(region.name for region in self.layout.of_kind(COUNTER))
+
+    @property
+    def paddings(self) -> tuple[str, ...]:
+        """Regions of which the report warp that frees a pool block zeroes the block."""
+        return tuple(region.name for region in self.layout.of_kind(PADDING))

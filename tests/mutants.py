@@ -14,11 +14,11 @@ import numpy as np
 from megamoe.machine import alu, decode, report
 from megamoe.machine.decode import ACQUIRE, NUMBER, RELAXED, RELEASE, STRONG, SYSTEM, Code
 from tests.machine import Layer
+from workspace.layout import PADDING
 
 NAMES = {number: name for name, number in NUMBER.items()}
 PLENTY = 0x3FFFFFFF  # what a wait reads that does not wait
 OR = decode.ATOMICS.index("or")
-PADDING = ("l1_topk_weights_buffer", "token_src_metadata")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Mutator:
             return self.layer.backend.machine.memory.describe(address).partition("[")[0]
         return ""
 
+    def _pads(self, index: int) -> bool:
+        """Whether an instruction is about padding metadata."""
+        region = self.layer.workspace.layout.regions.get(self._subject(index))
+        return region is not None and region.kind == PADDING
+
     def _variants(self, index: int) -> Iterator[tuple[str, Callable]]:
         """(what is done to the instruction, its change)"""
         op, flags = self._op(index), int(self.code.instructions["flags"][index])
@@ -117,7 +122,7 @@ class Mutator:
             yield "relaxed arrival", fields(flags=flags | RELAXED)
         elif op == "atom":
             yield "no increment", lambda code: _or_zero(code, int(code.instructions["x"][index]))
-        elif op == "st" and (flags & STRONG or self._subject(index) in PADDING):
+        elif op == "st" and (flags & STRONG or self._pads(index)):
             yield "no store", dropped
         elif op == "ld" and flags & STRONG and not flags & ACQUIRE:
             yield (

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Constexpr, Int16, Int32, Int64, const_expr, range_constexpr
 
-from megamoe import faults, schedule
+from megamoe import faults, schedule, wire
 from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
@@ -28,8 +28,7 @@ from megamoe.kernels.ptx import (
     store_global_v2,
 )
 from megamoe.kernels.quantize import quantize_input
-from workspace import wire
-from workspace.layout import GRID_COUNTED, GRID_DISPATCHED
+from megamoe.regions import GRID_COUNTED, GRID_DISPATCHED
 
 arch = cute.arch
 

@@ -70,5 +70,4 @@ def peer_address(launch: Launch, name: str, rank, index=0, word: int = 0):
 
 def region_offset(region, index, word: int):
     """Byte offset of row `index` (first axis) of a region within its space."""
-    row_bytes = region.num_bytes // region.shape[0]
-    return Int64(region.offset + 4 * word) + Int64(index) * row_bytes
+    return Int64(region.offset + 4 * word) + Int64(index) * region.row_bytes

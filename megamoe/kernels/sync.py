@@ -20,12 +20,11 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32, Int64, const_expr, range_constexpr
 
-from megamoe import faults
+from megamoe import faults, wire
 from megamoe.budget import FLAG_LAST, FLAG_OK
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
-from workspace import wire
-from workspace.layout import TILE_WORDS, TRACE_NAMES, TRACE_TILES
+from megamoe.regions import TILE_WORDS, TRACE_NAMES, TRACE_TILES
 
 arch = cute.arch
 

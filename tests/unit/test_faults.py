@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 import megamoe
-from megamoe import faults
+from megamoe import faults, wire
 from megamoe.config import MoEConfig
-from workspace import wire
-from workspace.layout import GRID_COUNTED, layout_of
+from megamoe.regions import GRID_COUNTED, layout_of
 
 LAYOUT = layout_of(MoEConfig(32, 4, 256, 256, 64, num_ranks=8))
 

@@ -17,12 +17,14 @@ PACKAGES = ("megamoe", "workspace", "perf")
 
 #: From the bottom up: a module imports from its own layer or from layers before it.
 LAYERS = [
+    {"workspace.layout"},
+    {"workspace.symmetric", "workspace.views", "workspace"},
     {"megamoe.dsl", "megamoe.precision", "megamoe.kernel_files"},
     {"megamoe.config"},
-    {"megamoe.budget", "megamoe.schedule", "megamoe.reference", "megamoe.weights",
-     "workspace.layout", "workspace.wire"},
+    {"megamoe.wire", "megamoe.budget", "megamoe.schedule", "megamoe.reference",
+     "megamoe.weights"},
+    {"megamoe.regions"},
     {"megamoe.shape", "megamoe.faults"},
-    {"workspace.symmetric", "workspace.views", "workspace"},
     {"megamoe.group", "megamoe.inputs", "megamoe.arguments", "megamoe.custom_op"},
     {"megamoe.health", "megamoe.residents"},
     {"megamoe.kernels", "megamoe.machine"},
@@ -40,6 +42,8 @@ DSL_MODULES = ("megamoe.dsl", "megamoe.kernels", "megamoe.compile")
 
 #: A module (or a package as a whole) that must not import another, whatever the layers say.
 FORBIDDEN = [
+    ("workspace", "megamoe"),
+    ("workspace", "perf"),
     ("megamoe.machine", "megamoe.kernels"),
     ("megamoe.machine", "megamoe.schedule"),
     ("megamoe.machine", "megamoe.shape"),
@@ -134,7 +138,14 @@ def test_there_is_no_cycle():
 
 def test_foundations_do_not_import_torch():
     """Configuration, schedule and layout are integers: they load in a tool without torch."""
-    for module in ("megamoe.config", "megamoe.precision", "megamoe.schedule", "workspace.layout"):
+    for module in (
+        "megamoe.config",
+        "megamoe.precision",
+        "megamoe.schedule",
+        "workspace.layout",
+        "megamoe.wire",
+        "megamoe.regions",
+    ):
         assert "torch" not in {n.split(".")[0] for n in imports_of(module)}
 
 

@@ -11,9 +11,9 @@ from megamoe.faults import InvalidExpertError, LaunchTimeout
 from megamoe.machine.faults import Fault, StepLimit
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, quantize
+from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 from tests.machine import Layer, WrongResult
 from tests.routing import ROUTINGS
-from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

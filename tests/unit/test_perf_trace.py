@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import megamoe
-from megamoe import compile
+from megamoe import compile, wire
 from megamoe.config import select
 from megamoe.faults import LaunchTimeout
+from megamoe.regions import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES, layout_of
 from megamoe.schedule import PHASE_DONE, PHASE_FC1, PHASE_FC2, advance_walk, start_walk, tile_of
 from megamoe.shape import Shape
 from perf import timeline, trace
@@ -24,8 +25,7 @@ from perf.plan import plan_of
 from perf.results import ResultsFile, environment, load
 from perf.roofline import routed_counts
 from perf.timeline import CtaTrace, TileTimes, decode, events_of, shifted, shifts_of, slices_of
-from workspace import Workspace, layout_of, wire
-from workspace.layout import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES
+from workspace import Workspace
 
 RANKS, EXPERTS, CTAS = 2, 8, 2
 SMALL = ["trace", "--ranks", str(RANKS), "--num-experts", str(EXPERTS), "--tokens", "3"]

@@ -9,6 +9,7 @@ from megamoe import quantize_weights
 from megamoe.config import MoEConfig, select
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, relative_error
+from megamoe.regions import layout_of
 from megamoe.shape import Shape
 from megamoe.weights import (
     check_tensor,
@@ -17,7 +18,6 @@ from megamoe.weights import (
     empty_weights,
     write_tile_scales,
 )
-from workspace.layout import layout_of
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn

@@ -13,7 +13,7 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
-from megamoe import schedule
+from megamoe import schedule, wire
 from megamoe.budget import PASS_ROW_BYTES, WARP_ROWS
 from megamoe.kernels.launch import Launch, address, peer_base
 from megamoe.kernels.ptx import (
@@ -33,7 +33,6 @@ from megamoe.kernels.ptx import (
     store_shared_e4m3x2,
 )
 from megamoe.kernels.quantize import largest_of_lanes, magnitude, scale_of
-from workspace import wire
 
 arch = cute.arch
 

@@ -56,7 +56,7 @@ from megamoe.kernels.sm90 import operands
 from megamoe.kernels.sm90.loaders import Pipes, load_tokens, load_weights
 from megamoe.kernels.sm90.math import math
 from megamoe.kernels.sm90.report import report
-from workspace.layout import layout_of
+from megamoe.regions import layout_of
 
 arch = cute.arch
 
