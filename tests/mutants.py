@@ -88,8 +88,17 @@ class Mutator:
         if op in ("ld", "st", "atom"):
             if ".shared" in instr.op:
                 return "shared"
-            return self.layer.backend.machine.memory.describe(address).partition("[")[0]
+            return self._about(address)
         return ""
+
+    def _about(self, address: int) -> str:
+        return self.layer.backend.machine.memory.describe(address).partition("[")[0]
+
+    def regions_of(self, *ops: str) -> set[str]:
+        """Regions of the workspace that executed operations of these names were about."""
+        executed = [index for index in self._executed() if self._op(index) in ops]
+        about = {self._about(int(self.code.seen[index, 0])) for index in executed}
+        return about & set(self.layer.workspace.layout.regions)
 
     def _pads(self, index: int) -> bool:
         """Whether an instruction is about padding metadata."""

@@ -13,12 +13,15 @@ from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, quantize
 from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 from tests.machine import Layer, WrongResult
+from tests.mutants import Mutator, watch
 from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
 RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
+#: Operations of the machine that the async proxy performs.
+COPIES = ("load_bulk", "load_tensor", "store_bulk")
 FP8_RECIPES = ("fp8_block", "fp8_channel")
 
 
@@ -77,6 +80,18 @@ def test_rows_in_pieces(chunk, pieces):
     layer = Layer(2, hidden=384, experts=8, overrides=overrides)
     for seed in range(2):
         layer.check("uniform", seed)
+
+
+def test_regions_are_accessed_as_the_table_says(ring):
+    code = watch(ring)
+    ring.check("uniform", 1)
+    seen = Mutator(ring, code)
+    atomic, copied = seen.regions_of("atom"), seen.regions_of(*COPIES)
+    code.seen = None
+    regions = ring.workspace.layout.regions.values()
+    declared = {region.name for region in regions if region.atomic}
+    assert atomic == declared - {"abort_flag"}  # no launch has failed
+    assert copied == {region.name for region in regions if region.bulk}
 
 
 def test_seed_decides_everything(ring):
