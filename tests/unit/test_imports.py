@@ -19,7 +19,7 @@ PACKAGES = ("megamoe", "workspace", "perf")
 LAYERS = [
     {"workspace.layout"},
     {"workspace.symmetric", "workspace.views", "workspace"},
-    {"megamoe.dsl", "megamoe.precision", "megamoe.kernel_files"},
+    {"megamoe.dsl", "megamoe.precision", "megamoe.signature", "megamoe.kernel_files"},
     {"megamoe.config"},
     {"megamoe.wire", "megamoe.budget", "megamoe.schedule", "megamoe.reference",
      "megamoe.weights"},
