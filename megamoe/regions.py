@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks, select
 from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES, scale_words
@@ -34,15 +35,23 @@ TRACE_NAMES = (
     "wait_tokens_ns", "wait_hidden_ns", "start_cycles", "end_cycles",
 )  # fmt: skip
 TRACE_CTAS, TRACE_MARKS = 160, 16
-#: Tiles of a CTA that region `tile_trace` has room for; words of one: when it was taken, when its
-#: product was done, when it was stored (ns), and what it was (`wire.encode_tile`).
-TRACE_TILES, TILE_WORDS = 1024, 4
+#: Tiles of a CTA that region `tile_trace` has room for.
+TRACE_TILES = 1024
 #: Values of `combine_arrival_count` from the last slot on.
 SLOTS_IN, SLOTS_ADDED = 0, 1
 #: NVLink barriers of a launch; `nvlink_barrier_counter` grows by this.
 BARRIERS_PER_LAUNCH = 2
 #: Barrier words that different ranks write lie this many int32 apart, one cache line each.
 SIGNAL_STRIDE = ALIGNMENT // 4
+
+
+class TileRecord(NamedTuple):
+    """The words of a tile in region `tile_trace`, in order; times in ns."""
+
+    begin: int  # taken from the queue
+    multiplied: int  # its product was done
+    end: int  # stored
+    code: int  # what it was, as `wire.encode_tile`
 
 
 def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
@@ -141,6 +150,7 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                    "padding rows feed only rows that are dropped", bulk=True),
         ]  # fmt: skip
     if kernel.trace:
+        tile_shape = TRACE_CTAS, TRACE_TILES, len(TileRecord._fields)
         table.append(
             Region("trace", "int64", (TRACE_CTAS, TRACE_MARKS), LOCAL, DATA,
                    "every CTA at its marks", "the host",
@@ -148,7 +158,7 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                    "first_tile", host_writes=True)
         )  # fmt: skip
         table.append(
-            Region("tile_trace", "int64", (TRACE_CTAS, TRACE_TILES, TILE_WORDS), LOCAL, DATA,
+            Region("tile_trace", "int64", tile_shape, LOCAL, DATA,
                    "the first math warp of the tile", "the host",
                    "the host zeroes it before the launch that it wants to see", host_writes=True)
         )  # fmt: skip

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megamoe import wire
-from megamoe.regions import TRACE_NAMES
+from megamoe.regions import TRACE_NAMES, TileRecord
 from megamoe.schedule import PHASE_FC1, PHASE_FC2
 
 COUNT, TILES, BARRIER, COMBINE = "count", "tiles", "barrier", "combine"
@@ -79,8 +79,8 @@ CPU_CLOCK = Clock(
 
 
 def decode_tile(words: Sequence[int]) -> TileTimes:
-    begin, multiplied, end, code = words
-    return TileTimes(*wire.decode_tile(code), begin, multiplied, end)
+    tile = TileRecord(*words)
+    return TileTimes(*wire.decode_tile(tile.code), tile.begin, tile.multiplied, tile.end)
 
 
 def decode(

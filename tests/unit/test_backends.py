@@ -118,8 +118,8 @@ class Job:
 
     def report(self, status: int, **words: int) -> None:
         """As if a launch had written its record."""
-        for name, word in {"status": status, **words}.items():
-            self.health.records[0, getattr(faults, name.upper())] = word
+        record = faults.Record(status, **words)
+        self.health.records[0, : len(record)] = torch.tensor(record)
 
     def forward(self, layer: int = 0, x: torch.Tensor | None = None) -> torch.Tensor:
         x = torch.ones(3, H, dtype=torch.bfloat16) if x is None else x
