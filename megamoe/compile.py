@@ -125,7 +125,9 @@ def _check_dsl() -> None:
         )
 
 
-def trace(config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options: str = ""):
+def compile_kernel(
+    config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options: str = ""
+):
     """Compile with the DSL and return its compiled object. Raises KernelNotFound where the DSL is
     missing.
     """
@@ -203,7 +205,7 @@ def build(
         "kernel": dataclasses.asdict(kernel),
         "arguments": [argument for argument, _ in signature.ARGUMENTS],
     }
-    make = functools.partial(trace, config, kernel, arch)
+    make = functools.partial(compile_kernel, config, kernel, arch)
     return build_library(make, Path(out_dir), name, facts, cpu)
 
 
@@ -218,7 +220,7 @@ def build_library(make: Callable, out_dir: Path, name: str, facts: dict, cpu: bo
         raise KernelNotFound("no C compiler (cc or gcc) on PATH to link the kernel")
     with kernel_files.scratch_in(out_dir) as scratch:
         compiled = make(*[host.OPTIONS.format(scratch)] * cpu)
-        kernel_files.check_room(out_dir)  # again: tracing takes a while
+        kernel_files.check_room(out_dir)  # again: compiling takes a while
         object_file = scratch / f"{PREFIX}.o"
         object_file.write_bytes(compiled.dump_to_object(PREFIX))
         objects = [str(object_file), _runtime_archive()]

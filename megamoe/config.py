@@ -1,9 +1,9 @@
-"""The problem (`MoEConfig`), the kernel's shape (`KernelConfig`) and the one legality function,
-`supports`.
+"""The problem (`MoEConfig`), the kernel's tiles, stages and schedule (`KernelConfig`), and what of
+them is legal (`supports`; whether it fits into a CTA is for `budget.check`).
 
 Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E / W local experts,
-H hidden size, I intermediate size. Both configurations are frozen and hold integers and names only,
-so they key caches.
+H hidden size, I intermediate size. Both configurations are frozen and hold integers, flags and
+names, so they key caches.
 
 Neighbours: everything reads them; this module reads only `precision`.
 """

@@ -2,8 +2,8 @@
 
 `count` runs on the whole CTA before the roles split: histogram of topk_idx, slots by atomics,
 routed records into the owners' tables, count records, and the barrier after which every rank may
-pull. `pull` is the dispatch role: one thread per dispatch warp moves token rows peer -> shared ->
-pool by bulk copies and publishes each row.
+pull. `pull` is the dispatch role, one warp of a CTA: lane 0 moves token rows peer -> shared -> pool
+by bulk copies and publishes each row, all lanes store the rows' scales.
 """
 
 from __future__ import annotations

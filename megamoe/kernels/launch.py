@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cutlass import Int32, Int64
 
 from megamoe.kernels.ptx import global_ptr
-from megamoe.shape import Shape
+from megamoe.launch_shape import Shape
 from megamoe.signature import Arguments
 from workspace.layout import SYMMETRIC
 

@@ -151,7 +151,7 @@ def test_a_linker_that_fails_ends_in_one_line(last, tmp_path, monkeypatch, capsy
             return b""
 
     linker = fake_compiler(tmp_path, monkeypatch, f"echo more >&2; {last}exit 3")
-    monkeypatch.setattr(compile, "trace", lambda *_: Compiled())
+    monkeypatch.setattr(compile, "compile_kernel", lambda *_: Compiled())
     monkeypatch.setattr(compile, "_runtime_archive", lambda: "runtime.a")
     (tmp_path / "list.json").write_text(json.dumps([ENTRY]))
     out = tmp_path / "out"

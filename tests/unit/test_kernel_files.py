@@ -63,7 +63,7 @@ class Toolchain:
         self.builds = self.exports = 0
         self.version = "4.8.1"
 
-    def trace(self, config, kernel, arch):
+    def compile_kernel(self, config, kernel, arch):
         self.builds += 1
         return self
 
@@ -82,7 +82,7 @@ def toolchain(monkeypatch, tmp_path):
         pytest.skip("needs a C compiler (cc)")
     toolchain = Toolchain()
     monkeypatch.setattr(compile, "HAVE_DSL", True)
-    monkeypatch.setattr(compile, "trace", toolchain.trace)
+    monkeypatch.setattr(compile, "compile_kernel", toolchain.compile_kernel)
     monkeypatch.setattr(compile, "dsl_version", lambda: toolchain.version)
     monkeypatch.setattr(compile, "_runtime_archive", lambda: "-lc")
     monkeypatch.setattr(compile, "cuda_runtime", lambda: None)
@@ -540,7 +540,7 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("when", ["before", "tracing", "linking"])
+@pytest.mark.parametrize("when", ["before", "compiling", "linking"])
 def test_a_build_without_room_names_the_directory(when, toolchain, tmp_path, monkeypatch):
     def fill(passed_on):
         def full(*arguments):
@@ -553,7 +553,7 @@ def test_a_build_without_room_names_the_directory(when, toolchain, tmp_path, mon
         if when == "before":
             limit(100_000)
         else:
-            name = {"tracing": "trace", "linking": "_runtime_archive"}[when]
+            name = {"compiling": "compile_kernel", "linking": "_runtime_archive"}[when]
             monkeypatch.setattr(compile, name, fill(getattr(compile, name)))
         with pytest.raises(KernelDirectoryError, match="no room in .*: File too large") as caught:
             load()

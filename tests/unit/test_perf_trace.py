@@ -14,9 +14,9 @@ import megamoe
 from megamoe import compile, wire
 from megamoe.config import select
 from megamoe.faults import LaunchTimeout
+from megamoe.launch_shape import Shape
 from megamoe.regions import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES, layout_of
 from megamoe.schedule import PHASE_DONE, PHASE_FC1, PHASE_FC2, advance_walk, start_walk, tile_of
-from megamoe.shape import Shape
 from perf import timeline, trace
 from perf.__main__ import main, parser
 from perf.cases import MODELS, Case, make_inputs

@@ -7,10 +7,10 @@ import torch
 
 from megamoe import quantize_weights
 from megamoe.config import MoEConfig, select
+from megamoe.launch_shape import Shape
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, relative_error
 from megamoe.regions import layout_of
-from megamoe.shape import Shape
 from megamoe.weights import (
     check_tensor,
     check_weights,

@@ -8,7 +8,7 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
   1      report        frontend   reports stored tiles, reduces in between (report, combine)
   2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (loaders)
   3      load_tokens   frontend   waits for readiness, TMA of A (loaders)
-  4-11   math          math       products, epilogues, combine (math, mainloop, epilogue, combine)
+  4-11   math          math       products, epilogues, combine (math_warps, mainloop, epilogue, combine)
 
 Pipelines (producer -> consumer, arrivals):
   full[stage]    load_tokens + load_weights -> math        2 arrivals + bytes of A, its scales, B
@@ -54,10 +54,10 @@ from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import store_shared
 from megamoe.kernels.sm90 import operands
 from megamoe.kernels.sm90.loaders import Pipes, load_tokens, load_weights
-from megamoe.kernels.sm90.math import math
+from megamoe.kernels.sm90.math_warps import math
 from megamoe.kernels.sm90.report import report
+from megamoe.launch_shape import Shape
 from megamoe.regions import layout_of
-from megamoe.shape import Shape
 from megamoe.signature import Arguments, HostArguments
 
 arch = cute.arch
