@@ -29,8 +29,8 @@ class Arguments:
     symmetric_base: c_int64
     local_base: c_int64
     peers: c_int64  # int64 [W]: symmetric base of every rank
-    w13_sf: c_int64  # scales of w13 and w2 as `weights.write_tile_scales` lays them out; 0 without
-    w2_sf: c_int64
+    w13_scales: c_int64  # by tile (`weights.write_tile_scales`) or by channel; 0 without
+    w2_scales: c_int64
     x: c_int64  # token [T, H]; recipes with scales: bfloat16 [T, H] to quantise, or 0 if staged
     topk_idx: c_int64  # int32 or int64 [T, K]
     topk_weights: c_int64  # float32 [T, K]

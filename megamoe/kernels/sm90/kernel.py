@@ -8,7 +8,8 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
   1      report        frontend   reports stored tiles, reduces in between (report, combine)
   2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (loaders)
   3      load_tokens   frontend   waits for readiness, TMA of A (loaders)
-  4-11   math          math       products, epilogues, combine (math_warps, mainloop, epilogue, combine)
+  4-11   math          math       products, epilogues, combine (math_warps, mainloop, epilogue,
+                                  combine)
 
 Pipelines (producer -> consumer, arrivals):
   full[stage]    load_tokens + load_weights -> math        2 arrivals + bytes of A, its scales, B
@@ -95,11 +96,11 @@ class MegaMoEKernel:
         pool = arguments.local_base + shape.layout["l1_token_buffer"].offset
         tokens = operands.token_maps(dtype, kernel, pool, rows, hidden)
         outputs = arguments.local_base + shape.layout["fc1_output"].offset
-        hiddens = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
+        fc1_outs = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
         gate_up = operands.gate_up_map(dtype, kernel, host.w13, experts, intermediate, hidden)
         down = operands.down_map(dtype, kernel, host.w2, experts, hidden, intermediate)
         self.kernel(
-            tokens, hiddens, gate_up[0], gate_up[1], down[0], down[1],
+            tokens, fc1_outs, gate_up[0], gate_up[1], down[0], down[1],
             layout_a, layout_b, arguments,
         ).launch(
             grid=(host.num_ctas, 1, 1),
@@ -114,7 +115,7 @@ class MegaMoEKernel:
     def kernel(
         self,
         tokens: operands.TokenMaps,
-        hiddens: operands.TokenMaps,
+        fc1_outs: operands.TokenMaps,
         gate_up_atom: cute.CopyAtom,
         gate_up: cute.Tensor,
         down_atom: cute.CopyAtom,
@@ -142,9 +143,9 @@ class MegaMoEKernel:
         ).iterator
         buffers = memory.allocate_tensor(Uint8, cute.make_layout(budget.pull_bytes), 128).iterator
         zeros = memory.allocate_tensor(Uint8, cute.make_layout(budget.zero_bytes), 128).iterator
-        stage_scales = self.allocate_bytes(memory, config.num_stages * budget.sf_stage_bytes)
-        weight_scales = self.allocate_bytes(memory, QUEUE_SLOTS * budget.weight_sf_bytes)
-        pull_scales = self.allocate_bytes(memory, budget.pull_sf_bytes)
+        stage_scales = self.allocate_bytes(memory, config.num_stages * budget.scale_stage_bytes)
+        weight_scales = self.allocate_bytes(memory, QUEUE_SLOTS * budget.weight_scale_bytes)
+        pull_scales = self.allocate_bytes(memory, budget.pull_scale_bytes)
         pull_counts = memory.allocate_array(Int32, budget.pull_count_bytes // 4)
         metadata = memory.allocate_array(Int32, budget.metadata_bytes // 4)
         barriers = memory.allocate_array(Int64, budget.num_barriers)
@@ -254,7 +255,7 @@ class MegaMoEKernel:
                     expert_ids, num_live, pipes, lane,
                 )  # fmt: skip
             elif warp == WARP_LOAD_TOKENS:
-                load_tokens(launch, budget, tokens, hiddens, smem_a, pipes, lane)
+                load_tokens(launch, budget, tokens, fc1_outs, smem_a, pipes, lane)
         else:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)
