@@ -30,9 +30,7 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str):
-    """Public names are imported on first use: `workspace` reads `megamoe.config` before the module
-    can exist.
-    """
+    """Public names are imported on first use: tools that need only the integers load no torch."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'megamoe' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -9,7 +9,7 @@ import torch
 from megamoe import budget
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.faults import Limits
-from workspace.layout import Layout
+from megamoe.regions import LayerLayout
 from workspace.views import Workspace
 
 MAX_TIMEOUT_S = 24 * 60 * 60.0
@@ -49,14 +49,18 @@ def check_num_sms(sms: int | None) -> None:
         raise ValueError(f"num_sms={sms!r} must be an integer >= 1, or None")
 
 
-def fields_of(layout: Layout) -> dict[str, object]:
+def fields_of(layout: LayerLayout) -> dict[str, object]:
     """Every field of the two configurations."""
     kernel = dataclasses.asdict(layout.kernel)
     return dataclasses.asdict(layout.config) | {f"kernel.{k}": v for k, v in kernel.items()}
 
 
 def check_shared(
-    workspace: object, layout: Layout, device: torch.device, ranks: list[int], members: list | None
+    workspace: object,
+    layout: LayerLayout,
+    device: torch.device,
+    ranks: list[int],
+    members: list | None,
 ) -> None:
     """Raise ValueError, naming what differs, unless the workspace is one of this layout on this
     device, for the same ranks here and, with a group, the same processes (`members`) over all.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megamoe.config import KernelConfig, MoEConfig, supports
 from megamoe.precision import num_scales
-from workspace.wire import COUNT_RECORD_BYTES, scale_words
+from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 
 SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
 REGISTERS_PER_TRIPLE = (
@@ -27,7 +27,9 @@ FLAG_WORDS = 4
 # This CTA's: no wait failed; last to arrive; end reduce; number of local experts with rows.
 FLAG_OK, FLAG_LAST, FLAG_STOP, FLAG_LIVE = 0, 1, 2, 3
 ZERO_BYTES = 512  # zeros that dispatch copies to rows that pad a block, at most
-WEIGHT_SF_BYTES = 16  # scales of a weight tile for one K block: one float32 per 64 of its columns
+WEIGHT_SCALE_BYTES = (
+    16  # scales of a weight tile for one K block: one float32 per 64 of its columns
+)
 ALIGNMENT_SLACK = 1024  # between parts of shared memory, and for parts that a recipe leaves empty
 NUM_PULL_BUFFERS = 2  # pieces of the dispatch warp: one loading, one being stored
 
@@ -38,12 +40,12 @@ class Budget:
 
     a_stage_bytes: int
     b_stage_bytes: int
-    sf_stage_bytes: int  # scales of the rows of A for one K block
-    weight_sf_bytes: int  # scales of a tile's weights, in a slot of the tile queue
+    scale_stage_bytes: int  # scales of the rows of A for one K block
+    weight_scale_bytes: int  # scales of a tile's weights, in a slot of the tile queue
     staging_bytes: int
     piece_bytes: int
     pull_bytes: int
-    pull_sf_bytes: int  # scales of the rows that are being pulled
+    pull_scale_bytes: int  # scales of the rows that are being pulled
     pull_count_bytes: int  # count records of all sources for the expert that is being pulled
     metadata_bytes: int  # padding metadata of the tiles in the queue: a word per row
     zero_bytes: int
@@ -60,11 +62,11 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
     return max(size for size in range(16, min(row_bytes, limit) + 1, 16) if row_bytes % size == 0)
 
 
-def weight_sf_bytes(config: MoEConfig) -> int:
+def weight_scale_bytes(config: MoEConfig) -> int:
     """Block scales of one tile's weights over all of K; 0 for recipes without."""
     block = config.recipe.weight_block[1]
     columns = max(config.hidden_size, config.intermediate_size)
-    return WEIGHT_SF_BYTES * num_scales(columns, block) if block > 0 else 0
+    return WEIGHT_SCALE_BYTES * num_scales(columns, block) if block > 0 else 0
 
 
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
@@ -73,11 +75,11 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     a_stage = kernel.block_m * kernel.block_k * item
     b_stage = kernel.block_n * kernel.block_k * item
     staging = kernel.num_math_warps * PASS_BYTES
-    piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
+    piece = piece_bytes(config.hidden_size * item, kernel.pull_piece_bytes)
     pull = NUM_PULL_BUFFERS * piece
-    sf_stage = 4 * kernel.block_m if config.recipe.scaled else 0
-    weight_sf = weight_sf_bytes(config)
-    pull_sf = 4 * scale_words(config.token_scales) * NUM_PULL_BUFFERS
+    scale_stage = 4 * kernel.block_m if config.recipe.scaled else 0
+    weight_scale = weight_scale_bytes(config)
+    pull_scale = 4 * scale_words(config.token_scales) * NUM_PULL_BUFFERS
     pull_counts = COUNT_RECORD_BYTES * config.num_ranks
     metadata = QUEUE_SLOTS * 4 * kernel.block_m
     zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
@@ -85,11 +87,11 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     barriers += kernel.num_math_warpgroups
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
     total = (
-        kernel.num_stages * (a_stage + b_stage + sf_stage)
-        + QUEUE_SLOTS * weight_sf
+        kernel.num_stages * (a_stage + b_stage + scale_stage)
+        + QUEUE_SLOTS * weight_scale
         + staging
         + pull
-        + pull_sf
+        + pull_scale
         + pull_counts
         + metadata
         + zeros
@@ -101,12 +103,12 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     return Budget(
         a_stage_bytes=a_stage,
         b_stage_bytes=b_stage,
-        sf_stage_bytes=sf_stage,
-        weight_sf_bytes=weight_sf,
+        scale_stage_bytes=scale_stage,
+        weight_scale_bytes=weight_scale,
         staging_bytes=staging,
         piece_bytes=piece,
         pull_bytes=pull,
-        pull_sf_bytes=pull_sf,
+        pull_scale_bytes=pull_scale,
         pull_count_bytes=pull_counts,
         metadata_bytes=metadata,
         zero_bytes=zeros,

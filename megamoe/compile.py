@@ -19,7 +19,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from megamoe import budget, kernel_files
+from megamoe import budget, kernel_files, signature
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.dsl import HAVE_DSL
 from megamoe.kernel_files import DamagedKernel, KernelError, KernelFileError, KernelNotFound
@@ -35,34 +34,6 @@ from megamoe.machine import host
 
 ARCHITECTURES = ("sm_90a",)
 PREFIX = "megamoe"
-#: Arguments of the C entry, in the order of `MegaMoEKernel.__call__`; the stream and a status word
-#: follow.
-ARGUMENTS = (
-    ("symmetric_base", ctypes.c_int64),
-    ("local_base", ctypes.c_int64),
-    ("peers", ctypes.c_int64),
-    ("w13", ctypes.c_int64),
-    ("w2", ctypes.c_int64),
-    ("w13_sf", ctypes.c_int64),
-    ("w2_sf", ctypes.c_int64),
-    ("x", ctypes.c_int64),
-    ("topk_idx", ctypes.c_int64),
-    ("topk_weights", ctypes.c_int64),
-    ("y", ctypes.c_int64),
-    ("expert_counts", ctypes.c_int64),
-    ("record", ctypes.c_int64),
-    ("timeout_ns", ctypes.c_int64),
-    ("start_timeout_ns", ctypes.c_int64),
-    ("rank", ctypes.c_int32),
-    ("layer", ctypes.c_int32),
-    ("num_tokens", ctypes.c_int32),
-    ("wide_idx", ctypes.c_int32),
-    ("dependents", ctypes.c_int32),
-    ("clamp", ctypes.c_float),
-    ("num_ctas", ctypes.c_int32),
-    ("stream", ctypes.c_void_p),
-    ("status", ctypes.c_int32),
-)
 SOURCES = (
     "megamoe/*.py",
     "megamoe/kernels/*.py",
@@ -154,7 +125,9 @@ def _check_dsl() -> None:
         )
 
 
-def trace(config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options: str = ""):
+def compile_kernel(
+    config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options: str = ""
+):
     """Compile with the DSL and return its compiled object. Raises KernelNotFound where the DSL is
     missing.
     """
@@ -167,17 +140,19 @@ def trace(config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options
     from megamoe.kernels.sm90.kernel import MegaMoEKernel
 
     fake = {
-        ctypes.c_int64: Int64(0),
-        ctypes.c_int32: Int32(0),
-        ctypes.c_float: Float32(0.0),
-        ctypes.c_void_p: make_fake_stream(),
-    }
-    arguments = [fake[kind] for _, kind in ARGUMENTS[:-1]]
+        ctypes.c_int64: Int64(0), ctypes.c_int32: Int32(0), ctypes.c_float: Float32(0.0),
+    }  # fmt: skip
+    host, arguments = (
+        kind(*[fake[c_type] for _, c_type in signature.fields_of(kind)])
+        for kind in (signature.HostArguments, signature.Arguments)
+    )
     # The DSL takes the machine's architecture, or $CUTE_DSL_ARCH at its first import; for another
     # target than those it refuses to export. Its versions are bounded, so its own setting is a safe
     # place to say the target.
     CuTeDSL._get_dsl().envar.arch = arch
-    return cute.compile(MegaMoEKernel(config, kernel), *arguments, options=options or None)
+    return cute.compile(
+        MegaMoEKernel(config, kernel), host, arguments, make_fake_stream(), options=options or None
+    )
 
 
 def _runtime_archive() -> str:
@@ -228,9 +203,9 @@ def build(
         "arch": arch,
         "config": dataclasses.asdict(config),
         "kernel": dataclasses.asdict(kernel),
-        "arguments": [argument for argument, _ in ARGUMENTS],
+        "arguments": [argument for argument, _ in signature.ARGUMENTS],
     }
-    make = functools.partial(trace, config, kernel, arch)
+    make = functools.partial(compile_kernel, config, kernel, arch)
     return build_library(make, Path(out_dir), name, facts, cpu)
 
 
@@ -245,11 +220,10 @@ def build_library(make: Callable, out_dir: Path, name: str, facts: dict, cpu: bo
         raise KernelNotFound("no C compiler (cc or gcc) on PATH to link the kernel")
     with kernel_files.scratch_in(out_dir) as scratch:
         compiled = make(*[host.OPTIONS.format(scratch)] * cpu)
-        kernel_files.check_room(out_dir)  # again: tracing takes a while
-        compiled.export_to_c(file_path=str(scratch), file_name=PREFIX, function_prefix=PREFIX)
-        header = (scratch / f"{PREFIX}.h").read_text()
-        entry = re.search(rf"void (_mlir_{PREFIX}__mlir_ciface_\w+)\(", header).group(1)
-        objects = [str(scratch / f"{PREFIX}.o"), _runtime_archive()]
+        kernel_files.check_room(out_dir)  # again: compiling takes a while
+        object_file = scratch / f"{PREFIX}.o"
+        object_file.write_bytes(compiled.dump_to_object(PREFIX))
+        objects = [str(object_file), _runtime_archive()]
         suffixes, options = [".so"], ()
         if cpu:
             objects, options = [*objects, str(host.RUNTIME_SOURCE)], host.LINK_OPTIONS
@@ -257,6 +231,7 @@ def build_library(make: Callable, out_dir: Path, name: str, facts: dict, cpu: bo
             ptx.rename(scratch / f"{name}.ptx")
             suffixes.append(".ptx")
         _link(compiler, objects, scratch / f"{name}.so", options)
+        entry = f"_mlir_{PREFIX}__mlir_ciface_{compiled.function_name}"
         facts = {**facts, "entry": entry, "dsl": dsl_version()}
         kernel_files.install(scratch, out_dir, name, facts, suffixes)
     return out_dir / f"{name}.so"
@@ -286,7 +261,7 @@ class CompiledKernel:
     hands them over.
     """
 
-    def __init__(self, path: Path, entry: str, arguments: tuple = ARGUMENTS):
+    def __init__(self, path: Path, entry: str, arguments: tuple = signature.ARGUMENTS):
         cpu = path.stem.endswith(host.MARK)
         if not cpu:
             cuda_runtime()
@@ -332,7 +307,7 @@ class Launcher:
     handle.
     """
 
-    def __init__(self, entry, arguments: tuple = ARGUMENTS):
+    def __init__(self, entry, arguments: tuple = signature.ARGUMENTS):
         self._entry = entry
         self.values = {name: kind(0) for name, kind in arguments}
         addresses = [
@@ -371,7 +346,7 @@ def _load_verified(path: Path, description: dict) -> CompiledKernel:
 def _find(directory: Path, name: str, trust: bool) -> tuple[Path, dict]:
     """`kernel_files.verified`, of a library that takes these arguments."""
     path, description = kernel_files.verified(directory, name, trust=trust)
-    if description["arguments"] != [argument for argument, _ in ARGUMENTS]:
+    if description["arguments"] != [argument for argument, _ in signature.ARGUMENTS]:
         raise DamagedKernel(f"{path} was built for other arguments")
     return path, description
 

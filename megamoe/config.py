@@ -1,9 +1,9 @@
-"""The problem (`MoEConfig`), the kernel's shape (`KernelConfig`) and the one legality function,
-`supports`.
+"""The problem (`MoEConfig`), the kernel's tiles, stages and schedule (`KernelConfig`), and what of
+them is legal (`supports`; whether it fits into a CTA is for `budget.check`).
 
 Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E / W local experts,
-H hidden size, I intermediate size. Both configurations are frozen and hold integers and names only,
-so they key caches.
+H hidden size, I intermediate size. Both configurations are frozen and hold integers, flags and
+names, so they key caches.
 
 Neighbours: everything reads them; this module reads only `precision`.
 """
@@ -55,9 +55,9 @@ class MoEConfig:
         return num_scales(self.hidden_size, self.recipe.token_block)
 
     @property
-    def hidden_scales(self) -> int:
+    def fc1_out_scales(self) -> int:
         """Scales of a row of FC1's output."""
-        return num_scales(self.intermediate_size, self.recipe.hidden_block)
+        return num_scales(self.intermediate_size, self.recipe.fc1_out_block)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class KernelConfig:
     block_m, block_n, block_k: the CTA tile. `block_m` is also the unit of readiness, the pool
     block.
     num_stages: depth of the shared-memory ring of A and B tiles.
-    pull_chunk_bytes: largest piece of a token row in flight per pull buffer.
+    pull_piece_bytes: largest piece of a token row in flight per pull buffer.
     weight_run: K blocks of weights that are asked for together, in a tile with rows for one math
     warpgroup only. Two of FP8 are 256 bytes of a row, which HBM gives 2 % faster than twice 128; in
     BF16 it costs 1 % (H200).
@@ -78,7 +78,7 @@ class KernelConfig:
     lag_waves: FC2 of a unit trails its FC1 by about this many tiles per CTA.
     pool_blocks: pool blocks held at once (the ring); None takes what the worst routing needs, up to
     192 in BF16 and 384 in FP8.
-    trace: every CTA records when it reached the marks of `workspace.layout.TRACE_NAMES`.
+    trace: every CTA records when it reached the marks of `megamoe.regions.TRACE_NAMES`.
     only: a part of the launch, to time it alone, or "" for all of it. Outputs mean nothing then;
     every part counts and passes both barriers, as the launch does. "dispatch" pulls rows, over
     whatever the ring holds, and leaves their metadata behind. "gemms" runs the tiles of the real
@@ -90,7 +90,7 @@ class KernelConfig:
     block_n: int = 256
     block_k: int = 64
     num_stages: int = 4
-    pull_chunk_bytes: int = 7168
+    pull_piece_bytes: int = 7168
     weight_run: int = 1
     frontend_registers: int = 88
     math_registers: int = 208
@@ -124,7 +124,7 @@ DEFAULT_POOL_BLOCK_BYTES = 384
 #: second accumulator; scales take shared memory from the pull buffers.
 SCALED_DEFAULTS = {
     "block_k": 128,
-    "pull_chunk_bytes": 4096,
+    "pull_piece_bytes": 4096,
     "weight_run": 2,
     "frontend_registers": 56,
     "math_registers": 224,
@@ -135,7 +135,7 @@ KERNEL_MINIMA = {
     "block_n": 1,
     "block_k": 1,
     "num_stages": 2,
-    "pull_chunk_bytes": 16,
+    "pull_piece_bytes": 16,
     "weight_run": 1,
     "frontend_registers": 24,
     "math_registers": 24,

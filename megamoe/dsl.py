@@ -1,11 +1,11 @@
 """The one place that knows whether CuTe DSL is installed.
 
-Integer logic (`schedule`, `workspace.wire`) is written once as `@dsl.jit` functions over integers.
+Integer logic (`schedule`, `megamoe.wire`) is written once as `@dsl.jit` functions over integers.
 While a kernel is being traced they emit device code; called anywhere else they are the plain Python
 they look like, which is what the unit tests execute. Where nvidia-cutlass-dsl is
 not installed (a serving host that loads ahead-of-time kernels) only the plain form exists.
 
-Neighbours: imported by `schedule`, `workspace.wire` and `kernels`; imports nothing of ours.
+Neighbours: imported by `schedule`, `megamoe.wire` and `kernels`; imports nothing of ours.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
-"""What a launch reports when it cannot finish: the error record, its fields and the Python errors
+"""What a launch reports when it cannot finish: the error record, its words and the Python errors
 made from it.
 
-The kernel writes one record of int32 words into host-visible memory, `STATUS` last. Owns
-the numbering of roles, of statuses and of record fields; region numbers are positions in the region
-table. `ERRORS.md` beside this file says what a user can do about each.
+The kernel writes one record of int32 words into host-visible memory, the status last. Owns the
+numbering of roles, of statuses and of record words. `ERRORS.md` beside this file says what a user
+can do about each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from workspace import wire
-from workspace.layout import GRID_COUNTED, Layout
+from megamoe import wire
+from megamoe.regions import GRID_COUNTED, LayerLayout
 
 #: Roles of the kernel that wait for other CTAs or ranks, numbered by position.
 ROLES = ("count", "dispatch", "load_tokens", "combine")
@@ -19,12 +21,27 @@ ROLE_COUNT, ROLE_DISPATCH, ROLE_LOAD_TOKENS, ROLE_COMBINE = range(len(ROLES))
 #: The role whose waits are for CTAs and ranks to begin the launch; all others are for what has.
 STARTING = ROLE_COUNT
 
-#: Words of a record. SEEN_HIGH: upper half of an expert id of 64 bits.
-STATUS, RANK, ROLE, REGION, INDEX, EXPECTED, SEEN, CTA, PEER, SEEN_HIGH = range(10)
+
+class Record(NamedTuple):
+    """The words of a record, in order."""
+
+    status: int = 0
+    rank: int = 0
+    role: int = 0  # its number in ROLES
+    region: int = 0  # its number in the region table
+    index: int = 0
+    expected: int = 0
+    seen: int = 0
+    cta: int = 0
+    peer: int = 0  # as `wire.encode_peer`
+    seen_high: int = 0  # upper half of an expert id of 64 bits
+
+
+STATUS = Record._fields.index("status")
 RECORD_WORDS = 16
 
-#: Values of STATUS. PEER_FAILED: a wait ended because another rank gave up, PEER says which and
-#: why (`wire.encode_peer`). NOT_RECOVERED: a launch (a graph replay, say) met the state that a
+#: Values of `Record.status`. PEER_FAILED: a wait ended because another rank gave up, `peer` says
+#: which and why. NOT_RECOVERED: a launch (a graph replay, say) met the state that a
 #: failed launch left behind. WRONG_LAYER: another rank has launched another layer. REFUSED: a rank
 #: has refused its input; only its peers report it.
 OK, TIMED_OUT, BAD_EXPERT, PEER_FAILED, NOT_RECOVERED, WRONG_LAYER, REFUSED = range(7)
@@ -82,19 +99,20 @@ def describe_invalid_expert(rank: int, token: int, slot: int, value: int, expert
 
 
 def error_of(
-    record: list[int], layout: Layout, limits: Limits, reasons: dict[int, str] | None = None
+    words: Sequence[int], layout: LayerLayout, limits: Limits, reasons: dict[int, str] | None = None
 ) -> MegaMoEError | None:
-    """The error that a record describes, or None. `reasons`: why a rank has refused its input, as
-    far as it is known.
+    """The error that the words of a record describe, or None. `reasons`: why a rank has refused its
+    input, as far as it is known.
     """
-    status, rank, index = record[STATUS], record[RANK], record[INDEX]
+    record = Record(*words[: len(Record._fields)])
+    status, rank, index = record.status, record.rank, record.index
     if status == OK:
         return None
     if status == BAD_EXPERT:
         token, slot = divmod(index, layout.config.top_k)
-        value = (record[SEEN_HIGH] << 32) + (record[SEEN] & 0xFFFFFFFF)
+        value = (record.seen_high << 32) + (record.seen & 0xFFFFFFFF)
         return InvalidExpertError(
-            describe_invalid_expert(rank, token, slot, value, record[EXPECTED])
+            describe_invalid_expert(rank, token, slot, value, record.expected)
             + "; the slot was treated as masked"
         )
     if status == NOT_RECOVERED:
@@ -103,15 +121,15 @@ def error_of(
         )
     if status == WRONG_LAYER:
         return LayerMismatch(
-            f"rank {rank} has launched layer {record[EXPECTED]} and rank {index} layer "
-            f"{record[SEEN]}: one of them has left out a forward (layers are numbered in the order "
+            f"rank {rank} has launched layer {record.expected} and rank {index} layer "
+            f"{record.seen}: one of them has left out a forward (layers are numbered in the order "
             "in which they were made)"
         )
-    region = list(layout.regions)[record[REGION]]
-    wait = describe_wait(rank, ROLES[record[ROLE]], region, index, record[EXPECTED], record[SEEN])
-    wait = f"{wait} (CTA {record[CTA]})"
+    region = list(layout.regions)[record.region]
+    wait = describe_wait(rank, ROLES[record.role], region, index, record.expected, record.seen)
+    wait = f"{wait} (CTA {record.cta})"
     if status == PEER_FAILED:
-        peer, why = wire.decode_peer(record[PEER])
+        peer, why = wire.decode_peer(record.peer)
         if why == REFUSED:
             reason = (reasons or {}).get(peer, "see its error")
             return PeerFailed(f"launch ended because rank {peer} refused its input: {reason}")
@@ -121,16 +139,16 @@ def error_of(
     return LaunchTimeout(f"launch timed out: {_cause(record, region, limits)}{wait}")
 
 
-def _cause(record: list[int], region: str, limits: Limits) -> str:
+def _cause(record: Record, region: str, limits: Limits) -> str:
     """What a wait that timed out says about the machine."""
-    if record[ROLE] != STARTING:
+    if record.role != STARTING:
         return f"nothing for timeout_s={limits.timeout_s:g}: "
     limit = f"within start_timeout_s={limits.start_timeout_s:g}: "
     if region == "nvlink_barrier_signal":
-        return f"rank {record[INDEX]} did not begin {limit}"
-    if region == "grid_sync_counter" and record[INDEX] == GRID_COUNTED:
+        return f"rank {record.index} did not begin {limit}"
+    if region == "grid_sync_counter" and record.index == GRID_COUNTED:
         return (
-            f"only {record[SEEN]} of {record[EXPECTED]} CTAs became resident, another kernel holds "
-            f"SMs of this GPU; leave it some with num_sms={record[SEEN]} or less, {limit}"
+            f"only {record.seen} of {record.expected} CTAs became resident, another kernel holds "
+            f"SMs of this GPU; leave it some with num_sms={record.seen} or less, {limit}"
         )
     return limit

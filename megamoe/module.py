@@ -22,8 +22,8 @@ from megamoe.group import Group, where
 from megamoe.health import Health
 from megamoe.inputs import InputCheck, columns_of
 from megamoe.reference import Weights
+from megamoe.regions import layout_of
 from megamoe.residents import ResidentWeights
-from workspace.layout import layout_of
 from workspace.views import Workspace
 
 Tensors = torch.Tensor | Sequence[torch.Tensor]
@@ -403,7 +403,7 @@ class MegaMoE(ResidentWeights):
         """
         if not self.config.recipe.scaled:
             raise ValueError(f"precision={self.config.precision!r} has no scales")
-        return self._region("input_sf_buffer", rank)[:, : self.config.token_scales]
+        return self._region("input_scale_buffer", rank)[:, : self.config.token_scales]
 
     def _region(self, name: str, rank: int | None) -> torch.Tensor:
         ranks = self.local_ranks

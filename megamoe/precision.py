@@ -17,7 +17,7 @@ WHOLE_ROW = -1
 class Precision:
     """Storage of one recipe; dtype names are torch's (``getattr(torch, name)``).
 
-    Scales are float32 and multiply the stored value. `token_block` and `hidden_block` are the
+    Scales are float32 and multiply the stored value. `token_block` and `fc1_out_block` are the
     columns of an activation row that share one (of the layer's input, and of FC1's output);
     `weight_block` the (output channels, columns) of a weight matrix that share one. 0 means no
     scales, WHOLE_ROW one per row.
@@ -28,7 +28,7 @@ class Precision:
     weight: str  # w13 and w2
     output: str  # combine slots and the layer's output
     token_block: int = 0
-    hidden_block: int = 0
+    fc1_out_block: int = 0
     weight_block: tuple[int, int] = (0, 0)
 
     @property
@@ -78,7 +78,7 @@ PRECISIONS = {
             weight="float8_e4m3fn",
             output="bfloat16",
             token_block=FP8_BLOCK,
-            hidden_block=FP8_BLOCK,
+            fc1_out_block=FP8_BLOCK,
             weight_block=(FP8_BLOCK, FP8_BLOCK),
         ),
         Precision(
@@ -87,7 +87,7 @@ PRECISIONS = {
             weight="float8_e4m3fn",
             output="bfloat16",
             token_block=WHOLE_ROW,
-            hidden_block=FP8_BLOCK,
+            fc1_out_block=FP8_BLOCK,
             weight_block=(1, WHOLE_ROW),
         ),
     )

@@ -191,7 +191,7 @@ def expert_rows(
     gate_up = multiply(*rows, expert.w13, expert.w13_scale)
     hidden, scale = swiglu(gate_up, clamp) * router_R.to(compute).unsqueeze(-1), None
     if rounding:
-        hidden, scale = stored(hidden, recipe.token, recipe.hidden_block)
+        hidden, scale = stored(hidden, recipe.token, recipe.fc1_out_block)
     out = multiply(hidden, scale, expert.w2, expert.w2_scale)
     return out.to(getattr(torch, recipe.output)) if rounding else out
 

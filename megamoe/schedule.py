@@ -1,9 +1,9 @@
 """The integer logic of the kernel, written once: which tile next, where a token goes, how many
 arrivals a block needs.
 
-Every function here is plain Python to the tests, and device code to the kernel
-(see `dsl`). `counts` is anything indexable by an integer: a list here, a pointer into shared or
-global memory there. Integers only; no division of negative numbers.
+Every function here is plain Python to the tests, and device code to the kernel (see `dsl`).
+`counts` is anything indexable by an integer: a list here, a pointer into shared or global memory
+there. Integers only; no division of negative numbers.
 
 The task stream. Received tokens of a rank lie in its *pool*, grouped by local expert, each expert
 padded to whole *pool blocks* of `block_m` rows. A *unit* is up to `group` consecutive blocks of one
@@ -86,13 +86,13 @@ def padding_rows(count, granule):
 @dsl.jit
 def skip_empty(counts, num_experts, expert):
     """First expert >= `expert` with rows, or `num_experts`."""
-    running = expert * 0 + 1
+    running = 1
     while running == 1:
         # Not one condition with `and`: the traced form reads counts[expert] in any case.
         if expert >= num_experts:
-            running = running * 0
+            running = 0
         elif counts[expert] > 0:
-            running = running * 0
+            running = 0
         else:
             expert = expert + 1
     return expert
@@ -115,18 +115,15 @@ def next_unit(counts, num_experts, expert, block, block_m, group):
     after = block + group
     if after * block_m >= counts[expert]:
         expert = skip_empty(counts, num_experts, expert + 1)
-        after = after * 0
+        after = 0
     return expert, after
 
 
 @dsl.jit
 def start_walk(counts, num_experts):
     """The walk before the first segment; call `advance_walk` once to enter it."""
-    first = skip_empty(counts, num_experts, num_experts * 0)
-    zero = first * 0
-    return Walk(
-        zero, zero, zero, zero, zero, zero, zero, first, zero, zero, first, zero, zero, zero
-    )
+    first = skip_empty(counts, num_experts, 0)
+    return Walk(PHASE_DONE, 0, 0, 0, 0, 0, 0, first, 0, 0, first, 0, 0, 0)
 
 
 @dsl.jit
@@ -134,13 +131,13 @@ def advance_walk(walk, counts, num_experts, block_m, group, fc1_columns, fc2_col
     """The next segment of the stream; its phase is PHASE_DONE once both cursors are past the last
     expert.
     """
-    phase = walk.phase * 0 + PHASE_DONE
+    phase = PHASE_DONE
     begin = walk.begin + walk.size
-    size = walk.size * 0
+    size = 0
     expert = walk.expert
     block = walk.block
     pool = walk.pool
-    blocks = walk.blocks * 0
+    blocks = 0
     fc1_expert = walk.fc1_expert
     fc1_block = walk.fc1_block
     fc1_pool = walk.fc1_pool
@@ -152,7 +149,7 @@ def advance_walk(walk, counts, num_experts, block_m, group, fc1_columns, fc2_col
     fc1_size = unit_blocks(counts, num_experts, fc1_expert, fc1_block, block_m, group)
     fits = fc1_pool + fc1_size - fc2_pool <= ring
     if fc1_size > 0 and outstanding <= lag and fits:
-        phase = phase * 0 + PHASE_FC1
+        phase = PHASE_FC1
         expert = fc1_expert
         block = fc1_block
         pool = fc1_pool
@@ -164,7 +161,7 @@ def advance_walk(walk, counts, num_experts, block_m, group, fc1_columns, fc2_col
             counts, num_experts, fc1_expert, fc1_block, block_m, group
         )
     elif fc2_expert < num_experts:
-        phase = phase * 0 + PHASE_FC2
+        phase = PHASE_FC2
         expert = fc2_expert
         block = fc2_block
         pool = fc2_pool
@@ -188,16 +185,16 @@ def seek_walk(
     """The segment that holds `ticket`, from any earlier position; PHASE_DONE past the end of the
     stream.
     """
-    running = walk.begin * 0 + 1
+    running = 1
     while running == 1:
         if ticket < walk.begin + walk.size:
-            running = running * 0
+            running = 0
         else:
             walk = advance_walk(
                 walk, counts, num_experts, block_m, group, fc1_columns, fc2_columns, lag, ring
             )
             if walk.phase == PHASE_DONE:
-                running = running * 0
+                running = 0
     return walk
 
 
@@ -217,12 +214,12 @@ def seek_pull(position, row, counts, num_experts, block_m):
     expert = position.expert
     first_row = position.first_row
     first_block = position.first_block
-    running = expert * 0 + 1
+    running = 1
     while running == 1:
         if expert >= num_experts:
-            running = running * 0
+            running = 0
         elif row < first_row + counts[expert]:
-            running = running * 0
+            running = 0
         else:
             first_row = first_row + counts[expert]
             first_block = first_block + ceil_div(counts[expert], block_m)
@@ -239,13 +236,13 @@ def pick_source(counts, base, stride, num_ranks, index):
     at any moment; whole rounds are peeled off at once, as DeepGEMM's mega-MoE does, so the cost is
     O(W^2) and not O(index).
     """
-    taken = index * 0  # rows already given out by every rank that still has some
-    source = index * 0
+    taken = 0  # rows already given out by every rank that still has some
+    source = 0
     left = index
-    running = index * 0 + 1
+    running = 1
     while running == 1:
-        active = index * 0
-        shortest = index * 0
+        active = 0
+        shortest = 0
         for rank in range(num_ranks):
             remaining = counts[base + rank * stride] - taken
             if remaining > 0:
@@ -253,8 +250,8 @@ def pick_source(counts, base, stride, num_ranks, index):
                 if shortest == 0 or remaining < shortest:
                     shortest = remaining
         if left < shortest * active or active == 0:
-            seen = index * 0
-            turn = index * 0
+            seen = 0
+            turn = 0
             if active > 0:
                 turn = left % active
                 taken = taken + left // active
@@ -263,7 +260,7 @@ def pick_source(counts, base, stride, num_ranks, index):
                     if seen == turn:
                         source = rank
                     seen = seen + 1
-            running = running * 0
+            running = 0
         else:
             left = left - shortest * active
             taken = taken + shortest
@@ -286,14 +283,14 @@ def share_of(rows, warpgroup, turn, granule, num_warpgroups):
     the next one multiplies the next tile, so that loads of weights never pause for an epilogue
     (the ping-pong schedule of CUTLASS). `turn`: number of such tiles before this one.
     """
-    active = warpgroup * 0 + 1
+    active = 1
     half = warpgroup
-    arrivals = warpgroup * 0 + 1
+    arrivals = 1
     if rows <= granule:
-        half = half * 0
+        half = 0
         arrivals = arrivals * num_warpgroups
         if turn % num_warpgroups != warpgroup:
-            active = active * 0
+            active = 0
     return Share(active, half, arrivals)
 
 

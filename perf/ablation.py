@@ -73,7 +73,7 @@ def fill_pool(moe: megamoe.MegaMoE) -> None:
             values = torch.randn(rows.shape, device=rows.device)
             if recipe.scaled:
                 values, scales = reference.quantize(values, recipe.token_block)
-                regions["l1_sf_buffer"][number].copy_(scales.T)
+                regions["l1_scale_buffer"][number].copy_(scales.T)
             rows.copy_(values)
 
 

@@ -221,8 +221,8 @@ def memory_of(model: Model, num_ranks: int, precision: str, tokens: int) -> dict
     table, the largest first; ValueError if the layer does not support the configuration.
     """
     from megamoe.config import supports
+    from megamoe.regions import layout_of
     from perf.cases import Case
-    from workspace.layout import layout_of
 
     config = Case(model, num_ranks, tokens, precision=precision).config(tokens)
     supports(config)

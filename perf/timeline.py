@@ -1,7 +1,7 @@
 """One launch as a timeline: what its CTAs recorded, decoded and written as Chrome trace events.
 
 A kernel built with `KernelConfig.trace` leaves marks in region `trace` of the workspace (a row per
-CTA, `workspace.layout.TRACE_NAMES`), and, where the region `tile_trace` exists, four words per tile
+CTA, `megamoe.regions.TRACE_NAMES`), and, where the region `tile_trace` exists, four words per tile
 that a CTA worked: begin, end of the product, end of the epilogue, and a code. A word that is 0 was
 not written: whoever launches zeroes both regions before.
 
@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from megamoe import wire
+from megamoe.regions import TRACE_NAMES, TileRecord
 from megamoe.schedule import PHASE_FC1, PHASE_FC2
-from workspace import wire
-from workspace.layout import TRACE_NAMES
 
 COUNT, TILES, BARRIER, COMBINE = "count", "tiles", "barrier", "combine"
 EPILOGUE = "epilogue"
@@ -27,7 +27,7 @@ PHASE_NAMES = {PHASE_FC1: "FC1", PHASE_FC2: "FC2"}
 #: Marks that are an instant rather than the border of a slice.
 INSTANTS = {"counted": "counted", "last_pull": "last pull"}
 #: Marks that hold a sum of waits, and what for.
-WAITS = {"wait_tokens_ns": "for tokens", "wait_hidden_ns": "for FC1"}
+WAITS = {"wait_tokens_ns": "for tokens", "wait_fc1_out_ns": "for FC1"}
 WAIT_COUNTER = "waits, summed over CTAs that are done"
 
 
@@ -79,8 +79,8 @@ CPU_CLOCK = Clock(
 
 
 def decode_tile(words: Sequence[int]) -> TileTimes:
-    begin, multiplied, end, code = words
-    return TileTimes(*wire.decode_tile(code), begin, multiplied, end)
+    tile = TileRecord(*words)
+    return TileTimes(*wire.decode_tile(tile.code), tile.begin, tile.multiplied, tile.end)
 
 
 def decode(

@@ -23,6 +23,7 @@ import torch
 import megamoe
 from megamoe.config import select
 from megamoe.faults import MegaMoEError
+from megamoe.regions import layout_of
 from perf.cases import Inputs, make_inputs, make_rank_inputs
 from perf.measure import (
     Runner,
@@ -60,7 +61,6 @@ from perf.timeline import (
     summary,
 )
 from perf.timing import EAGER, HEAD_START_CYCLES
-from workspace.layout import layout_of
 
 SUMMARY = "record one launch CTA by CTA as a timeline for Perfetto (default: on the CPU)"
 EPILOG = (

@@ -14,11 +14,11 @@ import numpy as np
 from megamoe.machine import alu, decode, report
 from megamoe.machine.decode import ACQUIRE, NUMBER, RELAXED, RELEASE, STRONG, SYSTEM, Code
 from tests.machine import Layer
+from workspace.layout import PADDING
 
 NAMES = {number: name for name, number in NUMBER.items()}
 PLENTY = 0x3FFFFFFF  # what a wait reads that does not wait
 OR = decode.ATOMICS.index("or")
-PADDING = ("l1_topk_weights_buffer", "token_src_metadata")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,22 @@ class Mutator:
         if op in ("ld", "st", "atom"):
             if ".shared" in instr.op:
                 return "shared"
-            return self.layer.backend.machine.memory.describe(address).partition("[")[0]
+            return self._about(address)
         return ""
+
+    def _about(self, address: int) -> str:
+        return self.layer.backend.machine.memory.describe(address).partition("[")[0]
+
+    def regions_of(self, *ops: str) -> set[str]:
+        """Regions of the workspace that executed operations of these names were about."""
+        executed = [index for index in self._executed() if self._op(index) in ops]
+        about = {self._about(int(self.code.seen[index, 0])) for index in executed}
+        return about & set(self.layer.workspace.layout.regions)
+
+    def _pads(self, index: int) -> bool:
+        """Whether an instruction is about padding metadata."""
+        region = self.layer.workspace.layout.regions.get(self._subject(index))
+        return region is not None and region.kind == PADDING
 
     def _variants(self, index: int) -> Iterator[tuple[str, Callable]]:
         """(what is done to the instruction, its change)"""
@@ -117,7 +131,7 @@ class Mutator:
             yield "relaxed arrival", fields(flags=flags | RELAXED)
         elif op == "atom":
             yield "no increment", lambda code: _or_zero(code, int(code.instructions["x"][index]))
-        elif op == "st" and (flags & STRONG or self._subject(index) in PADDING):
+        elif op == "st" and (flags & STRONG or self._pads(index)):
             yield "no store", dropped
         elif op == "ld" and flags & STRONG and not flags & ACQUIRE:
             yield (

@@ -1,8 +1,8 @@
-"""Region-typed workspace: what a rank's buffers are, where they lie, and which of them reset
-between launches.
+"""Symmetric memory in typed regions: what a rank's buffers are, where they lie, which of them reset
+between launches, and where those of peers are. Knows nothing of what they are for.
 """
 
-from workspace.layout import Layout, Region, layout_of
+from workspace.layout import Layout, Region
 from workspace.views import Workspace
 
-__all__ = ["Layout", "Region", "Workspace", "layout_of"]
+__all__ = ["Layout", "Region", "Workspace"]

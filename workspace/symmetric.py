@@ -2,8 +2,8 @@
 
 `Allocation` holds, for every rank that lives in this process, one byte tensor per space, and for
 every rank of the job the base address of its symmetric space, valid in this process. Two forms: all
-ranks in this process, in CPU memory, or as virtual ranks on one GPU;
-and one process per GPU over torch symmetric memory.
+ranks in this process, in CPU memory or as virtual ranks on one GPU; and one process per GPU over
+torch symmetric memory.
 
 All memory is zeroed once, at allocation and before any peer may signal: barrier words and counters
 must be zero on first use. The symmetric space is one allocation with one lifetime. It is written
@@ -60,7 +60,7 @@ def in_process(layout: Layout, device: torch.device) -> Allocation:
     """Every rank of the job in this process, on one device."""
     spaces = {
         rank: {space: _zeros(layout.num_bytes(space), device) for space in SPACES}
-        for rank in range(layout.config.num_ranks)
+        for rank in range(layout.num_ranks)
     }
     return Allocation(spaces, tuple(space[SYMMETRIC].data_ptr() for space in spaces.values()))
 

@@ -30,9 +30,8 @@ def peer_table(allocation: Allocation, device: torch.device) -> torch.Tensor:
 class Workspace:
     """Memory of all ranks of one process for one layout.
 
-    Attributes: `layout`, `allocation`, `device`; `health`, what all layers that share it know of
-    its launches, set by the layer that makes it. Raises whatever the allocator raises when memory
-    is short.
+    Attributes: `layout`, `allocation`, `device`; `health`, what all users that share it know of its
+    launches, set by the first. Raises whatever the allocator raises when memory is short.
     """
 
     def __init__(

@@ -31,8 +31,8 @@ from megamoe.kernels.ptx import (
     store_shared_volatile,
     unpack_bf16x2,
 )
+from megamoe.regions import BARRIERS_PER_LAUNCH, GRID_COMBINED, SLOTS_ADDED, SLOTS_IN
 from megamoe.schedule import ceil_div
-from workspace.layout import BARRIERS_PER_LAUNCH, GRID_COMBINED, SLOTS_ADDED, SLOTS_IN
 
 arch = cute.arch
 

@@ -2,8 +2,8 @@
 
 `count` runs on the whole CTA before the roles split: histogram of topk_idx, slots by atomics,
 routed records into the owners' tables, count records, and the barrier after which every rank may
-pull. `pull` is the dispatch role: one thread per dispatch warp moves token rows peer -> shared ->
-pool by bulk copies and publishes each row.
+pull. `pull` is the dispatch role, one warp of a CTA: lane 0 moves token rows peer -> shared -> pool
+by bulk copies and publishes each row, all lanes store the rows' scales.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import cutlass.cute as cute
 from cutlass import Constexpr, Int16, Int32, Int64, const_expr, range_constexpr
 
-from megamoe import faults, schedule
+from megamoe import faults, schedule, wire
 from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
@@ -28,8 +28,7 @@ from megamoe.kernels.ptx import (
     store_global_v2,
 )
 from megamoe.kernels.quantize import quantize_input
-from workspace import wire
-from workspace.layout import GRID_COUNTED, GRID_DISPATCHED
+from megamoe.regions import GRID_COUNTED, GRID_DISPATCHED
 
 arch = cute.arch
 
@@ -413,7 +412,7 @@ def pull(
                     if completes >= 0:
                         bulk_load(
                             buffers.scales + buffer * shape.token_scale_bytes,
-                            peer_address(launch, "input_sf_buffer", source, token),
+                            peer_address(launch, "input_scale_buffer", source, token),
                             barrier,
                             shape.token_scale_bytes,
                         )
@@ -422,7 +421,7 @@ def pull(
                 unpublished = state.completes
             scales = Int64(0)
             if const_expr(scaled):
-                scales = address(launch, "l1_sf_buffer", block % shape.ring)
+                scales = address(launch, "l1_scale_buffer", block % shape.ring)
                 scales += Int64(row_in_block) * 4
             state = Pulling(
                 state.piece + 1,

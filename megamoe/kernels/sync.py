@@ -20,12 +20,11 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Int32, Int64, const_expr, range_constexpr
 
-from megamoe import faults
+from megamoe import faults, wire
 from megamoe.budget import FLAG_LAST, FLAG_OK
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
-from workspace import wire
-from workspace.layout import TILE_WORDS, TRACE_NAMES, TRACE_TILES
+from megamoe.regions import TRACE_NAMES, TRACE_TILES, TileRecord
 
 arch = cute.arch
 
@@ -43,21 +42,14 @@ def write_record(
     """Write the host-visible record, status last. `high`: upper half of a value seen that has 64
     bits.
     """
-    fields = {
-        faults.RANK: launch.rank,
-        faults.ROLE: Int32(role),
-        faults.REGION: Int32(region),
-        faults.INDEX: index,
-        faults.EXPECTED: expected,
-        faults.SEEN: seen,
-        faults.CTA: launch.cta,
-        faults.PEER: peer,
-        faults.SEEN_HIGH: high,
-    }
-    for word in fields:
-        arch.store(
-            global_ptr(launch.record + 4 * word), Int32(fields[word]), sem="relaxed", scope="sys"
-        )
+    words = faults.Record(
+        status, launch.rank, role, region, index, expected, seen, launch.cta, peer, high
+    )
+    for word in range_constexpr(len(words)):
+        if const_expr(word != faults.STATUS):
+            arch.store(
+                global_ptr(launch.record + 4 * word), Int32(words[word]), sem="relaxed", scope="sys"
+            )
     arch.store(
         global_ptr(launch.record + 4 * faults.STATUS), Int32(status), sem="release", scope="sys"
     )
@@ -206,9 +198,9 @@ def record_tile(launch: Launch, number, phase, pool, column, times: Constexpr):
     if const_expr(launch.shape.kernel.trace):
         if number < TRACE_TILES:
             code = wire.encode_tile(Int64(phase), Int64(pool), Int64(column))
-            row = address(launch, "tile_trace", launch.cta) + Int64(number) * (8 * TILE_WORDS)
-            words = [*times, code]
-            for word in range_constexpr(TILE_WORDS):
+            words = TileRecord(*times, code)
+            row = address(launch, "tile_trace", launch.cta) + Int64(number) * (8 * len(words))
+            for word in range_constexpr(len(words)):
                 arch.store(
                     global_ptr(row + 8 * word, Int64, 8), words[word], sem="relaxed", scope="gpu"
                 )

@@ -183,6 +183,7 @@ static int load(Warp *w, const Instruction *i, u32 m) {
       machine->copies = realloc(machine->copies, (machine->num_copies + 1) * sizeof c);
       machine->copies[machine->num_copies++] = c;
     }
+    w->address = c.map ? c.map->base : c.source;  // what the copy is about
   }
   return RAN;
 }
@@ -212,7 +213,7 @@ static int store(Warp *w, const Instruction *i, u32 m) {
     int l = __builtin_ctz(rest);
     Store s = {place(w, i->a, i->b, i->n, l), place(w, x[0], x[1], x[2], l), value(w, x[3], 0, l), where(w, i)};
     if ((s.target | s.source | s.bytes) & 15) return w->address = s.target, fail(w, NOT_16);
-    if (!find(w, GLOBAL, s.target, s.bytes) || !find(w, SHARED, s.source, s.bytes)) return FAULT;
+    if (!find(w, SHARED, s.source, s.bytes) || !find(w, GLOBAL, s.target, s.bytes)) return FAULT;
     s.group = w->stores_open;
     if (w->machine->settings.ordered) s.clock = issued(w, l, &s.stamp);
     if (!reads_late(w->machine, 0)) perform_store(w, &s);

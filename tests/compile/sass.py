@@ -42,7 +42,7 @@ def run_tool(name: str, *arguments: str) -> str:
 def compile_kernel(config: MoEConfig, kernel: KernelConfig, directory: Path) -> Compiled:
     """Remarks of ptxas go to the standard streams of the process: read them with `capfd`."""
     options = f"--keep-ptx --keep-cubin --dump-dir {directory} remarks{{ptx}}"
-    compile.trace(config, kernel, options=options)
+    compile.compile_kernel(config, kernel, options=options)
     (ptx,) = directory.glob("*.ptx")
     (cubin,) = directory.glob("*.cubin")
     return Compiled(

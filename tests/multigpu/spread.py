@@ -13,10 +13,11 @@ from megamoe.config import MoEConfig, select
 from megamoe.faults import Limits
 from megamoe.health import Health
 from megamoe.reference import Weights
+from megamoe.regions import layout_of
 from megamoe.weights import empty_tile_scales, write_tile_scales
 from tests.gpu import harness
 from tests.gpu.configs import CONFIGS
-from workspace import Workspace, layout_of
+from workspace import Workspace
 from workspace.layout import SYMMETRIC
 from workspace.symmetric import Allocation, in_process
 

@@ -15,8 +15,9 @@ from megamoe.backends import GpuBackend
 from megamoe.config import MoEConfig, select
 from megamoe.faults import Limits
 from megamoe.health import Health
+from megamoe.regions import layout_of
 from megamoe.weights import empty_weights
-from workspace import Workspace, layout_of
+from workspace import Workspace
 
 E, K, H, T = 4, 2, 128, 8
 
@@ -117,8 +118,8 @@ class Job:
 
     def report(self, status: int, **words: int) -> None:
         """As if a launch had written its record."""
-        for name, word in {"status": status, **words}.items():
-            self.health.records[0, getattr(faults, name.upper())] = word
+        record = faults.Record(status, **words)
+        self.health.records[0, : len(record)] = torch.tensor(record)
 
     def forward(self, layer: int = 0, x: torch.Tensor | None = None) -> torch.Tensor:
         x = torch.ones(3, H, dtype=torch.bfloat16) if x is None else x
@@ -238,7 +239,7 @@ def test_a_capture_raises_nothing_of_earlier_launches(cuda):
 
 def test_the_reason_of_a_peer_is_in_the_error(cuda):
     job = Job(group=FakeGroup({1: "x has dtype torch.float16"}))
-    from workspace import wire
+    from megamoe import wire
 
     job.forward()
     job.report(faults.PEER_FAILED, peer=wire.encode_peer(1, faults.REFUSED))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from megamoe import compile
+from megamoe import compile, signature
 from megamoe.config import MoEConfig, select
 
 CONFIG = MoEConfig(8, 2, 256, 128, 64, 2)
@@ -145,12 +145,13 @@ def test_a_place_that_is_no_directory_ends_in_one_line(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("last", ["echo 'ld: file format not recognized' >&2; ", ""])
 def test_a_linker_that_fails_ends_in_one_line(last, tmp_path, monkeypatch, capsys):
     class Compiled:
-        def export_to_c(self, file_path, file_name, function_prefix):
-            header = f"void _mlir_{file_name}__mlir_ciface_entry(void **);"
-            (Path(file_path) / f"{file_name}.h").write_text(header)
+        function_name = "entry"
+
+        def dump_to_object(self, function_prefix):
+            return b""
 
     linker = fake_compiler(tmp_path, monkeypatch, f"echo more >&2; {last}exit 3")
-    monkeypatch.setattr(compile, "trace", lambda *_: Compiled())
+    monkeypatch.setattr(compile, "compile_kernel", lambda *_: Compiled())
     monkeypatch.setattr(compile, "_runtime_archive", lambda: "runtime.a")
     (tmp_path / "list.json").write_text(json.dumps([ENTRY]))
     out = tmp_path / "out"
@@ -178,7 +179,7 @@ def test_build_from_a_list_then_find_it(tmp_path, capsys):
     library = tmp_path / f"{compile.kernel_name(CONFIG, kernel)}.so"
     assert library.exists()
     described = json.loads(library.with_suffix(".json").read_text())
-    assert described["arguments"] == [name for name, _ in compile.ARGUMENTS]
+    assert described["arguments"] == [name for name, _ in signature.ARGUMENTS]
     assert described["config"]["num_ranks"] == 2
     before = library.stat().st_mtime_ns
     assert compile.main(command) == 0  # found, not built again
@@ -206,13 +207,13 @@ def test_a_launcher_packs_its_arguments_in_place():
     def entry(packed, count):
         pointers = list(packed)
         seen["count"] = count.value
-        for (name, kind), pointer in zip(compile.ARGUMENTS, pointers, strict=True):
+        for (name, kind), pointer in zip(signature.ARGUMENTS, pointers, strict=True):
             seen[name] = ctypes.cast(pointer, ctypes.POINTER(kind))[0]
 
     launcher = compile.Launcher(entry)
     launcher.set(rank=3, timeout_ns=1 << 40)
     launcher(0xABC, x=1 << 45, num_tokens=7)
-    assert seen["count"] == len(compile.ARGUMENTS)
+    assert seen["count"] == len(signature.ARGUMENTS)
     assert (seen["rank"], seen["timeout_ns"], seen["x"]) == (3, 1 << 40, 1 << 45)
     assert (seen["num_tokens"], seen["stream"]) == (7, 0xABC)
 

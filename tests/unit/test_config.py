@@ -122,7 +122,7 @@ BAD_KERNELS = [
     ("lag_waves", 1.5),
     ("pool_blocks", "8"),
     ("pool_blocks", False),
-    ("pull_chunk_bytes", 15),
+    ("pull_piece_bytes", 15),
     ("frontend_registers", 16),
     ("frontend_registers", 84),
     ("math_registers", 201),
@@ -296,7 +296,7 @@ def test_precision_rows(name):
     assert recipe.output_bytes == ITEM_BYTES[recipe.output]
     assert recipe.scaled == (recipe.token_bytes == 1)
     # FC1's epilogue holds half a tile of a row: as many columns as share a scale.
-    assert recipe.hidden_block in (0, KernelConfig().block_n // 2)
+    assert recipe.fc1_out_block in (0, KernelConfig().block_n // 2)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megamoe import dsl, schedule
-from workspace import wire
+from megamoe import dsl, schedule, wire
 
 cutlass = pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl, which is not installed")
 import cutlass.cute as cute  # noqa: E402

@@ -57,20 +57,23 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give f
 class Toolchain:
     """In the DSL's place: counts builds, and compiles C."""
 
+    function_name = "entry"
+
     def __init__(self):
         self.builds = self.exports = 0
         self.version = "4.8.1"
 
-    def trace(self, config, kernel, arch):
+    def compile_kernel(self, config, kernel, arch):
         self.builds += 1
         return self
 
-    def export_to_c(self, file_path, file_name, function_prefix):
+    def dump_to_object(self, function_prefix):
         self.exports += 1
-        stem = Path(file_path) / file_name
-        stem.with_suffix(".h").write_text("void _mlir_megamoe__mlir_ciface_entry(void **);")
-        stem.with_suffix(".c").write_text(SOURCE % self.version)
-        subprocess.run(["cc", "-fPIC", "-c", "-o", f"{stem}.o", f"{stem}.c"], check=True)
+        with tempfile.TemporaryDirectory() as directory:
+            stem = Path(directory) / function_prefix
+            stem.with_suffix(".c").write_text(SOURCE % self.version)
+            subprocess.run(["cc", "-fPIC", "-c", "-o", f"{stem}.o", f"{stem}.c"], check=True)
+            return stem.with_suffix(".o").read_bytes()
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def toolchain(monkeypatch, tmp_path):
         pytest.skip("needs a C compiler (cc)")
     toolchain = Toolchain()
     monkeypatch.setattr(compile, "HAVE_DSL", True)
-    monkeypatch.setattr(compile, "trace", toolchain.trace)
+    monkeypatch.setattr(compile, "compile_kernel", toolchain.compile_kernel)
     monkeypatch.setattr(compile, "dsl_version", lambda: toolchain.version)
     monkeypatch.setattr(compile, "_runtime_archive", lambda: "-lc")
     monkeypatch.setattr(compile, "cuda_runtime", lambda: None)
@@ -537,7 +540,7 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("when", ["before", "tracing", "linking"])
+@pytest.mark.parametrize("when", ["before", "compiling", "linking"])
 def test_a_build_without_room_names_the_directory(when, toolchain, tmp_path, monkeypatch):
     def fill(passed_on):
         def full(*arguments):
@@ -550,7 +553,7 @@ def test_a_build_without_room_names_the_directory(when, toolchain, tmp_path, mon
         if when == "before":
             limit(100_000)
         else:
-            name = {"tracing": "trace", "linking": "_runtime_archive"}[when]
+            name = {"compiling": "compile_kernel", "linking": "_runtime_archive"}[when]
             monkeypatch.setattr(compile, name, fill(getattr(compile, name)))
         with pytest.raises(KernelDirectoryError, match="no room in .*: File too large") as caught:
             load()
@@ -564,8 +567,7 @@ def test_a_build_without_room_names_the_directory(when, toolchain, tmp_path, mon
 
 
 def failing_export(error: OSError):
-    def export(self, file_path, file_name, function_prefix):
-        (Path(file_path) / f"{file_name}.o").touch()
+    def export(self, function_prefix):
         try:
             raise error
         except OSError as reason:
@@ -577,7 +579,7 @@ def failing_export(error: OSError):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_no_bug_of_the_dsl(number, toolchain, tmp_path, monkeypatch):
     error = OSError(number, os.strerror(number))
-    monkeypatch.setattr(Toolchain, "export_to_c", failing_export(error))
+    monkeypatch.setattr(Toolchain, "dump_to_object", failing_export(error))
     with pytest.raises(OSError, match=f"no room in {tmp_path}/cache to build") as caught:
         load()
     assert caught.value.errno == number and isinstance(caught.value, KernelError)
@@ -587,7 +589,7 @@ def test_a_full_disk_is_no_bug_of_the_dsl(number, toolchain, tmp_path, monkeypat
 
 
 def test_another_failure_of_the_dsl_stays_as_it_is(toolchain, tmp_path, monkeypatch):
-    monkeypatch.setattr(Toolchain, "export_to_c", failing_export(OSError(errno.EIO, "broken")))
+    monkeypatch.setattr(Toolchain, "dump_to_object", failing_export(OSError(errno.EIO, "broken")))
     with pytest.raises(Exception, match="bug in the DSL") as caught:
         load()
     assert not isinstance(caught.value, KernelError)

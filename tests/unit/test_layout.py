@@ -1,281 +1,108 @@
-"""The region table: where every buffer lies, and that what resets is one small span."""
+"""Layout and workspace of any table of regions: nothing here knows of the layer."""
 
 from __future__ import annotations
 
-import random
+from dataclasses import replace
 
 import pytest
+import torch
 
-from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks, select, supports
-from megamoe.precision import ITEM_BYTES
+from workspace import Layout, Region, Workspace
 from workspace.layout import (
     ALIGNMENT,
     BARRIER,
     COUNTER,
     DATA,
-    KINDS,
     LOCAL,
     PADDING,
-    SIGNAL_STRIDE,
     SPACES,
     SPAN_ALIGNMENT,
     SYMMETRIC,
-    Layout,
     align_up,
-    layout_of,
 )
 
-PRO = MoEConfig(384, 6, 7168, 3072, 32768, num_ranks=8)
 
-CONFIGS = {
-    "tiny": MoEConfig(4, 2, 128, 128, 1),
-    "odd tokens": MoEConfig(8, 3, 256, 128, 37, num_ranks=2),
-    "one expert": MoEConfig(1, 1, 128, 128, 5),
-    "v3 decode": MoEConfig(256, 8, 7168, 2048, 128, num_ranks=8),
-    "v3 prefill": MoEConfig(256, 8, 7168, 2048, 8192, num_ranks=8),
-    "flash": MoEConfig(256, 6, 4096, 2048, 4096, num_ranks=4),
-    "pro": PRO,
-    "72 ranks": MoEConfig(288, 6, 7168, 3072, 512, num_ranks=72),
-    "one rank, large": MoEConfig(64, 8, 4096, 2048, 65536),
-    "scaled, odd": MoEConfig(8, 3, 384, 128, 37, 2, "fp8_block"),
-    "scaled v3": MoEConfig(256, 8, 7168, 2048, 4096, 8, "fp8_block"),
-    "scaled flash": MoEConfig(256, 6, 4096, 2048, 4096, 4, "fp8_channel"),
-}
-LAYOUTS = [pytest.param(layout_of(config), id=name) for name, config in CONFIGS.items()]
-
-COUNTERS = {
-    "grid_sync_counter",
-    "load_balance_counter",
-    "expert_send_count",
-    "l1_arrival_count",
-    "fc1_done_counter",
-    "fc2_done_counter",
-}
-PADDINGS = {"l1_topk_weights_buffer", "token_src_metadata"}
-BARRIERS = {"nvlink_barrier_signal", "nvlink_barrier_counter", "abort_flag"}
-PEER_WRITTEN = {"nvlink_barrier_signal", "expert_recv_count", "routed_record", "combine_output"}
+def region(name, space, kind, shape=(3,), dtype="int32", **access) -> Region:
+    return Region(name, dtype, shape, space, kind, "writer", "reader", "reason", **access)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_regions_of_a_space_do_not_overlap(layout):
-    for space in SPACES:
-        regions = sorted(layout.of_space(space), key=lambda region: region.offset)
-        assert regions[0].offset == 0
-        for before, after in zip(regions, regions[1:], strict=False):
-            assert before.end <= after.offset < before.end + ALIGNMENT
-        assert regions[-1].end <= layout.num_bytes(space) < regions[-1].end + SPAN_ALIGNMENT
+#: In an order in which it cannot lie in memory.
+TABLE = (
+    region("rows", LOCAL, DATA, (5, 7), "bfloat16", bulk=True),
+    region("inbox", SYMMETRIC, DATA, (9,), "float8_e4m3fn", host_writes=True),
+    region("weights", LOCAL, PADDING, (2, 40), "float32"),
+    region("signal", SYMMETRIC, BARRIER, (33,), atomic=True),
+    region("tickets", LOCAL, COUNTER, (1,), "int64", atomic=True),
+    region("epoch", SYMMETRIC, BARRIER, (1,)),
+)
+LAYOUT = Layout(2, TABLE)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_regions_are_aligned(layout):
-    for region in layout.regions.values():
-        assert region.offset % ALIGNMENT == 0, region.name
-    for space in SPACES:
-        assert layout.num_bytes(space) % SPAN_ALIGNMENT == 0
+def test_every_space_begins_with_its_header_or_with_what_resets():
+    order = sorted(LAYOUT.of_space(SYMMETRIC), key=lambda r: r.offset)
+    assert [r.name for r in order] == ["signal", "epoch", "inbox"]
+    order = sorted(LAYOUT.of_space(LOCAL), key=lambda r: r.offset)
+    assert [r.name for r in order] == ["tickets", "weights", "rows"]
+    assert list(LAYOUT.regions) == [r.name for r in TABLE]  # numbers are those of the table
+    assert [LAYOUT.index(r.name) for r in TABLE] == list(range(len(TABLE)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sizes_follow_from_shape_and_dtype(layout):
-    for region in layout.regions.values():
-        items = 1
-        for extent in region.shape:
-            assert isinstance(extent, int) and extent > 0, region.name
-            items *= extent
-        assert region.num_bytes == items * ITEM_BYTES[region.dtype] == region.end - region.offset
+def test_offsets_by_hand():
+    offsets = {name: placed.offset for name, placed in LAYOUT.regions.items()}
+    assert offsets == {
+        "signal": 0, "epoch": 256, "inbox": 384, "tickets": 0, "weights": 128, "rows": 512,
+    }  # fmt: skip
+    assert LAYOUT.header_span == (0, 260) and LAYOUT.reset_span == (0, 448)
+    assert [LAYOUT.num_bytes(space) for space in SPACES] == [1024, 1024]
+    assert LAYOUT["rows"].row_bytes == 14
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_region_has_its_name_a_kind_and_a_space(layout):
-    for name, region in layout.regions.items():
-        assert region.name == name
-        assert region.kind in KINDS and region.space in SPACES
+@pytest.mark.parametrize("table", [(), TABLE[:1], TABLE[1:2]])
+def test_tables_without_counters_or_without_a_space(table):
+    layout = Layout(1, table)
+    assert layout.reset_bytes == 0 and layout.header_span == (0, 0)
+    workspace = Workspace(layout)
+    workspace.recover()
+    assert list(workspace.regions()) == [r.name for r in table]
+    assert workspace.total_bytes == SPAN_ALIGNMENT * len(table)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_kinds_are_those_of_the_protocol(layout):
-    kinds = {kind: {r.name for r in layout.regions.values() if r.kind == kind} for kind in KINDS}
-    assert kinds[COUNTER] == COUNTERS
-    assert kinds[PADDING] == PADDINGS
-    assert kinds[BARRIER] == BARRIERS
-    assert kinds[DATA] == set(layout.regions) - COUNTERS - PADDINGS - BARRIERS
+def test_a_workspace_of_any_table():
+    workspace = Workspace(LAYOUT)
+    assert workspace.local_ranks == [0, 1]
+    for span in workspace.allocation.spaces[1].values():
+        span.fill_(1)
+    workspace.recover()
+    left = {name for name, view in workspace.regions(1).items() if view.view(torch.uint8).any()}
+    assert left == {"rows", "inbox"}
+    assert "tickets" in workspace.describe()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_reset_span_holds_the_regions_that_reset_and_nothing_else(layout):
-    begin, end = layout.reset_span
-    assert begin == 0 and layout.reset_bytes == end - begin
-    resets = COUNTERS | PADDINGS
-    for name, region in layout.regions.items():
-        inside = region.space == LOCAL and begin <= region.offset and region.end <= end
-        assert inside == (name in resets) == region.resets, name
-        if region.space == LOCAL and not inside:
-            assert region.offset >= end, name
-    # contiguous: between the regions lies alignment and no more
-    used = sum(layout[name].num_bytes for name in resets)
-    assert used <= layout.reset_bytes < used + ALIGNMENT * len(resets)
+@pytest.mark.parametrize(
+    ("space", "kind"),
+    [(SYMMETRIC, COUNTER), (SYMMETRIC, PADDING), (LOCAL, BARRIER), ("shared", DATA), (LOCAL, "x")],
+)
+def test_regions_that_cannot_be(space, kind):
+    """What resets is local: a reset would wipe a word of a fast peer. Peers meet in symmetric
+    memory.
+    """
+    with pytest.raises(AssertionError):
+        region("name", space, kind)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_peers_write_never_resets(layout):
-    """A host reset of a word that a peer writes would race with a fast peer of the next launch."""
-    for region in layout.of_space(SYMMETRIC):
-        assert not region.resets, region.name
-    for name in PEER_WRITTEN:
-        assert layout[name].space == SYMMETRIC
+def test_two_regions_of_one_name():
+    with pytest.raises(AssertionError, match="one name"):
+        _ = Layout(1, (TABLE[0], replace(TABLE[1], name="rows"))).regions
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_header_comes_first(layout):
-    begin, end = layout.header_span
-    assert begin == 0
-    for name, region in layout.regions.items():
-        if name in BARRIERS:
-            assert region.space == SYMMETRIC and region.end <= end
-        elif region.space == SYMMETRIC:
-            assert region.offset >= end
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_barrier_words_have_a_cache_line_each(layout):
-    signal = layout["nvlink_barrier_signal"]
-    assert signal.shape == (layout.config.num_ranks, SIGNAL_STRIDE)
-    assert SIGNAL_STRIDE * signal.item_bytes >= 128
-
-
-def test_reset_is_small_where_the_workspace_is_large():
-    layout = layout_of(PRO)
-    assert layout.reset_bytes <= 600_000
-    assert layout.total_bytes > 4_000_000_000
-
-
-def test_offsets_pass_two_and_four_gib():
-    """64-bit offsets, to the byte, in both spaces."""
-    config = MoEConfig(64, 8, 8192, 4096, 65536, num_ranks=1)
-    layout = layout_of(config, select(config, pool_blocks=8192))
-    combine = layout["combine_output"]
-    assert combine.num_bytes == 65536 * 8 * 8192 * 2 == 8 * 2**30
-    assert combine.end > 2**33 > 2**31
-    assert layout["input_token_buffer"].end == combine.offset
-    fc1_output = layout["fc1_output"]
-    rows = pool_blocks(config, layout.kernel) * 128
-    assert fc1_output.offset > 2**32
-    assert fc1_output.offset == layout["l1_token_buffer"].offset + rows * 8192 * 2
-    assert layout.num_bytes(LOCAL) == align_up(fc1_output.offset + rows * 4096 * 2, SPAN_ALIGNMENT)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_shapes_of_the_regions(name):
-    config = CONFIGS[name]
-    layout = layout_of(config)
-    world, slots = config.num_ranks, config.max_tokens_per_rank * config.top_k
-    blocks = max_pool_blocks(config, layout.kernel)
-    rows = pool_blocks(config, layout.kernel) * layout.kernel.block_m
-    expected = {
-        "expert_recv_count": (world, config.num_experts // world, 2),
-        "routed_record": (world, slots, 2),
-        "input_token_buffer": (config.max_tokens_per_rank, config.hidden_size),
-        "combine_output": (config.max_tokens_per_rank, config.top_k, config.hidden_size),
-        "expert_send_count": (config.num_experts,),
-        "l1_arrival_count": (blocks,),
-        "fc1_done_counter": (blocks,),
-        "fc2_done_counter": (blocks,),
-        "l1_topk_weights_buffer": (rows,),
-        "token_src_metadata": (rows,),
-        "l1_token_buffer": (rows, config.hidden_size),
-        "fc1_output": (rows, config.intermediate_size),
-    }
-    assert {key: layout[key].shape for key in expected} == expected
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 16, 36, 72])
-def test_any_number_of_ranks(world):
-    config = MoEConfig(72 * world, 6, 1024, 512, 100, num_ranks=world)
-    supports(config)
-    layout = layout_of(config)
-    assert layout["nvlink_barrier_signal"].shape[0] == world
-    assert layout["routed_record"].shape[0] == world
-    assert layout["expert_recv_count"].shape[:2] == (world, 72)
-
-
-def test_layout_is_a_function_of_the_configuration_alone():
-    """Every rank computes the same symmetric offsets: equal configurations, one object."""
-    again = MoEConfig(384, 6, 7168, 3072, 32768, num_ranks=8)
-    assert layout_of(PRO) is layout_of(again)
-    fresh = Layout(again, select(again))
-    assert fresh.regions == layout_of(PRO).regions
-    # The ring only changes local space; peers with another ring would still address each other.
-    small = Layout(again, select(again, pool_blocks=64))
-    for region in small.of_space(SYMMETRIC):
-        assert region == layout_of(PRO)[region.name]
-
-
-def test_layout_of_takes_the_selected_kernel_by_default():
-    assert layout_of(PRO).kernel == select(PRO)
-    assert layout_of(PRO, KernelConfig(pool_blocks=32)).kernel.pool_blocks == 32
-
-
-def test_region_index_follows_the_table():
-    layout = layout_of(CONFIGS["tiny"])
-    names = list(layout.regions)
-    assert [layout.index(name) for name in names] == list(range(len(names)))
-    with pytest.raises(KeyError):
-        layout["no_such_region"]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_describe_lists_every_region(layout):
-    head, rule, *rows, summary = layout.describe().splitlines()
-    assert head.split() == ["region", "kind", "space", "dtype", "shape", "bytes"]
-    assert set(rule) == {"-", " "}
-    assert len(rows) == len(layout.regions)
-    for row, region in zip(rows, layout.regions.values(), strict=True):
-        shape = "x".join(str(extent) for extent in region.shape)
-        assert row.split() == [
-            region.name,
-            region.kind,
-            region.space,
-            region.dtype,
-            shape,
-            f"{region.num_bytes:,}",
-        ]
-    assert f"reset between launches {layout.reset_bytes:,} of {layout.total_bytes:,}" in summary
-    for kind, size in layout.bytes_by_kind().items():
-        assert f"{kind} {size:,}" in summary
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_bytes_by_kind_add_up(layout):
-    by_kind = layout.bytes_by_kind()
-    assert tuple(by_kind) == KINDS
-    total = sum(region.num_bytes for region in layout.regions.values())
-    assert sum(by_kind.values()) == total <= layout.total_bytes
-    slack = ALIGNMENT * len(layout.regions) + 2 * SPAN_ALIGNMENT
-    assert layout.total_bytes < total + slack
-    assert layout.total_bytes == sum(layout.num_bytes(space) for space in SPACES)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_random_layouts(seed):
-    rng = random.Random(seed)
-    world = rng.choice([1, 2, 3, 4, 8, 72])
-    config = MoEConfig(
-        num_experts=world * rng.randint(1, 9),
-        top_k=rng.randint(1, 16),
-        hidden_size=128 * rng.randint(1, 60),
-        intermediate_size=128 * rng.randint(1, 30),
-        max_tokens_per_rank=rng.randint(1, 9000),
-        num_ranks=world,
-    )
-    kernel = select(config, pool_blocks=rng.choice([None, 1, 5, 400]))
-    supports(config, kernel)
-    layout = layout_of(config, kernel)
-    for space in SPACES:
-        cursor = 0
-        for region in layout.of_space(space):
-            assert cursor <= region.offset < cursor + ALIGNMENT
-            cursor = region.end
-        assert cursor <= layout.num_bytes(space)
-    assert all(r.offset < layout.reset_span[1] for r in layout.of_space(LOCAL) if r.resets)
+@pytest.mark.parametrize(
+    "dtype",
+    ["uint8", "int16", "int32", "int64", "float8_e4m3fn", "bfloat16", "float32", "float64"],
+)
+def test_item_bytes_are_those_of_torch(dtype):
+    one = region("name", LOCAL, DATA, (3, 5), dtype)
+    assert one.item_bytes == getattr(torch, dtype).itemsize
+    assert one.num_bytes == 15 * one.item_bytes == 3 * one.row_bytes
 
 
 @pytest.mark.parametrize(
@@ -283,3 +110,7 @@ def test_random_layouts(seed):
 )
 def test_align_up(value, alignment, expected):
     assert align_up(value, alignment) == expected
+
+
+def test_alignment():
+    assert all(placed.offset % ALIGNMENT == 0 for placed in LAYOUT.regions.values())

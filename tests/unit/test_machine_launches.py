@@ -11,14 +11,17 @@ from megamoe.faults import InvalidExpertError, LaunchTimeout
 from megamoe.machine.faults import Fault, StepLimit
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, quantize
+from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 from tests.machine import Layer, WrongResult
+from tests.mutants import Mutator, watch
 from tests.routing import ROUTINGS
-from workspace.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
 RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
+#: Operations of the machine that the async proxy performs.
+COPIES = ("load_bulk", "load_tensor", "store_bulk")
 FP8_RECIPES = ("fp8_block", "fp8_channel")
 
 
@@ -83,12 +86,24 @@ def test_experts_of_several_blocks(precision, num_ctas):
         layer.assert_at_rest()
 
 
-@pytest.mark.parametrize(("chunk", "pieces"), [(400, 2), (100, 8)])
-def test_rows_in_pieces(chunk, pieces):
-    overrides = {"pull_chunk_bytes": chunk, "pool_blocks": 2}
+@pytest.mark.parametrize(("piece_bytes", "pieces"), [(400, 2), (100, 8)])
+def test_rows_in_pieces(piece_bytes, pieces):
+    overrides = {"pull_piece_bytes": piece_bytes, "pool_blocks": 2}
     layer = Layer(2, hidden=384, experts=8, overrides=overrides)
     for seed in range(2):
         layer.check("uniform", seed)
+
+
+def test_regions_are_accessed_as_the_table_says(ring):
+    code = watch(ring)
+    ring.check("uniform", 1)
+    seen = Mutator(ring, code)
+    atomic, copied = seen.regions_of("atom"), seen.regions_of(*COPIES)
+    code.seen = None
+    regions = ring.workspace.layout.regions.values()
+    declared = {region.name for region in regions if region.atomic}
+    assert atomic == declared - {"abort_flag"}  # no launch has failed
+    assert copied == {region.name for region in regions if region.bulk}
 
 
 def test_seed_decides_everything(ring):
@@ -112,7 +127,7 @@ def test_the_launch_quantises_as_the_caller_would(precision):
         views = layer.workspace.regions(rank)
         rows = views["input_token_buffer"][: len(x)]
         assert torch.equal(rows.view(torch.uint8), x.view(torch.uint8))
-        assert torch.equal(views["input_sf_buffer"][: len(x), : scale.shape[1]], scale)
+        assert torch.equal(views["input_scale_buffer"][: len(x), : scale.shape[1]], scale)
     again = layer.moe([x for x, _ in pairs], *routing, [scale for _, scale in pairs])
     assert all(torch.equal(a, b) for a, b in zip(ys, again, strict=True))
 

@@ -199,7 +199,7 @@ def break_order(monkeypatch):
 
 def break_hidden_scales(monkeypatch):
     """A layer whose hidden rows have one scale each."""
-    wide = dataclasses.replace(PRECISIONS["fp8_block"], hidden_block=WHOLE_ROW)
+    wide = dataclasses.replace(PRECISIONS["fp8_block"], fc1_out_block=WHOLE_ROW)
 
     class Broken(megamoe.MegaMoE):
         def load_weights(self, *weights):

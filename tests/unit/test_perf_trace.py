@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import megamoe
-from megamoe import compile
+from megamoe import compile, wire
 from megamoe.config import select
 from megamoe.faults import LaunchTimeout
+from megamoe.launch_shape import Shape
+from megamoe.regions import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES, layout_of
 from megamoe.schedule import PHASE_DONE, PHASE_FC1, PHASE_FC2, advance_walk, start_walk, tile_of
-from megamoe.shape import Shape
 from perf import timeline, trace
 from perf.__main__ import main, parser
 from perf.cases import MODELS, Case, make_inputs
@@ -24,8 +25,7 @@ from perf.plan import plan_of
 from perf.results import ResultsFile, environment, load
 from perf.roofline import routed_counts
 from perf.timeline import CtaTrace, TileTimes, decode, events_of, shifted, shifts_of, slices_of
-from workspace import Workspace, layout_of, wire
-from workspace.layout import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES
+from workspace import Workspace
 
 RANKS, EXPERTS, CTAS = 2, 8, 2
 SMALL = ["trace", "--ranks", str(RANKS), "--num-experts", str(EXPERTS), "--tokens", "3"]
@@ -67,7 +67,7 @@ def marks_of(start: int, **changes) -> dict[str, int]:
         "start": start, "counted": start + 1000, "dispatched": start + 3000,
         "first_tile": start + 3500, "last_pull": start + 6000, "last_tile": start + 20_000,
         "combined": start + 21_000, "end": start + 22_000, "wait_tokens_ns": 700,
-        "wait_hidden_ns": 300, "start_cycles": 50, "end_cycles": 50 + 22 * 1500,
+        "wait_fc1_out_ns": 300, "start_cycles": 50, "end_cycles": 50 + 22 * 1500,
     }  # fmt: skip
     return {name: value for name, value in (marks | changes).items() if value}
 

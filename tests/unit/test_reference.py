@@ -137,8 +137,8 @@ def test_each_rounding_point_of_a_scaled_recipe_matters(monkeypatch, precision, 
     y = reference.moe_forward(*arguments, precision=precision)
     changes = {
         "input": {"token_block": 0, "token": "float32"},
-        "hidden": {"hidden_block": 0, "token": "float32"},
-        "hidden block": {"hidden_block": WHOLE_ROW},
+        "hidden": {"fc1_out_block": 0, "token": "float32"},
+        "hidden block": {"fc1_out_block": WHOLE_ROW},
         "slot": {"output": "float32"},
     }
     changed = dataclasses.replace(PRECISIONS[precision], **changes[stage])

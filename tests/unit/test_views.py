@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megamoe.config import MoEConfig, select
-from workspace import Workspace, layout_of
+from megamoe.regions import layout_of
+from workspace import Workspace
 from workspace.layout import ALIGNMENT, BARRIER, DATA, LOCAL, SPACES, SPAN_ALIGNMENT, SYMMETRIC
 from workspace.symmetric import allocate
 from workspace.views import peer_table, view_of

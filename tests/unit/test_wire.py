@@ -7,7 +7,7 @@ import random
 import pytest
 
 from megamoe.config import MAX_RANKS, MAX_ROUTED_SLOTS
-from workspace.wire import PADDING, encode_source, scale_words, source_rank, source_slot
+from megamoe.wire import PADDING, encode_source, scale_words, source_rank, source_slot
 
 
 @pytest.mark.parametrize("world", [1, 2, 8, 72])

@@ -8,8 +8,9 @@ import torch
 from megamoe import MegaMoE
 from megamoe.config import MoEConfig, select
 from megamoe.precision import PRECISIONS
+from megamoe.regions import layout_of
 from workspace import Workspace
-from workspace.layout import KINDS, layout_of
+from workspace.layout import KINDS
 
 SMALL = dict(num_experts=8, top_k=2, hidden_size=256, intermediate_size=128, max_tokens_per_rank=40)
 #: DeepSeek V4 Pro: 384 experts, top 6, at the largest batch of a rank.

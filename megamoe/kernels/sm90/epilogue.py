@@ -13,7 +13,7 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
-from megamoe import schedule
+from megamoe import schedule, wire
 from megamoe.budget import PASS_ROW_BYTES, WARP_ROWS
 from megamoe.kernels.launch import Launch, address, peer_base
 from megamoe.kernels.ptx import (
@@ -33,7 +33,6 @@ from megamoe.kernels.ptx import (
     store_shared_e4m3x2,
 )
 from megamoe.kernels.quantize import largest_of_lanes, magnitude, scale_of
-from workspace import wire
 
 arch = cute.arch
 
@@ -123,11 +122,11 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
             amax = largest_of_lanes(magnitude(values), 4) * magnitude([weights[half]])
             scale, inverse = scale_of(amax)
             factors.append(inverse * weights[half])
-            target = address(launch, "fc1_output_sf", pool % shape.ring)
+            target = address(launch, "fc1_output_scale", pool % shape.ring)
             row = warp * WARP_ROWS + lane // 4 + 8 * half
             if lane % 4 == 0:
                 store_global(target + Int64(column * block_m + row) * 4, as_word(scale))
-    row_bytes = shape.hidden_row_bytes
+    row_bytes = shape.fc1_out_row_bytes
     base = address(launch, "fc1_output", first_row) + column * tile_bytes + (lane % 8) * 16
     passes = tile_bytes // PASS_ROW_BYTES
     for step in range_constexpr(passes):
@@ -173,7 +172,7 @@ def scale_columns(accumulator, scales, channels, lane):
 def scale_fc1(launch: Launch, accumulator, tile, warp, lane):
     """FC1 with a scale per token row and per output channel."""
     shape = launch.shape
-    base = address(launch, "l1_sf_buffer", tile.pool % shape.ring)
+    base = address(launch, "l1_scale_buffer", tile.pool % shape.ring)
     for half in range_constexpr(2):
         row = warp * WARP_ROWS + lane // 4 + 8 * half
         word = arch.load(global_ptr(base + Int64(row) * 4), Int32, sem="relaxed", scope="gpu")
@@ -185,7 +184,7 @@ def scale_fc1(launch: Launch, accumulator, tile, warp, lane):
     intermediate, quarter = shape.config.intermediate_size, shape.kernel.block_n // 4
     gate = tile.column * (2 * quarter)
     up = gate + intermediate
-    scales = launch.w13_sf + Int64(tile.expert) * (8 * intermediate)
+    scales = launch.w13_scales + Int64(tile.expert) * (8 * intermediate)
     scale_columns(accumulator, scales, [gate, up, gate + quarter, up + quarter], lane)
 
 
@@ -199,7 +198,7 @@ def scale_fc2(launch: Launch, accumulator, tile, lane):
         if channel >= hidden:
             channel = Int32(0)  # these columns are not stored
         channels.append(channel)
-    scales = launch.w2_sf + Int64(tile.expert) * (4 * hidden)
+    scales = launch.w2_scales + Int64(tile.expert) * (4 * hidden)
     scale_columns(accumulator, scales, channels, lane)
 
 

@@ -8,7 +8,8 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
   1      report        frontend   reports stored tiles, reduces in between (report, combine)
   2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (loaders)
   3      load_tokens   frontend   waits for readiness, TMA of A (loaders)
-  4-11   math          math       products, epilogues, combine (math, mainloop, epilogue, combine)
+  4-11   math          math       products, epilogues, combine (math_warps, mainloop, epilogue,
+                                  combine)
 
 Pipelines (producer -> consumer, arrivals):
   full[stage]    load_tokens + load_weights -> math        2 arrivals + bytes of A, its scales, B
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_constexpr
+from cutlass import Int16, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.memory import SmemAllocator
 
 from megamoe.budget import (
@@ -50,13 +51,15 @@ from megamoe.config import DISPATCH, GEMMS, KernelConfig, MoEConfig
 from megamoe.kernels import sync
 from megamoe.kernels.combine import EARLY_WORKERS, combine, reduce_early, start_reducing
 from megamoe.kernels.dispatch import PullBuffers, count, pull
-from megamoe.kernels.launch import Launch, Shape
+from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import store_shared
 from megamoe.kernels.sm90 import operands
 from megamoe.kernels.sm90.loaders import Pipes, load_tokens, load_weights
-from megamoe.kernels.sm90.math import math
+from megamoe.kernels.sm90.math_warps import math
 from megamoe.kernels.sm90.report import report
-from workspace.layout import layout_of
+from megamoe.launch_shape import Shape
+from megamoe.regions import layout_of
+from megamoe.signature import Arguments, HostArguments
 
 arch = cute.arch
 
@@ -83,52 +86,24 @@ class MegaMoEKernel:
 
     # ------------------------------------------------------------------ host
     @cute.jit
-    def __call__(
-        self,
-        symmetric_base: Int64,
-        local_base: Int64,
-        peers: Int64,
-        w13: Int64,
-        w2: Int64,
-        w13_sf: Int64,
-        w2_sf: Int64,
-        x: Int64,
-        topk_idx: Int64,
-        topk_weights: Int64,
-        y: Int64,
-        expert_counts: Int64,
-        record: Int64,
-        timeout_ns: Int64,
-        start_timeout_ns: Int64,
-        rank: Int32,
-        layer: Int32,
-        num_tokens: Int32,
-        wide_idx: Int32,
-        dependents: Int32,
-        clamp: Float32,
-        num_ctas: Int32,
-        stream: cuda.CUstream,
-    ):
-        """One launch of one rank; every address is a plain integer, see `Launch`."""
+    def __call__(self, host: HostArguments, arguments: Arguments, stream: cuda.CUstream):
+        """One launch of one rank; every address is a plain integer."""
         shape, kernel, config = self.shape, self.kernel_config, self.config
         hidden, intermediate, experts = config.hidden_size, config.intermediate_size, shape.experts
         rows = shape.ring * kernel.block_m
         dtype = self.dtype
         layout_a, layout_b = operands.stage_layouts(dtype, kernel)
-        pool = local_base + shape.layout["l1_token_buffer"].offset
+        pool = arguments.local_base + shape.layout["l1_token_buffer"].offset
         tokens = operands.token_maps(dtype, kernel, pool, rows, hidden)
-        outputs = local_base + shape.layout["fc1_output"].offset
-        hiddens = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
-        gate_up = operands.gate_up_map(dtype, kernel, w13, experts, intermediate, hidden)
-        down = operands.down_map(dtype, kernel, w2, experts, hidden, intermediate)
+        outputs = arguments.local_base + shape.layout["fc1_output"].offset
+        fc1_outs = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
+        gate_up = operands.gate_up_map(dtype, kernel, host.w13, experts, intermediate, hidden)
+        down = operands.down_map(dtype, kernel, host.w2, experts, hidden, intermediate)
         self.kernel(
-            tokens, hiddens, gate_up[0], gate_up[1], down[0], down[1],
-            layout_a, layout_b,
-            symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx, topk_weights, y,
-            expert_counts, record, timeout_ns, start_timeout_ns, rank, layer, num_tokens, wide_idx,
-            dependents, clamp,
+            tokens, fc1_outs, gate_up[0], gate_up[1], down[0], down[1],
+            layout_a, layout_b, arguments,
         ).launch(
-            grid=(num_ctas, 1, 1),
+            grid=(host.num_ctas, 1, 1),
             block=(kernel.num_threads, 1, 1),
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -140,42 +115,22 @@ class MegaMoEKernel:
     def kernel(
         self,
         tokens: operands.TokenMaps,
-        hiddens: operands.TokenMaps,
+        fc1_outs: operands.TokenMaps,
         gate_up_atom: cute.CopyAtom,
         gate_up: cute.Tensor,
         down_atom: cute.CopyAtom,
         down: cute.Tensor,
         layout_a: cute.ComposedLayout,
         layout_b: cute.ComposedLayout,
-        symmetric_base: Int64,
-        local_base: Int64,
-        peers: Int64,
-        w13_sf: Int64,
-        w2_sf: Int64,
-        x: Int64,
-        topk_idx: Int64,
-        topk_weights: Int64,
-        y: Int64,
-        expert_counts: Int64,
-        record: Int64,
-        timeout_ns: Int64,
-        start_timeout_ns: Int64,
-        rank: Int32,
-        layer: Int32,
-        num_tokens: Int32,
-        wide_idx: Int32,
-        dependents: Int32,
-        clamp: Float32,
+        arguments: Arguments,
     ):
         config, budget = self.kernel_config, self.budget
         thread, _, _ = arch.thread_idx()
         cta, _, _ = arch.block_idx()
         num_ctas, _, _ = arch.grid_dim()
         launch = Launch(
-            self.shape, symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx,
-            topk_weights, y, expert_counts, record, timeout_ns, start_timeout_ns, rank, layer,
-            num_tokens, wide_idx, dependents, clamp, num_ctas, cta, thread,
-        )  # fmt: skip
+            **vars(arguments), shape=self.shape, num_ctas=num_ctas, cta=cta, thread=thread
+        )
         warp = arch.make_warp_uniform(arch.warp_idx())
         warpgroup = arch.make_warp_uniform(thread // 128)
         lane = thread % 32
@@ -188,9 +143,9 @@ class MegaMoEKernel:
         ).iterator
         buffers = memory.allocate_tensor(Uint8, cute.make_layout(budget.pull_bytes), 128).iterator
         zeros = memory.allocate_tensor(Uint8, cute.make_layout(budget.zero_bytes), 128).iterator
-        stage_scales = self.allocate_bytes(memory, config.num_stages * budget.sf_stage_bytes)
-        weight_scales = self.allocate_bytes(memory, QUEUE_SLOTS * budget.weight_sf_bytes)
-        pull_scales = self.allocate_bytes(memory, budget.pull_sf_bytes)
+        stage_scales = self.allocate_bytes(memory, config.num_stages * budget.scale_stage_bytes)
+        weight_scales = self.allocate_bytes(memory, QUEUE_SLOTS * budget.weight_scale_bytes)
+        pull_scales = self.allocate_bytes(memory, budget.pull_scale_bytes)
         pull_counts = memory.allocate_array(Int32, budget.pull_count_bytes // 4)
         metadata = memory.allocate_array(Int32, budget.metadata_bytes // 4)
         barriers = memory.allocate_array(Int64, budget.num_barriers)
@@ -300,7 +255,7 @@ class MegaMoEKernel:
                     expert_ids, num_live, pipes, lane,
                 )  # fmt: skip
             elif warp == WARP_LOAD_TOKENS:
-                load_tokens(launch, budget, tokens, hiddens, smem_a, pipes, lane)
+                load_tokens(launch, budget, tokens, fc1_outs, smem_a, pipes, lane)
         else:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)

@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
-from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SF_BYTES, Budget
+from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SCALE_BYTES, Budget
 from megamoe.config import DISPATCH, GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address
@@ -47,7 +47,7 @@ class Pipes(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A tile as handed over."""
+    """A tile as handed over: the words of a queue slot, in order."""
 
     phase: Int32
     pool: Int32  # pool block
@@ -63,7 +63,7 @@ def take_tile(pipes: Pipes, taken) -> Entry:
     slot = taken % QUEUE_SLOTS
     arch.mbarrier_wait(pipes.queue_full + slot, (taken // QUEUE_SLOTS) % 2)
     words = pipes.queue + slot * QUEUE_WORDS
-    return Entry(words[0], words[1], words[2], words[3], words[4], words[5])
+    return Entry(*[words[word] for word in range(len(Entry._fields))])
 
 
 @cute.jit
@@ -92,7 +92,7 @@ def load_stages(
     warpgroup holds the rows. `num_bytes`: of the boxes together. `scales`: address of the row
     scales of the first K block (a stage's after the other), or None.
     """
-    stages, sf_bytes = launch.shape.kernel.num_stages, 4 * launch.shape.kernel.block_m
+    stages, scale_bytes = launch.shape.kernel.num_stages, 4 * launch.shape.kernel.block_m
     for k in cutlass.range(k_blocks, unroll=1):
         stage = (position + k) % stages
         full = pipes.full + stage
@@ -104,9 +104,9 @@ def load_stages(
             if const_expr(scales is None):
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
             else:
-                arch.mbarrier_arrive_and_expect_tx(full, num_bytes + sf_bytes)
-                to = pipes.row_scales + stage * sf_bytes
-                bulk_load(to, scales + Int64(k) * sf_bytes, full, sf_bytes)
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes + scale_bytes)
+                to = pipes.row_scales + stage * scale_bytes
+                bulk_load(to, scales + Int64(k) * scale_bytes, full, scale_bytes)
         arch.sync_warp()
         for part in range_constexpr(len(sides)):
             to, source = sides[part]
@@ -120,27 +120,23 @@ def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
     shape = launch.shape
     if lane == 0:
         words = pipes.queue + slot * QUEUE_WORDS
-        words[0] = tile.phase
-        words[1] = tile.pool
-        words[2] = tile.column
-        words[3] = tile.rows
-        words[4] = tile.expert
-        words[5] = tile.block
+        for word in range_constexpr(len(tile)):
+            words[word] = tile[word]
         full = pipes.queue_full + slot
-        if const_expr(shape.weight_sf_bytes == 0):
+        if const_expr(shape.weight_scale_bytes == 0):
             arch.mbarrier_arrive(full)
         else:
-            to = pipes.weight_scales + slot * shape.weight_sf_bytes
+            to = pipes.weight_scales + slot * shape.weight_scale_bytes
             if tile.phase == schedule.PHASE_FC1:
-                num_bytes = shape.fc1_k_blocks * WEIGHT_SF_BYTES
+                num_bytes = shape.fc1_k_blocks * WEIGHT_SCALE_BYTES
                 index = tile.expert * shape.fc1_columns + tile.column
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w13_sf + Int64(index) * num_bytes, full, num_bytes)
+                bulk_load(to, launch.w13_scales + Int64(index) * num_bytes, full, num_bytes)
             elif tile.phase == schedule.PHASE_FC2:
-                num_bytes = shape.fc2_k_blocks * WEIGHT_SF_BYTES
+                num_bytes = shape.fc2_k_blocks * WEIGHT_SCALE_BYTES
                 index = tile.expert * shape.fc2_columns + tile.column
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w2_sf + Int64(index) * num_bytes, full, num_bytes)
+                bulk_load(to, launch.w2_scales + Int64(index) * num_bytes, full, num_bytes)
             else:
                 arch.mbarrier_arrive(full)
     arch.sync_warp()
@@ -236,9 +232,9 @@ def load_metadata(launch: Launch, pipes, name, block, slot, lane):
 @cute.jit
 def load_rows(
     launch: Launch, budget: Budget, maps, smem_a, pipes, position, k_blocks, tile,
-    sf_region: Constexpr, lane,
+    scale_region: Constexpr, lane,
 ):  # fmt: skip
-    """Load the rows of a tile's pool block over K, once they are ready, and from `sf_region`,
+    """Load the rows of a tile's pool block over K, once they are ready, and from `scale_region`,
     unless that is None, the rows' scales.
 
     One box per math warpgroup that has real rows; but of an expert with few rows only fine boxes,
@@ -248,8 +244,8 @@ def load_rows(
     block = tile.pool % launch.shape.ring
     arch.fence_proxy("async.global")
     scales = None
-    if const_expr(sf_region is not None):
-        scales = address(launch, sf_region, block)
+    if const_expr(scale_region is not None):
+        scales = address(launch, scale_region, block)
     if tile.rows <= FINE_ROWS * FINE_BOXES and tile.block == 0:
         load_boxes(
             launch, budget, maps.fine_atom, maps.fine_rows, FINE_ROWS, FINE_BOXES, smem_a, pipes,
@@ -284,7 +280,7 @@ def load_boxes(
 
 
 @cute.jit
-def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, lane):
+def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes, lane):
     """Wait until a tile's rows are ready, then load them."""
     shape, role = launch.shape, faults.ROLE_LOAD_TOKENS
     recipe = shape.config.recipe
@@ -292,7 +288,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
     position = Int32(0)
     taken = Int32(0)
     running = Int32(shape.kernel.runs(GEMMS))
-    waited_tokens, waited_hidden = Int64(0), Int64(0)  # ns, if the kernel is built to trace
+    waited_tokens, waited_fc1_out = Int64(0), Int64(0)  # ns, if the kernel is built to trace
     while running == 1:
         tile = take_tile(pipes, taken)
         release_tile(pipes, taken, lane)
@@ -308,17 +304,17 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
             load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
             load_rows(
                 launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
-                tile, "l1_sf_buffer" if recipe.token_block > 0 else None, lane,
+                tile, "l1_scale_buffer" if recipe.token_block > 0 else None, lane,
             )  # fmt: skip
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
             done = Int32(shape.fc1_done)
             sync.wait_for(launch, "fc1_done_counter", tile.pool, 0, done, role, "gpu")
-            waited_hidden += sync.trace_clock(launch) - began
+            waited_fc1_out += sync.trace_clock(launch) - began
             load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
             load_rows(
-                launch, budget, hiddens, smem_a, pipes, position, shape.fc2_k_blocks,
-                tile, "fc1_output_sf" if recipe.hidden_block > 0 else None, lane,
+                launch, budget, fc1_outs, smem_a, pipes, position, shape.fc2_k_blocks,
+                tile, "fc1_output_scale" if recipe.fc1_out_block > 0 else None, lane,
             )  # fmt: skip
             position += shape.fc2_k_blocks
         else:
@@ -326,4 +322,4 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
         taken += 1
     if lane == 0:
         sync.record(launch, "wait_tokens_ns", waited_tokens)
-        sync.record(launch, "wait_hidden_ns", waited_hidden)
+        sync.record(launch, "wait_fc1_out_ns", waited_fc1_out)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32
 
-from megamoe import schedule
+from megamoe import schedule, wire
 from megamoe.budget import QUEUE_SLOTS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
@@ -19,7 +19,6 @@ from megamoe.kernels.combine import Reducing, reduce_step, start_reducing
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, store_global
 from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
-from workspace import wire
 
 arch = cute.arch
 
@@ -87,8 +86,8 @@ def report_fc2(launch: Launch, lane, pool):
                 token = wire.source_slot(code, max_slots) // shape.config.top_k
                 arrived = global_ptr(peer_address(launch, "combine_arrival_count", rank, token))
                 arch.red(arrived, Int32(1), op="add", dtype="s32", sem="relaxed", scope="sys")
-            store_global(address(launch, "l1_topk_weights_buffer", first_row + row), Int32(0))
-            store_global(address(launch, "token_src_metadata", first_row + row), Int32(0))
+            for name in shape.paddings:
+                store_global(address(launch, name, first_row + row), Int32(0))
         arch.sync_warp()
         if lane == 0:
             sync.signal(launch, "fc2_done_counter", pool)

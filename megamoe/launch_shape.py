@@ -6,18 +6,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe.budget import weight_sf_bytes
+from megamoe.budget import weight_scale_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
+from megamoe.regions import LayerLayout
 from megamoe.schedule import ceil_div
-from workspace.layout import COUNTER, Layout
-from workspace.wire import scale_words
+from megamoe.wire import scale_words
+from workspace.layout import COUNTER, PADDING
 
 
 @dataclass(frozen=True)
 class Shape:
     config: MoEConfig
     kernel: KernelConfig
-    layout: Layout
+    layout: LayerLayout
 
     @property
     def experts(self) -> int:
@@ -79,18 +80,18 @@ class Shape:
         return self.config.hidden_size * self.config.recipe.token_bytes
 
     @property
-    def hidden_row_bytes(self) -> int:
+    def fc1_out_row_bytes(self) -> int:
         return self.config.intermediate_size * self.config.recipe.token_bytes
 
     @property
     def token_scale_bytes(self) -> int:
-        """Bytes of a row of `input_sf_buffer`."""
+        """Bytes of a row of `input_scale_buffer`."""
         return 4 * scale_words(self.config.token_scales)
 
     @property
-    def weight_sf_bytes(self) -> int:
+    def weight_scale_bytes(self) -> int:
         """Shared memory for the block scales of one tile's weights."""
-        return weight_sf_bytes(self.config)
+        return weight_scale_bytes(self.config)
 
     @property
     def output_row_bytes(self) -> int:
@@ -99,4 +100,9 @@ class Shape:
     @property
     def counters(self) -> tuple[str, ...]:
         """Regions that the clean-up of a launch zeroes."""
-        return tuple(name for name, region in self.layout.regions.items() if region.kind == COUNTER)
+        return tuple(region.name for region in self.layout.of_kind(COUNTER))
+
+    @property
+    def paddings(self) -> tuple[str, ...]:
+        """Regions of which the report warp that frees a pool block zeroes the block."""
+        return tuple(region.name for region in self.layout.of_kind(PADDING))
