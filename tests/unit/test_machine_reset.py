@@ -9,9 +9,9 @@ import torch
 
 from megamoe.config import MoEConfig
 from megamoe.faults import MegaMoEError
+from megamoe.regions import layout_of
 from tests.machine import Layer
 from tests.mutants import Mutator, install, watch
-from workspace import layout_of
 from workspace.layout import BARRIER, DATA
 
 TABLES = {
