@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.config import KernelConfig, MoEConfig, supports
-from megamoe.precision import num_scales
 from workspace.wire import COUNT_RECORD_BYTES, scale_words
 
 SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
@@ -62,25 +61,26 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
 
 def weight_sf_bytes(config: MoEConfig) -> int:
     """Block scales of one tile's weights over all of K; 0 for recipes without."""
-    block = config.recipe.weight_block[1]
+    weights = config.recipe.weights
     columns = max(config.hidden_size, config.intermediate_size)
-    return WEIGHT_SF_BYTES * num_scales(columns, block) if block > 0 else 0
+    return WEIGHT_SF_BYTES * weights.num_scales(columns) if weights.scales_along_k else 0
 
 
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget; see `check` for what must hold."""
-    item = config.recipe.token_bytes
-    a_stage = kernel.block_m * kernel.block_k * item
-    b_stage = kernel.block_n * kernel.block_k * item
+    recipe = config.recipe
+    row_bytes = recipe.tokens.num_bytes(config.hidden_size)
+    a_stage = recipe.tokens.num_bytes(kernel.block_m * kernel.block_k)
+    b_stage = recipe.weights.num_bytes(kernel.block_n * kernel.block_k)
     staging = kernel.num_math_warps * PASS_BYTES
-    piece = piece_bytes(config.hidden_size * item, kernel.pull_chunk_bytes)
+    piece = piece_bytes(row_bytes, kernel.pull_chunk_bytes)
     pull = NUM_PULL_BUFFERS * piece
-    sf_stage = 4 * kernel.block_m if config.recipe.scaled else 0
+    sf_stage = 4 * kernel.block_m if recipe.stages_scales else 0
     weight_sf = weight_sf_bytes(config)
     pull_sf = 4 * scale_words(config.token_scales) * NUM_PULL_BUFFERS
     pull_counts = COUNT_RECORD_BYTES * config.num_ranks
     metadata = QUEUE_SLOTS * 4 * kernel.block_m
-    zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
+    zeros = piece_bytes(row_bytes, ZERO_BYTES)
     barriers = 2 * kernel.num_stages + 4 * QUEUE_SLOTS + NUM_PULL_BUFFERS
     barriers += kernel.num_math_warpgroups
     words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS

@@ -14,7 +14,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from megamoe.precision import Precision, num_scales, precision_of
+from megamoe.precision import Precision, precision_of
 
 MAX_RANKS = 72
 MAX_TOP_K = 16
@@ -52,12 +52,12 @@ class MoEConfig:
     @property
     def token_scales(self) -> int:
         """Scales of a token row; 0 if the recipe has none."""
-        return num_scales(self.hidden_size, self.recipe.token_block)
+        return self.recipe.tokens.num_scales(self.hidden_size)
 
     @property
     def hidden_scales(self) -> int:
         """Scales of a row of FC1's output."""
-        return num_scales(self.intermediate_size, self.recipe.hidden_block)
+        return self.recipe.hidden.num_scales(self.intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,10 @@ class KernelConfig:
 #: Blocks of the pool ring unless asked otherwise, times the bytes of an item: several times the
 #: blocks between a pull and its last FC2 tile, and 0.5 GB at H = 7168, I = 3072.
 DEFAULT_POOL_BLOCK_BYTES = 384
-#: What recipes with scales change: 128 bytes of K are 128 columns; promotion needs registers for a
+#: What promotion changes: of e4m3 128 bytes of K are 128 columns; the sums of a block need
+#: registers of their own; promotion needs registers for a
 #: second accumulator; scales take shared memory from the pull buffers.
-SCALED_DEFAULTS = {
+PROMOTION_DEFAULTS = {
     "block_k": 128,
     "pull_chunk_bytes": 4096,
     "weight_run": 2,
@@ -164,7 +165,7 @@ def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
 def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
     """Blocks of the pool ring (R)."""
     worst = max_pool_blocks(config, kernel)
-    default = DEFAULT_POOL_BLOCK_BYTES // config.recipe.token_bytes
+    default = DEFAULT_POOL_BLOCK_BYTES // config.recipe.tokens.num_bytes(1)
     return min(worst, kernel.pool_blocks or default)
 
 
@@ -229,7 +230,7 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
     """
     _check_problem(config)
     _check_known(overrides)
-    recipe = {} if not config.recipe.scaled else SCALED_DEFAULTS
+    recipe = PROMOTION_DEFAULTS if config.recipe.promotes else {}
     kernel = replace(KernelConfig(), **(recipe | overrides))
     _check_kernel_fields(kernel)
     return replace(
@@ -251,8 +252,9 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
             "use 128 x 256"
         )
-    if kernel.block_k * config.recipe.token_bytes != 128:
-        raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {config.recipe.token}")
+    tokens = config.recipe.tokens
+    if tokens.num_bytes(kernel.block_k) != 128:
+        raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {tokens.storage}")
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     ring = pool_blocks(config, kernel)
     if kernel.group_blocks > ring:

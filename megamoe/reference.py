@@ -23,6 +23,7 @@ from megamoe.precision import (
     FP8_MAX,
     FP8_MIN_AMAX,
     WHOLE_ROW,
+    Operand,
     Precision,
     precision_of,
 )
@@ -70,15 +71,13 @@ def dequantize(stored_RC: torch.Tensor, scale_RS: torch.Tensor) -> torch.Tensor:
     return stored_RC.double() * scale_RS.double().repeat_interleave(width, dim=1)
 
 
-def stored(
-    values_RC: torch.Tensor, dtype: str, block: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows as they are stored: (values in `dtype`, scales), or (rounded values, None) if `block` is
-    0.
+def stored(values_RC: torch.Tensor, operand: Operand) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows as the operand stores them: (values, scales), or (rounded values, None) without
+    scales.
     """
-    if block == 0:
-        return values_RC.to(getattr(torch, dtype)), None
-    return quantize(values_RC, block)
+    if not operand.has_scales:
+        return values_RC.to(getattr(torch, operand.storage)), None
+    return quantize(values_RC, operand.scale_columns)
 
 
 def input_rows(
@@ -89,7 +88,7 @@ def input_rows(
     """
     if x_scale_TS is not None:
         return x_TH, x_scale_TS
-    return stored(x_TH, recipe.token, recipe.token_block)
+    return stored(x_TH, recipe.tokens)
 
 
 def take_rows(
@@ -191,7 +190,7 @@ def expert_rows(
     gate_up = multiply(*rows, expert.w13, expert.w13_scale)
     hidden, scale = swiglu(gate_up, clamp) * router_R.to(compute).unsqueeze(-1), None
     if rounding:
-        hidden, scale = stored(hidden, recipe.token, recipe.hidden_block)
+        hidden, scale = stored(hidden, recipe.hidden)
     out = multiply(hidden, scale, expert.w2, expert.w2_scale)
     return out.to(getattr(torch, recipe.output)) if rounding else out
 

@@ -76,11 +76,11 @@ class Shape:
 
     @property
     def token_row_bytes(self) -> int:
-        return self.config.hidden_size * self.config.recipe.token_bytes
+        return self.config.recipe.tokens.num_bytes(self.config.hidden_size)
 
     @property
     def hidden_row_bytes(self) -> int:
-        return self.config.intermediate_size * self.config.recipe.token_bytes
+        return self.config.recipe.hidden.num_bytes(self.config.intermediate_size)
 
     @property
     def token_scale_bytes(self) -> int:

@@ -120,7 +120,8 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("routed_record", "int32", (ranks, slots, record_words), SYMMETRIC, DATA,
                "every source rank: routed records", "dispatch warps",
                "only records below the published counts are read"),
-        Region("input_token_buffer", recipe.token, (tokens, config.hidden_size), SYMMETRIC, DATA,
+        Region("input_token_buffer", recipe.tokens.storage, (tokens, config.hidden_size),
+               SYMMETRIC, DATA,
                "the host stages x before the launch, or count quantises it",
                "dispatch warps of peers",
                "only rows named by a record are read"),
@@ -159,15 +160,15 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("layer_output", recipe.output, (tokens, config.hidden_size), LOCAL, DATA,
                "the reduce", "the caller, until the next forward on this workspace",
                "exactly the rows of this launch's tokens are written"),
-        Region("l1_token_buffer", recipe.token, (rows, config.hidden_size), LOCAL, DATA,
+        Region("l1_token_buffer", recipe.tokens.storage, (rows, config.hidden_size), LOCAL, DATA,
                "dispatch warps", "token loaders of FC1",
                "padding rows feed only rows that are dropped"),
-        Region("fc1_output", recipe.token, (rows, config.intermediate_size), LOCAL, DATA,
+        Region("fc1_output", recipe.hidden.storage, (rows, config.intermediate_size), LOCAL, DATA,
                "FC1 epilogue", "token loaders of FC2",
                "padding rows feed only rows that are dropped"),
     ]  # fmt: skip
-    if recipe.scaled:
-        ring = pool_blocks(config, kernel)
+    ring = pool_blocks(config, kernel)
+    if recipe.tokens.has_scales:
         table += [
             Region("input_sf_buffer", "float32", (tokens, scale_words(config.token_scales)),
                    SYMMETRIC, DATA,
@@ -177,6 +178,9 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                    DATA,
                    "dispatch warps", "token loaders of FC1; its epilogue if a row has one scale",
                    "padding rows feed only rows that are dropped"),
+        ]  # fmt: skip
+    if recipe.hidden.has_scales:
+        table += [
             Region("fc1_output_sf", "float32", (ring, config.hidden_scales, kernel.block_m), LOCAL,
                    DATA,
                    "FC1 epilogue", "token loaders of FC2",

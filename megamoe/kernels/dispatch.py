@@ -119,7 +119,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
     aborted = Int32(0)  # on its way during what follows
     if launch.thread == 0:
         aborted = sync.abort_word(launch, sync.ABORT_WORD)
-    if const_expr(shape.config.recipe.scaled):
+    if const_expr(shape.config.recipe.tokens.has_scales):
         quantize_input(launch, threads)
     for expert in range(launch.thread, experts, threads):
         histogram[expert] = Int32(0)
@@ -287,7 +287,7 @@ def store_piece(launch: Launch, buffers: PullBuffers, state: Pulling, lane):
     arch.mbarrier_wait(buffers.barriers + slot, (last // NUM_PULL_BUFFERS) % 2)
     if lane == 0:
         bulk_store(state.target, buffers.rows + slot * buffers.piece_bytes, buffers.piece_bytes)
-    if const_expr(launch.shape.config.recipe.scaled):
+    if const_expr(launch.shape.config.recipe.tokens.has_scales):
         if state.completes >= 0:
             words = buffers.scales + slot * launch.shape.token_scale_bytes
             for index in range(lane, launch.shape.config.token_scales, 32):
@@ -320,7 +320,7 @@ def pull(
     """
     shape = launch.shape
     block_m, ranks = shape.kernel.block_m, shape.config.num_ranks
-    scaled = shape.config.recipe.scaled
+    has_scales = shape.config.recipe.tokens.has_scales
     row_bytes, piece_bytes = shape.token_row_bytes, buffers.piece_bytes
     pieces = row_bytes // piece_bytes
     zero_bytes = buffers.zero_bytes
@@ -378,7 +378,7 @@ def pull(
 
         token = slot // shape.config.top_k
         origin = launch.x + Int64(token) * row_bytes
-        if const_expr(scaled):
+        if const_expr(has_scales):
             origin = peer_address(launch, "input_token_buffer", source, token)
         elif source != launch.rank:
             origin = peer_address(launch, "input_token_buffer", source, token)
@@ -399,7 +399,7 @@ def pull(
             if lane == 0:
                 barrier = buffers.barriers + buffer
                 num_bytes = Int32(piece_bytes)
-                if const_expr(scaled):
+                if const_expr(has_scales):
                     if completes >= 0:
                         num_bytes += shape.token_scale_bytes
                 arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes)
@@ -409,7 +409,7 @@ def pull(
                     barrier,
                     piece_bytes,
                 )
-                if const_expr(scaled):
+                if const_expr(has_scales):
                     if completes >= 0:
                         bulk_load(
                             buffers.scales + buffer * shape.token_scale_bytes,
@@ -421,7 +421,7 @@ def pull(
                 store_piece(launch, buffers, state, lane)
                 unpublished = state.completes
             scales = Int64(0)
-            if const_expr(scaled):
+            if const_expr(has_scales):
                 scales = address(launch, "l1_sf_buffer", block % shape.ring)
                 scales += Int64(row_in_block) * 4
             state = Pulling(

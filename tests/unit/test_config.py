@@ -290,13 +290,13 @@ def test_precision_rows(name):
     torch = pytest.importorskip("torch")
     recipe = precision_of(name)
     assert recipe.name == name
-    for dtype in (recipe.token, recipe.weight, recipe.output):
-        assert getattr(torch, dtype).itemsize == ITEM_BYTES[dtype]
-    assert recipe.token_bytes == ITEM_BYTES[recipe.token]
+    for operand in (recipe.tokens, recipe.weights, recipe.hidden):
+        assert 8 * getattr(torch, operand.storage).itemsize == operand.bits
+        assert operand.has_scales == (operand.bits == 8)
+        assert getattr(torch, operand.scale) is torch.float32
     assert recipe.output_bytes == ITEM_BYTES[recipe.output]
-    assert recipe.scaled == (recipe.token_bytes == 1)
     # FC1's epilogue holds half a tile of a row: as many columns as share a scale.
-    assert recipe.hidden_block in (0, KernelConfig().block_n // 2)
+    assert recipe.hidden.scale_columns in (0, KernelConfig().block_n // 2)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,6 @@ def test_scales_of_a_row(columns, block, scales):
 
 def test_a_k_block_is_128_bytes_in_every_recipe():
     for name, recipe in PRECISIONS.items():
-        assert select(with_(precision=name)).block_k * recipe.token_bytes == 128
+        assert recipe.tokens.num_bytes(select(with_(precision=name)).block_k) == 128
     with pytest.raises(ValueError, match="block_k=64 must span 128 bytes of float8_e4m3fn"):
         supports(with_(precision="fp8_block"), select(with_(precision="fp8_block"), block_k=64))

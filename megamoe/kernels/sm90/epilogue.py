@@ -94,13 +94,13 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
     """FC1 tile of pool block `pool`: 128 outputs per row to `fc1_output`, and their scale where the
     recipe has one.
     """
-    shape = launch.shape
+    shape, recipe = launch.shape, launch.shape.config.recipe
     block_m = shape.kernel.block_m
     first_row = schedule.ring_row(pool, shape.ring, block_m) + warp * WARP_ROWS
     row = warp * WARP_ROWS + lane // 4
     weights = [as_float(load_shared(metadata + (row + 8 * half))) for half in range(2)]
     outputs = shape.kernel.block_n // 2
-    tile_bytes = outputs * shape.config.recipe.token_bytes
+    tile_bytes = recipe.hidden.num_bytes(outputs)
     slabs = outputs // 8
     if launch.clamp < NO_CLAMP:  # a branch around the work: most layers have none
         clamp(accumulator, launch.clamp)
@@ -111,7 +111,7 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
             for q in range_constexpr(2):
                 accumulator[index + q] = activated[q] * accumulator[index + q + UP_INDEX]
     factors = weights
-    if const_expr(shape.config.recipe.scaled):
+    if const_expr(recipe.hidden.has_scales):
         factors = []
         for half in range_constexpr(2):
             values = [
@@ -141,7 +141,7 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
                     slab,
                     accumulator[index] * factors[half],
                     accumulator[index + 1] * factors[half],
-                    shape.config.recipe.token_bytes,
+                    recipe.hidden.num_bytes(1),
                 )
         arch.sync_warp()
         for store in range_constexpr(STORES_PER_PASS):

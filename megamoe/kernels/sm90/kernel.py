@@ -79,7 +79,7 @@ class MegaMoEKernel:
         self.pulls_end_alone = not kernel.runs(GEMMS)
         self.reported_threads = 32 * (1 + self.pulls_end_alone) + math_threads
         self.handover_threads = 32 * EARLY_WORKERS + math_threads
-        self.dtype = operands.DTYPES[config.recipe.token]
+        self.dtype = operands.DTYPES[config.recipe.tokens.mma]
 
     # ------------------------------------------------------------------ host
     @cute.jit

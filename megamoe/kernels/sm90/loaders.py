@@ -308,7 +308,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
             load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
             load_rows(
                 launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
-                tile, "l1_sf_buffer" if recipe.token_block > 0 else None, lane,
+                tile, "l1_sf_buffer" if recipe.tokens.scales_along_k else None, lane,
             )  # fmt: skip
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
@@ -318,7 +318,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
             load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
             load_rows(
                 launch, budget, hiddens, smem_a, pipes, position, shape.fc2_k_blocks,
-                tile, "fc1_output_sf" if recipe.hidden_block > 0 else None, lane,
+                tile, "fc1_output_sf" if recipe.hidden.scales_along_k else None, lane,
             )  # fmt: skip
             position += shape.fc2_k_blocks
         else:

@@ -15,6 +15,7 @@ from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import opaque
 from megamoe.kernels.sm90 import epilogue, mainloop, operands
 from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
+from megamoe.precision import WHOLE_ROW
 
 arch = cute.arch
 
@@ -61,7 +62,7 @@ def multiply_scaled(
     fragments to take if no other warpgroup computes meanwhile. `warp`: its place among the warps
     that hold the tile's rows.
     """
-    kernel, weighted = launch.shape.kernel, launch.shape.config.recipe.token_block > 0
+    kernel, weighted = launch.shape.kernel, launch.shape.config.recipe.weights.scales_along_k
     weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_sf_bytes
     rows = pipes.row_scales + (warp * WARP_ROWS + lane // 4) * 4
     warps = share.arrivals
@@ -84,11 +85,11 @@ def multiply(
     rows_a = (None, (None, share.half), None, None)
     fragments = fragments._replace(a=fragments.a[rows_a])
     alone = alone._replace(a=alone.a[rows_a])
-    if const_expr(recipe.token_block > 0):
+    if const_expr(recipe.fc1_promotes):
         multiply_scaled(
             launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
         )
-    elif const_expr(not recipe.scaled):
+    elif const_expr(not recipe.fc2_promotes):
         mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
     elif tile.phase == schedule.PHASE_FC1:  # one scale per row for all of K
         mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
@@ -102,10 +103,10 @@ def multiply(
 def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
     """One math warp, 0..7 of the CTA: 16 rows of every tile that its warpgroup has a share in."""
     shape, recipe = launch.shape, launch.shape.config.recipe
-    weight_block, warpgroups = recipe.weight_block, shape.kernel.num_math_warpgroups
+    warpgroups = shape.kernel.num_math_warpgroups
     accumulator = cute.make_rmem_tensor((shape.kernel.block_n // 2,), Float32)
     # With scales per K block the sums of one block need registers of their own.
-    columns = shape.kernel.block_n // (2 if recipe.scaled else 1)
+    columns = shape.kernel.block_n // (2 if recipe.promotes else 1)
     fragments = fragments_of(shape.kernel, columns, smem_a, smem_b, accumulator)
     alone = fragments_of(shape.kernel, columns // 2, smem_a, smem_b, accumulator)
     mine = staging + warp * PASS_BYTES
@@ -139,13 +140,13 @@ def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
                 # The epilogue's addresses would be hoisted and fill the mainloop's registers.
                 lane = opaque(lane)
                 if tile.phase == schedule.PHASE_FC1:
-                    if const_expr(weight_block[0] == 1):
+                    if const_expr(recipe.weights.scale_columns == WHOLE_ROW):
                         epilogue.scale_fc1(launch, accumulator, tile, place, lane)
                     epilogue.store_fc1(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
                 else:
-                    if const_expr(weight_block[0] == 1):
+                    if const_expr(recipe.weights.scale_columns == WHOLE_ROW):
                         epilogue.scale_fc2(launch, accumulator, tile, lane)
                     epilogue.store_fc2(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
