@@ -14,7 +14,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from megamoe.precision import Precision, precision_of
+from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
 MAX_TOP_K = 16
@@ -130,6 +130,10 @@ PROMOTION_DEFAULTS = {
     "frontend_registers": 56,
     "math_registers": 224,
 }
+#: Bytes of a row of A or B in a stage, which its swizzle spans: the K block.
+STAGE_ROW_BYTES = 128
+#: What tensor cores multiply here, with the bits of a value.
+MMA_BITS = {"bfloat16": 16, "float8_e4m3fn": 8}
 #: Smallest legal value of the integer fields of `KernelConfig`.
 KERNEL_MINIMA = {
     "block_m": 1,
@@ -240,6 +244,44 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
     )
 
 
+def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
+    """Whether the kernel can run this row: no conversion on the way to the tensor cores; a scale of
+    A per K block comes with its stage, one of the whole row is applied at the end; an FC1 tile
+    holds half its columns of a row of FC1's output, and scales those.
+    """
+
+    def refuse(field: str, value: object, why: str) -> None:
+        raise ValueError(f"precision={recipe.name!r} has {field}={value!r}: {why}")
+
+    if recipe.output != "bfloat16":
+        refuse("output", recipe.output, "slots are stored as bfloat16")
+    block_k = 8 * STAGE_ROW_BYTES // recipe.tokens.bits
+    along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
+    weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
+    blocks = {
+        "tokens": list(weights_of),
+        "weights": [weights_of.get(recipe.tokens.scale_block)],
+        "hidden": [(1, kernel.block_n // 2)],
+    }
+    for name, legal in blocks.items():
+        operand = getattr(recipe, name)
+        if operand.mma not in MMA_BITS:
+            refuse(f"{name}.mma", operand.mma, f"choose one of {list(MMA_BITS)}")
+        if operand.mma != recipe.tokens.mma:
+            refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
+        if operand.storage != operand.mma:
+            refuse(f"{name}.storage", operand.storage, f"nothing makes it {operand.mma}")
+        if operand.bits != MMA_BITS[operand.mma]:
+            refuse(f"{name}.bits", operand.bits, f"{operand.mma} has {MMA_BITS[operand.mma]}")
+        if operand.scale != "float32":
+            refuse(f"{name}.scale", operand.scale, "scales are float32")
+        if operand.bits > 8:
+            legal = [NO_SCALES]  # what has scales is quantised to 8 bits
+        if operand.scale_block not in legal:
+            of_tokens = f"tokens.scale_block={recipe.tokens.scale_block}"
+            refuse(f"{name}.scale_block", operand.scale_block, f"{legal} go with {of_tokens}")
+
+
 def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
     """Raise ValueError, naming field and value, unless the layer can run with this
     configuration.
@@ -252,9 +294,12 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
             "use 128 x 256"
         )
+    _check_recipe(config.recipe, kernel)
     tokens = config.recipe.tokens
-    if tokens.num_bytes(kernel.block_k) != 128:
-        raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {tokens.storage}")
+    if tokens.num_bytes(kernel.block_k) != STAGE_ROW_BYTES:
+        raise ValueError(
+            f"block_k={kernel.block_k} must span {STAGE_ROW_BYTES} bytes of {tokens.storage}"
+        )
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     ring = pool_blocks(config, kernel)
     if kernel.group_blocks > ring:

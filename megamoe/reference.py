@@ -13,6 +13,7 @@ channels, S scales of a row. Works on CPU and GPU tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -115,24 +116,28 @@ def product(
 ) -> torch.Tensor:
     """rows @ weights^T with the scales of both, accumulated in the dtype of the arguments: [R, N].
 
-    S is 1, or the number of blocks that C is divided into: the sum of each block is scaled before
-    it is added to the others, and a scale of the whole row is applied to the total.
+    S is the number of blocks that C is divided into, of rows and of weights each their own: sums
+    over columns that share both scales are scaled before they are added up, and a scale of the
+    whole row is applied to the total. Raises ValueError if C has no such blocks.
     """
     scales = []  # [R, 1, S] and [1, N, S]
     if row_scale_RS is not None:
         scales.append(row_scale_RS.unsqueeze(1))
     if weight_scale_NS is not None:
         scales.append(weight_scale_NS.unsqueeze(0))
-    blocks = max((scale.shape[-1] for scale in scales), default=1)
-    by_block = [scale for scale in scales if scale.shape[-1] == blocks]
-    of_row = [scale for scale in scales if scale.shape[-1] != blocks]
+    columns, counts = rows_RC.shape[1], [scale.shape[-1] for scale in scales]
+    blocks = math.lcm(*counts)
+    if columns % blocks:
+        raise ValueError(f"{columns} columns cannot be divided into {counts} blocks with a scale")
+    by_block = [scale for scale in scales if scale.shape[-1] > 1]
+    of_row = [scale for scale in scales if scale.shape[-1] == 1]
     pairs = zip(rows_RC.chunk(blocks, 1), weights_NC.chunk(blocks, 1), strict=True)
     total = None
     for block, (rows, weights) in enumerate(pairs):
         with torch.autocast(rows.device.type, enabled=False):  # the only operation it would change
             part = rows @ weights.T
         for scale in by_block:
-            part = part * scale[..., block]
+            part = part * scale[..., block * scale.shape[-1] // blocks]
         total = part if total is None else total + part
     for scale in of_row:
         total = total * scale[..., 0]

@@ -256,6 +256,26 @@ def test_products_with_scales():
     )
 
 
+@pytest.mark.parametrize("blocks", [(2, 4), (4, 2), (3, 2), (1, 6), (6, 1), (4, 4)])
+def test_products_with_unequal_blocks(blocks):
+    """Rows and weights may have their scales per different numbers of columns."""
+    rng = torch.Generator().manual_seed(6)
+    x, w = (torch.randn(rows, 12, generator=rng).double() for rows in (3, 5))
+    of_x, of_w = torch.rand(3, blocks[0], generator=rng), torch.rand(5, blocks[1], generator=rng)
+    wide_x, wide_w = (
+        scale.double().repeat_interleave(12 // scale.shape[1], 1) for scale in (of_x, of_w)
+    )
+    got = reference.product(x, w, of_x.double(), of_w.double())
+    torch.testing.assert_close(got, (x * wide_x) @ (w * wide_w).T)
+
+
+@pytest.mark.parametrize("blocks", [(5, 1), (1, 5), (4, 8)])
+def test_products_with_blocks_that_do_not_divide_the_columns_are_refused(blocks):
+    x, w = torch.ones(3, 12), torch.ones(5, 12)
+    with pytest.raises(ValueError, match="12 columns"):
+        reference.product(x, w, torch.ones(3, blocks[0]), torch.ones(5, blocks[1]))
+
+
 # --- clamp
 
 
