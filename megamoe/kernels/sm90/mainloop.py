@@ -42,12 +42,9 @@ def issue(fragments, sums, first: Constexpr, stage, fresh: Constexpr):
     for part in range_constexpr(len(sums)):
         for k in range_constexpr(cute.size(a, mode=[2])):
             atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
-            sum, rows, columns = (
-                sums[part],
-                a[None, None, k, stage],
-                prepared(fragments, first + part, k, stage),
-            )
-            cute.gemm(atom, sum, rows, columns, sum)
+            rows = a[None, None, k, stage]
+            columns = prepared(fragments, first + part, k, stage)
+            cute.gemm(atom, sums[part], rows, columns, sums[part])
     warpgroup.commit_group()
 
 

@@ -142,14 +142,14 @@ def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
                 # The epilogue's addresses would be hoisted and fill the mainloop's registers.
                 lane = opaque(lane)
                 if tile.phase == schedule.PHASE_FC1:
-                    if const_expr(recipe.weights.scale_columns == WHOLE_ROW):
-                        epilogue.scale_fc1(launch, accumulator, tile, place, lane)
+                    if const_expr(recipe.tokens.scale_columns == WHOLE_ROW):
+                        epilogue.scale_rows(launch, accumulator, tile, place, lane)
+                    epilogue.combine_fc1(launch, accumulator, tile, lane)
                     epilogue.store_fc1(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
                 else:
-                    if const_expr(recipe.weights.scale_columns == WHOLE_ROW):
-                        epilogue.scale_fc2(launch, accumulator, tile, lane)
+                    epilogue.combine_fc2(launch, accumulator, tile, lane)
                     epilogue.store_fc2(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
