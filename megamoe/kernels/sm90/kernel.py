@@ -40,10 +40,6 @@ from megamoe.budget import (
     FLAG_LIVE,
     FLAG_OK,
     FLAG_STOP,
-    FLAG_WORDS,
-    NUM_PULL_BUFFERS,
-    QUEUE_SLOTS,
-    QUEUE_WORDS,
     check,
 )
 from megamoe.config import DISPATCH, GEMMS, KernelConfig, MoEConfig
@@ -63,6 +59,7 @@ arch = cute.arch
 # Named barriers; 0 is the CTA. The math warpgroups wait at all of them; at REPORTED the report warp
 # arrives (and the dispatch warp of a kernel without tiles), at HANDOVER whoever reduces early.
 MATH_BARRIER, REPORTED_BARRIER, HANDOVER_BARRIER = 1, 2, 3
+SHARED_DTYPES = {"int16": Int16, "int32": Int32, "int64": Int64}
 WARP_DISPATCH, WARP_REPORT, WARP_LOAD_WEIGHTS, WARP_LOAD_TOKENS = range(4)
 
 
@@ -180,55 +177,19 @@ class MegaMoEKernel:
         warpgroup = arch.make_warp_uniform(thread // 128)
         lane = thread % 32
 
-        memory = SmemAllocator()
-        smem_a = memory.allocate_tensor(self.dtype, layout_a.outer, 1024, swizzle=layout_a.inner)
-        smem_b = memory.allocate_tensor(self.dtype, layout_b.outer, 1024, swizzle=layout_b.inner)
-        staging = memory.allocate_tensor(
-            Uint8, cute.make_layout(budget.staging_bytes), 128
-        ).iterator
-        buffers = memory.allocate_tensor(Uint8, cute.make_layout(budget.pull_bytes), 128).iterator
-        zeros = memory.allocate_tensor(Uint8, cute.make_layout(budget.zero_bytes), 128).iterator
-        stage_scales = self.allocate_bytes(memory, config.num_stages * budget.sf_stage_bytes)
-        weight_scales = self.allocate_bytes(memory, QUEUE_SLOTS * budget.weight_sf_bytes)
-        pull_scales = self.allocate_bytes(memory, budget.pull_sf_bytes)
-        pull_counts = memory.allocate_array(Int32, budget.pull_count_bytes // 4)
-        metadata = memory.allocate_array(Int32, budget.metadata_bytes // 4)
-        barriers = memory.allocate_array(Int64, budget.num_barriers)
-        received = memory.allocate_array(Int32, budget.count_words)
-        expert_ids = memory.allocate_array(Int16, budget.count_words)
-        queue = memory.allocate_array(Int32, QUEUE_SLOTS * QUEUE_WORDS)
-        flags = memory.allocate_array(Int32, FLAG_WORDS)
-        queue_full = barriers + 2 * config.num_stages
-        pipes = Pipes(
-            full=barriers,
-            empty=barriers + config.num_stages,
-            queue=queue,
-            queue_full=queue_full,
-            queue_empty=queue_full + QUEUE_SLOTS,
-            row_scales=stage_scales,
-            weight_scales=weight_scales,
-            metadata=metadata,
-            metadata_full=queue_full + 2 * QUEUE_SLOTS,
-            stored=queue_full + 3 * QUEUE_SLOTS,
-            multiplied=queue_full + 4 * QUEUE_SLOTS,
-        )
-        pull_barriers = pipes.multiplied + config.num_math_warpgroups
+        smem = self.allocate(layout_a, layout_b)
+        smem_a, smem_b, staging = smem["a"], smem["b"], smem["staging"]
+        zeros, flags = smem["zeros"], smem["flags"]
+        received, expert_ids = smem["received"], smem["expert_ids"]
+        pipes = Pipes(**{name: smem[name] for name in Pipes._fields})
 
         if thread == 0:
             flags[FLAG_OK] = Int32(1)
             flags[FLAG_STOP] = Int32(0)
-            for stage in range_constexpr(config.num_stages):
-                arch.mbarrier_init(pipes.full + stage, budget.full_arrivals)
-                arch.mbarrier_init(pipes.empty + stage, budget.empty_arrivals)
-            for slot in range_constexpr(QUEUE_SLOTS):
-                arch.mbarrier_init(pipes.queue_full + slot, 1)
-                arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
-                arch.mbarrier_init(pipes.metadata_full + slot, 32)
-                arch.mbarrier_init(pipes.stored + slot, config.num_math_warps)
-            for number in range_constexpr(config.num_math_warpgroups):
-                arch.mbarrier_init(pipes.multiplied + number, 4)
-            for buffer in range_constexpr(NUM_PULL_BUFFERS):
-                arch.mbarrier_init(pull_barriers + buffer, 1)
+            for parts in budget.rings.values():
+                for number in range_constexpr(parts[0].num_items):
+                    for part in parts:
+                        arch.mbarrier_init(smem[part.name] + number, part.arrivals)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
             store_shared(zeros + 4 * word, Int32(0))
         # Rows of A that no box has brought yet are zero: they cost less power than stale ones.
@@ -260,10 +221,10 @@ class MegaMoEKernel:
                 arch.setmaxregister_decrease(config.frontend_registers)
             if warp == WARP_DISPATCH:
                 pulling = PullBuffers(
-                    rows=buffers,
-                    scales=pull_scales,
-                    counts=pull_counts,
-                    barriers=pull_barriers,
+                    rows=smem["pull_rows"],
+                    scales=smem["pull_scales"],
+                    counts=smem["pull_counts"],
+                    barriers=smem["pulled"],
                     piece_bytes=budget.piece_bytes,
                     zero_bytes=budget.zero_bytes,
                 )
@@ -312,6 +273,18 @@ class MegaMoEKernel:
                 HANDOVER_BARRIER, self.handover_threads,
             )  # fmt: skip
 
-    def allocate_bytes(self, memory, num_bytes: int):
-        """Shared memory of `num_bytes`, or a pointer that nobody uses if there are none."""
-        return memory.allocate_tensor(Uint8, cute.make_layout(max(num_bytes, 16)), 128).iterator
+    def allocate(self, layout_a, layout_b) -> dict:
+        """Shared memory by the map of the budget: A and B as tensors, other parts as pointers."""
+        memory, smem = SmemAllocator(), {}
+        for name, part in self.budget.parts.items():
+            if name in ("a", "b"):
+                layout = layout_a if name == "a" else layout_b
+                smem[name] = memory.allocate_tensor(
+                    self.dtype, layout.outer, part.alignment, swizzle=layout.inner
+                )
+            elif part.dtype == "uint8":
+                layout = cute.make_layout(part.num_bytes)
+                smem[name] = memory.allocate_tensor(Uint8, layout, part.alignment).iterator
+            else:
+                smem[name] = memory.allocate_array(SHARED_DTYPES[part.dtype], part.num_items)
+        return smem
