@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from megamoe.architecture import SM90A
 from megamoe.config import KernelConfig, MoEConfig, supports
 from workspace.wire import COUNT_RECORD_BYTES, scale_words
 
-SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
-REGISTERS_PER_TRIPLE = (
-    504  # 168 x 3: setmaxnreg values of three warpgroups may not add up to more, or the CTA hangs
-)
 WARP_ROWS = 16  # rows of a tile that one math warp owns
 PASS_ROW_BYTES = 128  # of a row in one epilogue pass: 64 bf16
 PASS_BYTES = WARP_ROWS * PASS_ROW_BYTES  # shared memory of a math warp's pass
 QUEUE_SLOTS = 2  # tiles handed over: the one in work and the next
 QUEUE_WORDS = 8  # int32 per handed-over tile
-WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 FLAG_WORDS = 4
 # This CTA's: no wait failed; last to arrive; end reduce; number of local experts with rows.
 FLAG_OK, FLAG_LAST, FLAG_STOP, FLAG_LIVE = 0, 1, 2, 3
@@ -160,10 +156,10 @@ def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget, or ValueError naming the field that `supports` refuses or that does not fit."""
     supports(config, kernel)
     budget = budget_of(config, kernel)
-    if budget.total_bytes > SHARED_MEMORY_BYTES:
+    if budget.total_bytes > SM90A.shared_bytes:
         raise ValueError(
             f"num_stages={kernel.num_stages} with {config.experts_per_rank} experts per rank needs "
-            f"{budget.total_bytes} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
+            f"{budget.total_bytes} bytes of shared memory; a CTA has {SM90A.shared_bytes}"
         )
     staging_bytes = budget.parts["staging"].num_bytes
     if 3 * 4 * config.num_experts > staging_bytes:
@@ -173,10 +169,10 @@ def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
             f"{staging_bytes} are free before the roles start"
         )
     registers = kernel.frontend_registers + kernel.num_math_warpgroups * kernel.math_registers
-    if registers > REGISTERS_PER_TRIPLE:
+    if registers > SM90A.registers:
         raise ValueError(
             f"frontend_registers={kernel.frontend_registers} and "
             f"math_registers={kernel.math_registers} add up to "
-            f"{registers} > {REGISTERS_PER_TRIPLE}: setmaxnreg would hang"
+            f"{registers} > {SM90A.registers}: setmaxnreg would hang"
         )
     return budget

@@ -28,12 +28,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megamoe import budget, kernel_files
+from megamoe.architecture import ARCHITECTURES
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.dsl import HAVE_DSL
 from megamoe.kernel_files import DamagedKernel, KernelError, KernelFileError, KernelNotFound
 from megamoe.machine import host
 
-ARCHITECTURES = ("sm_90a",)
 PREFIX = "megamoe"
 #: Arguments of the C entry, in the order of `MegaMoEKernel.__call__`; the stream and a status word
 #: follow.

@@ -5,7 +5,7 @@ Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E 
 H hidden size, I intermediate size. Both configurations are frozen and hold integers and names only,
 so they key caches.
 
-Neighbours: everything reads them; this module reads only `precision`.
+Neighbours: everything reads them; this module reads only `precision` and `architecture`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
+from megamoe.architecture import SM90A
 from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
@@ -106,15 +107,15 @@ class KernelConfig:
 
     @property
     def num_math_warpgroups(self) -> int:
-        return self.block_m // 64
+        return self.block_m // SM90A.group_rows
 
     @property
     def num_math_warps(self) -> int:
-        return 4 * self.num_math_warpgroups
+        return SM90A.group_threads // 32 * self.num_math_warpgroups
 
     @property
     def num_threads(self) -> int:
-        return 128 * (1 + self.num_math_warpgroups)
+        return SM90A.group_threads * (1 + self.num_math_warpgroups)
 
 
 #: Blocks of the pool ring unless asked otherwise, times the bytes of an item: several times the
@@ -130,10 +131,6 @@ PROMOTION_DEFAULTS = {
     "frontend_registers": 56,
     "math_registers": 224,
 }
-#: Bytes of a row of A or B in a stage, which its swizzle spans: the K block.
-STAGE_ROW_BYTES = 128
-#: What tensor cores multiply here, with the bits of a value.
-MMA_BITS = {"bfloat16": 16, "float8_e4m3fn": 8}
 #: Smallest legal value of the integer fields of `KernelConfig`.
 KERNEL_MINIMA = {
     "block_m": 1,
@@ -255,7 +252,7 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
 
     if recipe.output != "bfloat16":
         refuse("output", recipe.output, "slots are stored as bfloat16")
-    block_k = 8 * STAGE_ROW_BYTES // recipe.tokens.bits
+    block_k = 8 * SM90A.stage_row_bytes // recipe.tokens.bits
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
     blocks = {
@@ -265,14 +262,15 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     }
     for name, legal in blocks.items():
         operand = getattr(recipe, name)
-        if operand.mma not in MMA_BITS:
-            refuse(f"{name}.mma", operand.mma, f"choose one of {list(MMA_BITS)}")
+        bits = SM90A.bits_of(operand.mma)
+        if bits is None:
+            refuse(f"{name}.mma", operand.mma, f"{SM90A.name} multiplies {dict(SM90A.mma_bits)}")
         if operand.mma != recipe.tokens.mma:
             refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
         if operand.storage != operand.mma:
             refuse(f"{name}.storage", operand.storage, f"nothing makes it {operand.mma}")
-        if operand.bits != MMA_BITS[operand.mma]:
-            refuse(f"{name}.bits", operand.bits, f"{operand.mma} has {MMA_BITS[operand.mma]}")
+        if operand.bits != bits:
+            refuse(f"{name}.bits", operand.bits, f"{operand.mma} has {bits}")
         if operand.scale != "float32":
             refuse(f"{name}.scale", operand.scale, "scales are float32")
         if operand.bits > 8:
@@ -289,16 +287,16 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
     _check_problem(config)
     kernel = kernel or select(config)
     _check_kernel_fields(kernel)
-    if kernel.block_m != 128 or kernel.block_n != 256:
+    if (kernel.block_m, kernel.block_n) != SM90A.tile:
         raise ValueError(
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
-            "use 128 x 256"
+            f"use {SM90A.tile[0]} x {SM90A.tile[1]}"
         )
     _check_recipe(config.recipe, kernel)
     tokens = config.recipe.tokens
-    if tokens.num_bytes(kernel.block_k) != STAGE_ROW_BYTES:
+    if tokens.num_bytes(kernel.block_k) != SM90A.stage_row_bytes:
         raise ValueError(
-            f"block_k={kernel.block_k} must span {STAGE_ROW_BYTES} bytes of {tokens.storage}"
+            f"block_k={kernel.block_k} must span {SM90A.stage_row_bytes} bytes of {tokens.storage}"
         )
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     ring = pool_blocks(config, kernel)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamoe.architecture import SM90A
 from megamoe.budget import weight_sf_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.schedule import ceil_div
@@ -73,6 +74,11 @@ class Shape:
             self.experts if experts is None else experts, kernel.block_m, kernel.group_blocks,
             self.fc1_columns, self.fc2_columns, kernel.lag_waves * num_ctas, self.ring,
         )  # fmt: skip
+
+    @property
+    def row_group(self) -> int:
+        """Rows of a block that are loaded and multiplied together, or not at all."""
+        return SM90A.group_rows
 
     @property
     def token_row_bytes(self) -> int:

@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int16, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
-from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
+from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
@@ -384,10 +384,10 @@ def pull(
             origin = peer_address(launch, "input_token_buffer", source, token)
         destination = address(launch, "l1_token_buffer", ring_row)
         if index == received[position.expert] - 1 and index >= block_m and lane == 0:
-            # The last row of an expert with a full block: rows that pad its warpgroup become zero.
+            # The last row of an expert with a full block: rows that pad its group become zero.
             # Only power depends on it, which bounds large GEMMs (H200: +2 % at 512 rows an expert);
             # multiplying rows that an earlier launch left costs as much as real ones.
-            padding = schedule.padding_rows(index + 1, WARPGROUP_ROWS)
+            padding = schedule.padding_rows(index + 1, shape.row_group)
             for part in range(padding * (row_bytes // zero_bytes)):
                 bulk_store(destination + row_bytes + Int64(part) * zero_bytes, zeros, zero_bytes)
         for part in range(pieces):

@@ -17,7 +17,7 @@ PACKAGES = ("megamoe", "workspace", "perf")
 
 #: From the bottom up: a module imports from its own layer or from layers before it.
 LAYERS = [
-    {"megamoe.dsl", "megamoe.precision", "megamoe.kernel_files"},
+    {"megamoe.dsl", "megamoe.precision", "megamoe.architecture", "megamoe.kernel_files"},
     {"megamoe.config", "megamoe.activation"},
     {"megamoe.budget", "megamoe.schedule", "megamoe.reference", "megamoe.weights",
      "workspace.layout", "workspace.wire"},

@@ -36,6 +36,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int16, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.memory import SmemAllocator
 
+from megamoe.architecture import SM90A
 from megamoe.budget import (
     FLAG_LIVE,
     FLAG_OK,
@@ -71,7 +72,7 @@ class MegaMoEKernel:
         self.kernel_config = kernel
         self.budget = check(config, kernel)
         self.shape = Shape(config, kernel, layout_of(config, kernel))
-        math_threads = 128 * kernel.num_math_warpgroups
+        math_threads = SM90A.group_threads * kernel.num_math_warpgroups
         # Without tiles nobody waits for pulled rows, so the dispatch warp tells when it has done.
         self.pulls_end_alone = not kernel.runs(GEMMS)
         self.reported_threads = 32 * (1 + self.pulls_end_alone) + math_threads
@@ -174,7 +175,7 @@ class MegaMoEKernel:
             num_tokens, wide_idx, dependents, clamp, num_ctas, cta, thread,
         )  # fmt: skip
         warp = arch.make_warp_uniform(arch.warp_idx())
-        warpgroup = arch.make_warp_uniform(thread // 128)
+        warpgroup = arch.make_warp_uniform(thread // SM90A.group_threads)
         lane = thread % 32
 
         smem = self.allocate(layout_a, layout_b)
@@ -266,10 +267,10 @@ class MegaMoEKernel:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)
             math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)
-            threads = 128 * config.num_math_warpgroups
+            threads = SM90A.group_threads * config.num_math_warpgroups
             sync.cta_barrier(REPORTED_BARRIER, self.reported_threads)
             combine(
-                launch, flags, thread - 128, epoch, MATH_BARRIER, threads,
+                launch, flags, thread - SM90A.group_threads, epoch, MATH_BARRIER, threads,
                 HANDOVER_BARRIER, self.handover_threads,
             )  # fmt: skip
 

@@ -9,7 +9,8 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
-from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SF_BYTES, Budget
+from megamoe.architecture import SM90A
+from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WEIGHT_SF_BYTES, Budget
 from megamoe.config import DISPATCH, GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address
@@ -97,7 +98,7 @@ def load_stages(
         stage = (position + k) % stages
         full = pipes.full + stage
         if const_expr(run > 1):
-            if k % run == 0 and rows <= WARPGROUP_ROWS:
+            if k % run == 0 and rows <= SM90A.group_rows:
                 wait_for_stage(launch, pipes, position + min(k + run, k_blocks) - 1)
         wait_for_stage(launch, pipes, position + k)
         if lane == 0:
@@ -257,7 +258,7 @@ def load_rows(
         )  # fmt: skip
     else:
         load_boxes(
-            launch, budget, maps.atom, maps.rows, WARPGROUP_ROWS,
+            launch, budget, maps.atom, maps.rows, SM90A.group_rows,
             launch.shape.kernel.num_math_warpgroups, smem_a, pipes, position, k_blocks, block,
             tile.rows, scales, lane,
         )  # fmt: skip

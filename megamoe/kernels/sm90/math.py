@@ -8,7 +8,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from megamoe import schedule
-from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, WARP_ROWS, WARPGROUP_ROWS
+from megamoe.architecture import SM90A
+from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, WARP_ROWS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
@@ -42,7 +43,7 @@ def fragments_of(kernel, weights: Operand, columns: int, smem_a, smem_b, accumul
     part = mma.get_slice(0)
     rows_a = cute.logical_divide(mma.make_fragment_A(part.partition_A(smem_a)), (None, 1))
     columns_b = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_b)), (None, 1))
-    shape = part.partition_shape_C((WARPGROUP_ROWS, kernel.block_n))
+    shape = part.partition_shape_C((SM90A.group_rows, kernel.block_n))
     accumulator = cute.make_tensor(accumulator.iterator, cute.make_layout(shape))
     divided = cute.logical_divide(accumulator, (None, None, 1))
     parts = range(cute.size(accumulator, mode=[2]))
@@ -126,7 +127,7 @@ def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
             slot = taken % QUEUE_SLOTS
-            share = schedule.share_of(tile.rows, warp // 4, turn, WARPGROUP_ROWS, warpgroups)
+            share = schedule.share_of(tile.rows, warp // 4, turn, SM90A.group_rows, warpgroups)
             metadata = pipes.metadata + slot * shape.kernel.block_m
             if share.active == 1:
                 place = share.half * 4 + warp % 4
