@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -112,6 +113,17 @@ def test_forbidden_imports(module, other):
         if part_of(name, module):
             found = [n for n in imports_of(name) if part_of(n, other)]
             assert not found, f"{name} imports {found}"
+
+
+#: What only the folder of an architecture may name: its groups of warps and their registers.
+OF_ARCHITECTURES = re.compile(r"warpgroup|setmax|_registers|SM90|wgmma", re.IGNORECASE)
+NEUTRAL = [name for name, path in SOURCES.items() if path.parent == ROOT / "megamoe" / "kernels"]
+
+
+@pytest.mark.parametrize("module", NEUTRAL)
+def test_neutral_kernel_files_name_no_architecture(module):
+    lines = SOURCES[module].read_text().splitlines()
+    assert not [line for line in lines if OF_ARCHITECTURES.search(line)]
 
 
 @pytest.mark.parametrize("module", SOURCES)

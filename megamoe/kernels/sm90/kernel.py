@@ -6,7 +6,7 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
                                   ranks (quantize, dispatch)
   0      dispatch      frontend   pulls token rows, then reduces what is in (dispatch, combine)
   1      report        frontend   reports stored tiles, reduces in between (report, combine)
-  2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (loaders)
+  2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (tiles, loaders)
   3      load_tokens   frontend   waits for readiness, TMA of A (loaders)
   4-11   math          math       products, epilogues, combine (math, mainloop, epilogue, combine)
 
@@ -49,10 +49,11 @@ from megamoe.kernels.combine import EARLY_WORKERS, combine, reduce_early, start_
 from megamoe.kernels.dispatch import PullBuffers, count, pull
 from megamoe.kernels.launch import Launch, Shape
 from megamoe.kernels.ptx import store_shared
+from megamoe.kernels.report import report
 from megamoe.kernels.sm90 import operands
-from megamoe.kernels.sm90.loaders import Pipes, load_tokens, load_weights
+from megamoe.kernels.sm90.loaders import load_tokens, load_weights
 from megamoe.kernels.sm90.math import math
-from megamoe.kernels.sm90.report import report
+from megamoe.kernels.tiles import Pipes
 from workspace.layout import layout_of
 
 arch = cute.arch

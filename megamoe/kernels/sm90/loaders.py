@@ -1,8 +1,6 @@
-"""The loader warps: tickets and weight tiles, token tiles, and the queue that hands tiles over."""
+"""The loader warps: weight tiles in the order of the tickets, token tiles once they are ready."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -10,7 +8,7 @@ from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
 from megamoe.architecture import SM90A
-from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WEIGHT_SF_BYTES, Budget
+from megamoe.budget import QUEUE_SLOTS, Budget
 from megamoe.config import DISPATCH, GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address
@@ -23,56 +21,11 @@ from megamoe.kernels.sm90.operands import (
     partition,
     tokens_box,
 )
+from megamoe.kernels.tiles import next_tile, release_tile, take_tile
 
 arch = cute.arch
 
 ONE = 0x3F800000  # 1.0 as a word
-
-
-class Pipes(NamedTuple):
-    """Shared-memory pointers of the pipelines (see `kernel`): mbarriers, the words of the tile
-    queue, the scales that come with stages and with tiles, and the tiles' padding metadata.
-    """
-
-    full: cute.Pointer
-    empty: cute.Pointer
-    queue: cute.Pointer
-    queue_full: cute.Pointer
-    queue_empty: cute.Pointer
-    row_scales: cute.Pointer
-    weight_scales: cute.Pointer
-    metadata: cute.Pointer
-    metadata_full: cute.Pointer
-    multiplied: cute.Pointer
-    stored: cute.Pointer
-
-
-class Entry(NamedTuple):
-    """A tile as handed over."""
-
-    phase: Int32
-    pool: Int32  # pool block
-    column: Int32
-    rows: Int32  # real rows
-    expert: Int32
-    block: Int32  # pool block within the expert
-
-
-@cute.jit
-def take_tile(pipes: Pipes, taken) -> Entry:
-    """Tile number `taken` of the queue; give it back with `release_tile`."""
-    slot = taken % QUEUE_SLOTS
-    arch.mbarrier_wait(pipes.queue_full + slot, (taken // QUEUE_SLOTS) % 2)
-    words = pipes.queue + slot * QUEUE_WORDS
-    return Entry(words[0], words[1], words[2], words[3], words[4], words[5])
-
-
-@cute.jit
-def release_tile(pipes: Pipes, taken, lane):
-    """This warp has read what the queue holds of tile number `taken`."""
-    arch.sync_warp()
-    if lane == 0:
-        arch.mbarrier_arrive(pipes.queue_empty + taken % QUEUE_SLOTS)
 
 
 @cute.jit
@@ -116,38 +69,6 @@ def load_stages(
 
 
 @cute.jit
-def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
-    """Put a tile into its queue slot, and with it the block scales of its weights."""
-    shape = launch.shape
-    if lane == 0:
-        words = pipes.queue + slot * QUEUE_WORDS
-        words[0] = tile.phase
-        words[1] = tile.pool
-        words[2] = tile.column
-        words[3] = tile.rows
-        words[4] = tile.expert
-        words[5] = tile.block
-        full = pipes.queue_full + slot
-        if const_expr(shape.weight_sf_bytes == 0):
-            arch.mbarrier_arrive(full)
-        else:
-            to = pipes.weight_scales + slot * shape.weight_sf_bytes
-            if tile.phase == schedule.PHASE_FC1:
-                num_bytes = shape.fc1_k_blocks * WEIGHT_SF_BYTES
-                index = tile.expert * shape.fc1_columns + tile.column
-                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w13_sf + Int64(index) * num_bytes, full, num_bytes)
-            elif tile.phase == schedule.PHASE_FC2:
-                num_bytes = shape.fc2_k_blocks * WEIGHT_SF_BYTES
-                index = tile.expert * shape.fc2_columns + tile.column
-                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w2_sf + Int64(index) * num_bytes, full, num_bytes)
-            else:
-                arch.mbarrier_arrive(full)
-    arch.sync_warp()
-
-
-@cute.jit
 def load_columns(launch: Launch, budget: Budget, atom, side, pipes, position, k_blocks, rows, lane):
     """Load the columns of a tile of weights over K, for `rows` rows of tokens."""
     load_stages(
@@ -182,35 +103,25 @@ def load_weights(
     handed = Int32(0)
     running = Int32(kernel.runs(GEMMS))
     while running == 1:
-        ticket = Int32(0)
-        if lane == 0:
-            ticket = arch.atomic_add(tickets, Int32(1), sem="relaxed", scope="gpu")
-        ticket = arch.shuffle_sync(ticket, 0)
-        walk = schedule.seek_walk(walk, ticket, received, *stream)
-        slot = handed % QUEUE_SLOTS
-        arch.mbarrier_wait(pipes.queue_empty + slot, (handed // QUEUE_SLOTS + 1) % 2)
-        tile = schedule.Tile(Int32(0), Int32(0), Int32(0))
-        rows, expert = Int32(0), Int32(0)
-        if walk.phase != schedule.PHASE_DONE:
-            tile = schedule.tile_of(walk, ticket)
-            rows = schedule.rows_in_block(received[walk.expert], tile.block, kernel.block_m)
-            expert = Int32(expert_ids[walk.expert])
-        entry = Entry(walk.phase, tile.pool, tile.column, rows, expert, tile.block)
-        hand_over(launch, pipes, slot, entry, lane)
+        walk, tile = next_tile(
+            launch, pipes, tickets, stream, walk, handed, received, expert_ids, lane
+        )
         handed += 1
-        if walk.phase == schedule.PHASE_FC1:
-            place = ((0, 0, tile.column), None, expert)
+        if tile.phase == schedule.PHASE_FC1:
+            place = ((0, 0, tile.column), None, tile.expert)
             side = partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)
             load_columns(
-                launch, budget, gate_up_atom, side, pipes, position, shape.fc1_k_blocks, rows, lane
-            )
+                launch, budget, gate_up_atom, side, pipes, position, shape.fc1_k_blocks, tile.rows,
+                lane,
+            )  # fmt: skip
             position += shape.fc1_k_blocks
-        elif walk.phase == schedule.PHASE_FC2:
-            place = (tile.column, None, expert)
+        elif tile.phase == schedule.PHASE_FC2:
+            place = (tile.column, None, tile.expert)
             side = partition(down_atom, smem_b, down, down_box(kernel), place)
             load_columns(
-                launch, budget, down_atom, side, pipes, position, shape.fc2_k_blocks, rows, lane
-            )
+                launch, budget, down_atom, side, pipes, position, shape.fc2_k_blocks, tile.rows,
+                lane,
+            )  # fmt: skip
             position += shape.fc2_k_blocks
         else:
             running = Int32(0)

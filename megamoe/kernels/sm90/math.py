@@ -15,7 +15,7 @@ from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import opaque
 from megamoe.kernels.sm90 import epilogue, mainloop, operands
-from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
+from megamoe.kernels.tiles import Pipes, release_tile, take_tile
 from megamoe.precision import WHOLE_ROW, Operand
 
 arch = cute.arch
