@@ -58,7 +58,7 @@ class Backend:
         self.staged_scales = []
         if self.quantizes:
             scales = config.token_scales
-            self.staged_scales = [view["input_sf_buffer"][:, :scales] for view in views]
+            self.staged_scales = [view["input_scale_buffer"][:, :scales] for view in views]
         self.launchers = [kernel.launcher() for _ in self.ranks]
         for index, (rank, launcher) in enumerate(zip(self.ranks, self.launchers, strict=True)):
             base = workspace.allocation.base(rank, LOCAL)
@@ -79,15 +79,17 @@ class Backend:
             )
 
     def set_weights(self, weights: list[Weights], tables: list[tuple]) -> None:
-        """By rank: weights, and (w13_sf, w2_sf) as the kernel reads them, or None. Launches read
+        """By rank: weights, and (w13_scales, w2_scales) as the kernel reads them, or None. Launches read
         what they hold then; who calls keeps them alive.
         """
-        for launcher, rank, (w13_sf, w2_sf) in zip(self.launchers, weights, tables, strict=True):
+        for launcher, rank, (w13_scales, w2_scales) in zip(
+            self.launchers, weights, tables, strict=True
+        ):
             launcher.set(
                 w13=rank.w13.data_ptr(),
                 w2=rank.w2.data_ptr(),
-                w13_sf=0 if w13_sf is None else w13_sf.data_ptr(),
-                w2_sf=0 if w2_sf is None else w2_sf.data_ptr(),
+                w13_scales=0 if w13_scales is None else w13_scales.data_ptr(),
+                w2_scales=0 if w2_scales is None else w2_scales.data_ptr(),
             )
 
     def _stage(self, index: int, x, scale) -> None:
@@ -150,8 +152,8 @@ class CpuBackend(Backend):
     def set_weights(self, weights: list[Weights], tables: list[tuple]) -> None:
         super().set_weights(weights, tables)
         self.weights = [
-            {"w13": rank.w13, "w2": rank.w2, "w13_sf": w13_sf, "w2_sf": w2_sf}
-            for rank, (w13_sf, w2_sf) in zip(weights, tables, strict=True)
+            {"w13": rank.w13, "w2": rank.w2, "w13_scales": w13_scales, "w2_scales": w2_scales}
+            for rank, (w13_scales, w2_scales) in zip(weights, tables, strict=True)
         ]
 
     def forward(self, rows: list[tuple]) -> list[torch.Tensor]:

@@ -23,7 +23,9 @@ FLAG_WORDS = 4
 # This CTA's: no wait failed; last to arrive; end reduce; number of local experts with rows.
 FLAG_OK, FLAG_LAST, FLAG_STOP, FLAG_LIVE = 0, 1, 2, 3
 ZERO_BYTES = 512  # zeros that dispatch copies to rows that pad a block, at most
-WEIGHT_SF_BYTES = 16  # scales of a weight tile for one K block: one float32 per 64 of its columns
+WEIGHT_SCALE_BYTES = (
+    16  # scales of a weight tile for one K block: one float32 per 64 of its columns
+)
 EMPTY_BYTES = 16  # of a part that a recipe leaves empty
 SHARED_ITEM_BYTES = {"uint8": 1, "int16": 2, "int32": 4, "int64": 8}
 NUM_PULL_BUFFERS = 2  # pieces of the dispatch warp: one loading, one being stored
@@ -83,11 +85,11 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
     return max(size for size in range(16, min(row_bytes, limit) + 1, 16) if row_bytes % size == 0)
 
 
-def weight_sf_bytes(config: MoEConfig) -> int:
+def weight_scale_bytes(config: MoEConfig) -> int:
     """Block scales of one tile's weights over all of K; 0 for recipes without."""
     weights = config.recipe.weights
     columns = max(config.hidden_size, config.intermediate_size)
-    return WEIGHT_SF_BYTES * weights.num_scales(columns) if weights.scales_along_k else 0
+    return WEIGHT_SCALE_BYTES * weights.num_scales(columns) if weights.scales_along_k else 0
 
 
 def barriers(kernel: KernelConfig) -> list[Part]:
@@ -115,7 +117,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     row_bytes = recipe.tokens.num_bytes(config.hidden_size)
     a_stage = recipe.tokens.num_bytes(kernel.block_m * kernel.block_k)
     b_stage = recipe.weights.num_bytes(kernel.block_n * kernel.block_k)
-    piece = piece_bytes(row_bytes, kernel.pull_chunk_bytes)
+    piece = piece_bytes(row_bytes, kernel.pull_piece_bytes)
     zeros = piece_bytes(row_bytes, ZERO_BYTES)
 
     def raw(name: str, num_bytes: int, alignment: int = 128) -> Part:
@@ -131,7 +133,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         raw("pull_rows", NUM_PULL_BUFFERS * piece),
         raw("zeros", zeros),
         raw("row_scales", kernel.num_stages * 4 * kernel.block_m * recipe.stages_scales),
-        raw("weight_scales", QUEUE_SLOTS * weight_sf_bytes(config)),
+        raw("weight_scales", QUEUE_SLOTS * weight_scale_bytes(config)),
         raw("pull_scales", NUM_PULL_BUFFERS * 4 * scale_words(config.token_scales)),
         # Of all sources for the expert that is being pulled.
         words("pull_counts", COUNT_RECORD_BYTES // 4 * config.num_ranks),

@@ -56,7 +56,7 @@ class MoEConfig:
         return self.recipe.tokens.num_scales(self.hidden_size)
 
     @property
-    def hidden_scales(self) -> int:
+    def fc1_out_scales(self) -> int:
         """Scales of a row of FC1's output."""
         return self.recipe.hidden.num_scales(self.intermediate_size)
 
@@ -69,7 +69,7 @@ class KernelConfig:
     block_m, block_n, block_k: the CTA tile. `block_m` is also the unit of readiness, the pool
     block.
     num_stages: depth of the shared-memory ring of A and B tiles.
-    pull_chunk_bytes: largest piece of a token row in flight per pull buffer.
+    pull_piece_bytes: largest piece of a token row in flight per pull buffer.
     weight_run: K blocks of weights that are asked for together, in a tile with rows for one math
     warpgroup only. Two of FP8 are 256 bytes of a row, which HBM gives 2 % faster than twice 128; in
     BF16 it costs 1 % (H200).
@@ -91,7 +91,7 @@ class KernelConfig:
     block_n: int = 256
     block_k: int = 64
     num_stages: int = 4
-    pull_chunk_bytes: int = 7168
+    pull_piece_bytes: int = 7168
     weight_run: int = 1
     frontend_registers: int = 88
     math_registers: int = 208
@@ -126,7 +126,7 @@ DEFAULT_POOL_BLOCK_BYTES = 384
 #: second accumulator; scales take shared memory from the pull buffers.
 PROMOTION_DEFAULTS = {
     "block_k": 128,
-    "pull_chunk_bytes": 4096,
+    "pull_piece_bytes": 4096,
     "weight_run": 2,
     "frontend_registers": 56,
     "math_registers": 224,
@@ -137,7 +137,7 @@ KERNEL_MINIMA = {
     "block_n": 1,
     "block_k": 1,
     "num_stages": 2,
-    "pull_chunk_bytes": 16,
+    "pull_piece_bytes": 16,
     "weight_run": 1,
     "frontend_registers": 24,
     "math_registers": 24,

@@ -46,7 +46,7 @@ class InputCheck:
         self.output_row_bytes = config.hidden_size * self.output.itemsize
         views = [workspace.regions(rank) for rank in self.ranks]
         self.outputs = [view["layer_output"].data_ptr() for view in views]
-        self.scales = [view.get("input_sf_buffer") for view in views]
+        self.scales = [view.get("input_scale_buffer") for view in views]
 
     def rows(self, single: bool, *arguments: object) -> list[tuple]:
         """The arguments of a forward by rank of this process (see NAMES), checked; `single`: they

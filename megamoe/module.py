@@ -403,7 +403,7 @@ class MegaMoE(ResidentWeights):
         """
         if not self.config.recipe.tokens.has_scales:
             raise ValueError(f"precision={self.config.precision!r} has no scales")
-        return self._region("input_sf_buffer", rank)[:, : self.config.token_scales]
+        return self._region("input_scale_buffer", rank)[:, : self.config.token_scales]
 
     def _region(self, name: str, rank: int | None) -> torch.Tensor:
         ranks = self.local_ranks

@@ -22,7 +22,7 @@ from megamoe.weights import (
     write_tile_scales,
 )
 
-TABLES = ("w13_sf", "w2_sf")
+TABLES = ("w13_tile_scales", "w2_tile_scales")
 
 
 class ResidentWeights(torch.nn.Module):
@@ -51,7 +51,7 @@ class ResidentWeights(torch.nn.Module):
         return config.recipe, self.num_local_experts, config.hidden_size, config.intermediate_size
 
     def _read(self, weights: list[Weights], tables: list[tuple]) -> None:
-        """Let launches read these from now on; by rank: weights, and (w13_sf, w2_sf) or Nones."""
+        """Let launches read these from now on; by rank: weights, and (w13_tile_scales, w2_tile_scales) or Nones."""
         raise NotImplementedError
 
     def _settle_on(self, device: torch.device) -> None:
@@ -191,7 +191,7 @@ class ResidentWeights(torch.nn.Module):
             write_tile_scales(held, *tables)
 
     def _tables(self) -> tuple[torch.Tensor, ...] | None:
-        """(w13_sf, w2_sf) where scales are laid out anew."""
+        """(w13_tile_scales, w2_tile_scales) where scales are laid out anew."""
         tables = tuple(self._buffers[name] for name in TABLES)
         return None if tables[0] is None else tables
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megamoe.architecture import SM90A
-from megamoe.budget import weight_sf_bytes
+from megamoe.budget import weight_scale_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.schedule import ceil_div
 from workspace.layout import COUNTER, Layout
@@ -85,18 +85,18 @@ class Shape:
         return self.config.recipe.tokens.num_bytes(self.config.hidden_size)
 
     @property
-    def hidden_row_bytes(self) -> int:
+    def fc1_out_row_bytes(self) -> int:
         return self.config.recipe.hidden.num_bytes(self.config.intermediate_size)
 
     @property
     def token_scale_bytes(self) -> int:
-        """Bytes of a row of `input_sf_buffer`."""
+        """Bytes of a row of `input_scale_buffer`."""
         return 4 * scale_words(self.config.token_scales)
 
     @property
-    def weight_sf_bytes(self) -> int:
+    def weight_scale_bytes(self) -> int:
         """Shared memory for the block scales of one tile's weights."""
-        return weight_sf_bytes(self.config)
+        return weight_scale_bytes(self.config)
 
     @property
     def output_row_bytes(self) -> int:

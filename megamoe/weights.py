@@ -111,7 +111,7 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
 def empty_tile_scales(
     config: MoEConfig, experts: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(w13_sf, w2_sf), zeroed, for `write_tile_scales` of so many experts; None for a recipe
+    """(w13_tile_scales, w2_tile_scales), zeroed, for `write_tile_scales` of so many experts; None for a recipe
     without a scale per weight block.
     """
     rows, columns = config.recipe.weights.scale_block
@@ -123,12 +123,16 @@ def empty_tile_scales(
         (experts, -(-hidden // (2 * rows)), intermediate // columns, 4),
     )
     with torch.inference_mode(False):  # rewritten inside and outside of it
-        w13_sf, w2_sf = (torch.zeros(s, dtype=torch.float32, device=device) for s in shapes)
-    return w13_sf, w2_sf
+        w13_tile_scales, w2_tile_scales = (
+            torch.zeros(s, dtype=torch.float32, device=device) for s in shapes
+        )
+    return w13_tile_scales, w2_tile_scales
 
 
 @torch.no_grad()
-def write_tile_scales(weights: Weights, w13_sf: torch.Tensor, w2_sf: torch.Tensor) -> None:
+def write_tile_scales(
+    weights: Weights, w13_tile_scales: torch.Tensor, w2_tile_scales: torch.Tensor
+) -> None:
     """Scales per weight block as the kernel reads them, into tables [e, tile columns, K blocks, 4]:
     one per quarter of a tile's 256 columns. Writes in place and allocates nothing.
 
@@ -136,11 +140,11 @@ def write_tile_scales(weights: Weights, w13_sf: torch.Tensor, w2_sf: torch.Tenso
     blocks 2j, 2j, 2j + 1, 2j + 1; past H the tables keep their 0.
     """
     gate, up = weights.w13_scale.chunk(2, dim=1)
-    w13_sf[..., 0::2] = gate.unsqueeze(-1)
-    w13_sf[..., 1::2] = up.unsqueeze(-1)
+    w13_tile_scales[..., 0::2] = gate.unsqueeze(-1)
+    w13_tile_scales[..., 1::2] = up.unsqueeze(-1)
     for half in range(2):
         scales = weights.w2_scale[:, half::2]
-        w2_sf[:, : scales.shape[1], :, 2 * half : 2 * half + 2] = scales.unsqueeze(-1)
+        w2_tile_scales[:, : scales.shape[1], :, 2 * half : 2 * half + 2] = scales.unsqueeze(-1)
 
 
 def check_weights(

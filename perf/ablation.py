@@ -73,7 +73,7 @@ def fill_pool(moe: megamoe.MegaMoE) -> None:
             values = torch.randn(rows.shape, device=rows.device)
             if recipe.tokens.has_scales:
                 values, scales = reference.quantize(values, recipe.tokens.scale_columns)
-                regions["l1_sf_buffer"][number].copy_(scales.T)
+                regions["l1_scale_buffer"][number].copy_(scales.T)
             rows.copy_(values)
 
 

@@ -27,7 +27,7 @@ PHASE_NAMES = {PHASE_FC1: "FC1", PHASE_FC2: "FC2"}
 #: Marks that are an instant rather than the border of a slice.
 INSTANTS = {"counted": "counted", "last_pull": "last pull"}
 #: Marks that hold a sum of waits, and what for.
-WAITS = {"wait_tokens_ns": "for tokens", "wait_hidden_ns": "for FC1"}
+WAITS = {"wait_tokens_ns": "for tokens", "wait_fc1_out_ns": "for FC1"}
 WAIT_COUNTER = "waits, summed over CTAs that are done"
 
 

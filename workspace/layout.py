@@ -42,7 +42,7 @@ GRID_COUNTED, GRID_DISPATCHED, GRID_COMBINED = 0, 1, 2
 #: GPU.
 TRACE_NAMES = (
     "start", "counted", "dispatched", "first_tile", "last_pull", "last_tile", "combined", "end",
-    "wait_tokens_ns", "wait_hidden_ns", "start_cycles", "end_cycles",
+    "wait_tokens_ns", "wait_fc1_out_ns", "start_cycles", "end_cycles",
 )  # fmt: skip
 TRACE_CTAS, TRACE_MARKS = 160, 16
 #: Tiles of a CTA that region `tile_trace` has room for; words of one: when it was taken, when its
@@ -170,18 +170,18 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
     ring = pool_blocks(config, kernel)
     if recipe.tokens.has_scales:
         table += [
-            Region("input_sf_buffer", "float32", (tokens, scale_words(config.token_scales)),
+            Region("input_scale_buffer", "float32", (tokens, scale_words(config.token_scales)),
                    SYMMETRIC, DATA,
                    "count, or the host, with input_token_buffer", "dispatch warps of peers",
                    "only rows named by a record are read"),
-            Region("l1_sf_buffer", "float32", (ring, config.token_scales, kernel.block_m), LOCAL,
+            Region("l1_scale_buffer", "float32", (ring, config.token_scales, kernel.block_m), LOCAL,
                    DATA,
                    "dispatch warps", "token loaders of FC1; its epilogue if a row has one scale",
                    "padding rows feed only rows that are dropped"),
         ]  # fmt: skip
     if recipe.hidden.has_scales:
         table += [
-            Region("fc1_output_sf", "float32", (ring, config.hidden_scales, kernel.block_m), LOCAL,
+            Region("fc1_output_scale", "float32", (ring, config.fc1_out_scales, kernel.block_m), LOCAL,
                    DATA,
                    "FC1 epilogue", "token loaders of FC2",
                    "padding rows feed only rows that are dropped"),

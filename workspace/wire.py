@@ -6,7 +6,7 @@
   its first record.
 - source code (int32, `token_src_metadata`): 0 for a row that pads a block, else 1 + rank *
   max_slots + slot.
-- scales of a token row (float32, `input_sf_buffer`): padded with whole words to 16 bytes, what a
+- scales of a token row (float32, `input_scale_buffer`): padded with whole words to 16 bytes, what a
   bulk copy moves.
 - combine row: H outputs at `combine_output[token][k]` of the source rank, addressed by the slot.
 - tile code (int64, `tile_trace`): phase in 8 bits, pool block in 32, tile column above.
@@ -29,7 +29,7 @@ PADDING = 0
 
 
 def scale_words(num_scales: int) -> int:
-    """Words of a row of `input_sf_buffer` that holds `num_scales` scales."""
+    """Words of a row of `input_scale_buffer` that holds `num_scales` scales."""
     return -(-num_scales // SCALE_WORDS_GRANULE) * SCALE_WORDS_GRANULE
 
 

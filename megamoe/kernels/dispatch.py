@@ -413,7 +413,7 @@ def pull(
                     if completes >= 0:
                         bulk_load(
                             buffers.scales + buffer * shape.token_scale_bytes,
-                            peer_address(launch, "input_sf_buffer", source, token),
+                            peer_address(launch, "input_scale_buffer", source, token),
                             barrier,
                             shape.token_scale_bytes,
                         )
@@ -422,7 +422,7 @@ def pull(
                 unpublished = state.completes
             scales = Int64(0)
             if const_expr(has_scales):
-                scales = address(launch, "l1_sf_buffer", block % shape.ring)
+                scales = address(launch, "l1_scale_buffer", block % shape.ring)
                 scales += Int64(row_in_block) * 4
             state = Pulling(
                 state.piece + 1,

@@ -24,8 +24,10 @@ class Launch:
     symmetric_base: Int64
     local_base: Int64
     peers: Int64  # int64 [W]: symmetric base of every rank
-    w13_sf: Int64  # scales of w13 and w2 as `weights.write_tile_scales` lays them out; 0 without
-    w2_sf: Int64
+    w13_scales: (
+        Int64  # scales of w13 and w2 as `weights.write_tile_scales` lays them out; 0 without
+    )
+    w2_scales: Int64
     x: Int64  # token [T, H]; recipes with scales: bfloat16 [T, H] to quantise, or 0 if staged
     topk_idx: Int64  # int32 or int64 [T, K]
     topk_weights: Int64  # float32 [T, K]

@@ -90,13 +90,13 @@ def store_columns(launch: Launch, token, first, lane, values, inverses):
 
 @cute.jit
 def store_scale(launch: Launch, token, index, scale):
-    word = address(launch, "input_sf_buffer", token) + Int64(index) * 4
+    word = address(launch, "input_scale_buffer", token) + Int64(index) * 4
     global_ptr(word, Float32)[0] = scale
 
 
 @cute.jit
 def quantize_input(launch: Launch, threads: Constexpr):
-    """Whole grid: BF16 `x` -> input_token_buffer and input_sf_buffer, unless the host staged them
+    """Whole grid: BF16 `x` -> input_token_buffer and input_scale_buffer, unless the host staged them
     (x == 0). A warp takes up to 2048 columns of a token, or with a scale per row a whole token.
     """
     config = launch.shape.config

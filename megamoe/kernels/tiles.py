@@ -12,7 +12,7 @@ import cutlass.cute as cute
 from cutlass import Int32, Int64, const_expr
 
 from megamoe import schedule
-from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WEIGHT_SF_BYTES
+from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WEIGHT_SCALE_BYTES
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import bulk_load
 
@@ -78,20 +78,20 @@ def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
         words[4] = tile.expert
         words[5] = tile.block
         full = pipes.queue_full + slot
-        if const_expr(shape.weight_sf_bytes == 0):
+        if const_expr(shape.weight_scale_bytes == 0):
             arch.mbarrier_arrive(full)
         else:
-            to = pipes.weight_scales + slot * shape.weight_sf_bytes
+            to = pipes.weight_scales + slot * shape.weight_scale_bytes
             if tile.phase == schedule.PHASE_FC1:
-                num_bytes = shape.fc1_k_blocks * WEIGHT_SF_BYTES
+                num_bytes = shape.fc1_k_blocks * WEIGHT_SCALE_BYTES
                 index = tile.expert * shape.fc1_columns + tile.column
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w13_sf + Int64(index) * num_bytes, full, num_bytes)
+                bulk_load(to, launch.w13_scales + Int64(index) * num_bytes, full, num_bytes)
             elif tile.phase == schedule.PHASE_FC2:
-                num_bytes = shape.fc2_k_blocks * WEIGHT_SF_BYTES
+                num_bytes = shape.fc2_k_blocks * WEIGHT_SCALE_BYTES
                 index = tile.expert * shape.fc2_columns + tile.column
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w2_sf + Int64(index) * num_bytes, full, num_bytes)
+                bulk_load(to, launch.w2_scales + Int64(index) * num_bytes, full, num_bytes)
             else:
                 arch.mbarrier_arrive(full)
     arch.sync_warp()

@@ -77,7 +77,7 @@ def test_dispatch_puts_every_row_into_its_experts_blocks(name):
             regions = moe.workspace.regions(rank)
             pools = [regions["l1_token_buffer"]]
             if scales:
-                pools.append(regions["l1_sf_buffer"].transpose(1, 2).flatten(0, 1))
+                pools.append(regions["l1_scale_buffer"].transpose(1, 2).flatten(0, 1))
             for expert, rows in real_rows(moe, ids, rank):
                 sources = received(moe, ids, rank, expert).tolist()
                 if not sources:

@@ -112,7 +112,7 @@ def test_a_layer_with_biases_against_a_loop(monkeypatch, name):
 def test_what_an_epilogue_reads_by_column(precision, name):
     """A scale by output channel, then a bias."""
     operands = column_operands("w13", PRECISIONS[precision].weights, ACTIVATIONS[name])
-    expected = [("w13_sf", MULTIPLY)] * (precision == "fp8_channel")
+    expected = [("w13_scales", MULTIPLY)] * (precision == "fp8_channel")
     expected += [("w13_bias", ADD)] * ACTIVATIONS[name].bias
     assert [(operand.name, operand.combines) for operand in operands] == expected
 

@@ -84,7 +84,7 @@ def test_parts_lie_one_behind_the_other(precision, warpgroups):
 SIZES = {
     "small": ((8, 2, 256, 256, 16, 2), {}),
     "odd": ((9, 2, 384, 128, 16, 3), {"num_stages": 3}),
-    "pieces": ((6, 2, 7168, 128, 16, 1), {"num_stages": 2, "pull_chunk_bytes": 1024}),
+    "pieces": ((6, 2, 7168, 128, 16, 1), {"num_stages": 2, "pull_piece_bytes": 1024}),
 }
 
 

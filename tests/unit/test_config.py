@@ -132,7 +132,7 @@ BAD_KERNELS = [
     ("lag_waves", 1.5),
     ("pool_blocks", "8"),
     ("pool_blocks", False),
-    ("pull_chunk_bytes", 15),
+    ("pull_piece_bytes", 15),
     ("frontend_registers", 16),
     ("frontend_registers", 84),
     ("math_registers", 201),

@@ -73,7 +73,7 @@ def test_experts_of_several_blocks(precision, num_ctas):
 
 @pytest.mark.parametrize(("chunk", "pieces"), [(400, 2), (100, 8)])
 def test_rows_in_pieces(chunk, pieces):
-    overrides = {"pull_chunk_bytes": chunk, "pool_blocks": 2}
+    overrides = {"pull_piece_bytes": chunk, "pool_blocks": 2}
     layer = Layer(2, hidden=384, experts=8, overrides=overrides)
     for seed in range(2):
         layer.check("uniform", seed)
@@ -100,7 +100,7 @@ def test_the_launch_quantises_as_the_caller_would(precision):
         views = layer.workspace.regions(rank)
         rows = views["input_token_buffer"][: len(x)]
         assert torch.equal(rows.view(torch.uint8), x.view(torch.uint8))
-        assert torch.equal(views["input_sf_buffer"][: len(x), : scale.shape[1]], scale)
+        assert torch.equal(views["input_scale_buffer"][: len(x), : scale.shape[1]], scale)
     again = layer.moe([x for x, _ in pairs], *routing, [scale for _, scale in pairs])
     assert all(torch.equal(a, b) for a, b in zip(ys, again, strict=True))
 

@@ -94,7 +94,7 @@ def test_input_buffers_have_the_dtype_that_tokens_travel_in(any_layer):
     scales = any_layer.input_scale_buffer(1)
     assert scales.dtype == torch.float32
     assert scales.shape == (T, 1 if recipe.name == "fp8_channel" else H // 128)
-    assert scales.data_ptr() == any_layer.workspace.regions(1)["input_sf_buffer"].data_ptr()
+    assert scales.data_ptr() == any_layer.workspace.regions(1)["input_scale_buffer"].data_ptr()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -595,7 +595,7 @@ def test_scales_that_only_start_in_their_buffer_are_refused(scaled_layer):
     """Rows of the buffer are padded to 16 bytes; packed rows there would be read wrong."""
     xs, ids, router = inputs()
     stored, scales = quantized(scaled_layer, xs)
-    region = scaled_layer.workspace.regions(0)["input_sf_buffer"]
+    region = scaled_layer.workspace.regions(0)["input_scale_buffer"]
     scales[0] = region.view(-1)[: scales[0].numel()].view(scales[0].shape)
     with pytest.raises(ValueError, match=r"x_scale\[0\] starts in the scale buffer, but has shape"):
         scaled_layer(stored, ids, router, scales)

@@ -67,7 +67,7 @@ def marks_of(start: int, **changes) -> dict[str, int]:
         "start": start, "counted": start + 1000, "dispatched": start + 3000,
         "first_tile": start + 3500, "last_pull": start + 6000, "last_tile": start + 20_000,
         "combined": start + 21_000, "end": start + 22_000, "wait_tokens_ns": 700,
-        "wait_hidden_ns": 300, "start_cycles": 50, "end_cycles": 50 + 22 * 1500,
+        "wait_fc1_out_ns": 300, "start_cycles": 50, "end_cycles": 50 + 22 * 1500,
     }  # fmt: skip
     return {name: value for name, value in (marks | changes).items() if value}
 

@@ -101,7 +101,7 @@ def test_kernel_tensors_are_what_a_launch_reads(precision):
     tensors = dict(moe.kernel_tensors())
     assert list(tensors)[:2] == ["w13", "w2"]
     assert list(tensors)[2:] == {
-        "bf16": [], "fp8_block": ["w13_sf", "w2_sf"], "fp8_channel": ["w13_scale", "w2_scale"]
+        "bf16": [], "fp8_block": ["w13_tile_scales", "w2_tile_scales"], "fp8_channel": ["w13_scale", "w2_scale"]
     }[precision]  # fmt: skip
     assert all(len(tensor) == W * E_LOCAL for tensor in tensors.values())
     given = moe._held()

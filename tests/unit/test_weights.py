@@ -129,25 +129,30 @@ def test_scales_of_a_tile_lie_side_by_side(hidden, intermediate):
     kernel = select(config)
     shape = Shape(config, kernel, layout_of(config, kernel))
     made = quantize_weights(*drawn(4, hidden, intermediate), "fp8_block")
-    w13_sf, w2_sf = empty_tile_scales(config, 4, torch.device("cpu"))
+    w13_tile_scales, w2_tile_scales = empty_tile_scales(config, 4, torch.device("cpu"))
     for _ in range(2):  # in place, over what was there
-        write_tile_scales(made, w13_sf, w2_sf)
-    assert w13_sf.shape == (4, shape.fc1_columns, hidden // 128, 4)
-    assert w2_sf.shape == (4, shape.fc2_columns, intermediate // 128, 4)
-    for scales in (w13_sf, w2_sf):
+        write_tile_scales(made, w13_tile_scales, w2_tile_scales)
+    assert w13_tile_scales.shape == (4, shape.fc1_columns, hidden // 128, 4)
+    assert w2_tile_scales.shape == (4, shape.fc2_columns, intermediate // 128, 4)
+    for scales in (w13_tile_scales, w2_tile_scales):
         assert scales.dtype == torch.float32 and scales.is_contiguous()
     for expert in range(4):
         for column in range(shape.fc1_columns):
             for k in range(hidden // 128):
                 gate = made.w13_scale[expert, column, k]
                 up = made.w13_scale[expert, intermediate // 128 + column, k]
-                assert w13_sf[expert, column, k].tolist() == [gate, up, gate, up]
+                assert w13_tile_scales[expert, column, k].tolist() == [gate, up, gate, up]
         for column in range(shape.fc2_columns):
             for k in range(intermediate // 128):
                 rows = [made.w2_scale[expert, 2 * column, k], torch.zeros(())]
                 if 2 * column + 1 < hidden // 128:
                     rows[1] = made.w2_scale[expert, 2 * column + 1, k]
-                assert w2_sf[expert, column, k].tolist() == [rows[0], rows[0], rows[1], rows[1]]
+                assert w2_tile_scales[expert, column, k].tolist() == [
+                    rows[0],
+                    rows[0],
+                    rows[1],
+                    rows[1],
+                ]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_channel"])

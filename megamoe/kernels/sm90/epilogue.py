@@ -126,11 +126,11 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
             amax = largest_of_lanes(magnitude(values), 4) * magnitude([weights[half]])
             scale, inverse = scale_of(amax)
             factors.append(inverse * weights[half])
-            target = address(launch, "fc1_output_sf", pool % shape.ring)
+            target = address(launch, "fc1_output_scale", pool % shape.ring)
             row = warp * WARP_ROWS + lane // 4 + 8 * half
             if lane % 4 == 0:
                 store_global(target + Int64(column * block_m + row) * 4, as_word(scale))
-    row_bytes = shape.hidden_row_bytes
+    row_bytes = shape.fc1_out_row_bytes
     base = address(launch, "fc1_output", first_row) + column * tile_bytes + (lane % 8) * 16
     passes = tile_bytes // PASS_ROW_BYTES
     for step in range_constexpr(passes):
@@ -157,7 +157,7 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
 @cute.jit
 def scale_rows(launch: Launch, accumulator, tile, warp, lane):
     """accumulator *= scale of the token, where a row of tokens has one."""
-    base = address(launch, "l1_sf_buffer", tile.pool % launch.shape.ring)
+    base = address(launch, "l1_scale_buffer", tile.pool % launch.shape.ring)
     for half in range_constexpr(2):
         row = warp * WARP_ROWS + lane // 4 + 8 * half
         word = arch.load(global_ptr(base + Int64(row) * 4), Int32, sem="relaxed", scope="gpu")

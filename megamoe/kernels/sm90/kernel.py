@@ -89,8 +89,8 @@ class MegaMoEKernel:
         peers: Int64,
         w13: Int64,
         w2: Int64,
-        w13_sf: Int64,
-        w2_sf: Int64,
+        w13_scales: Int64,
+        w2_scales: Int64,
         x: Int64,
         topk_idx: Int64,
         topk_weights: Int64,
@@ -117,13 +117,13 @@ class MegaMoEKernel:
         pool = local_base + shape.layout["l1_token_buffer"].offset
         tokens = operands.token_maps(dtype, kernel, pool, rows, hidden)
         outputs = local_base + shape.layout["fc1_output"].offset
-        hiddens = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
+        fc1_outs = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
         gate_up = operands.gate_up_map(dtype, kernel, w13, experts, intermediate, hidden)
         down = operands.down_map(dtype, kernel, w2, experts, hidden, intermediate)
         self.kernel(
-            tokens, hiddens, gate_up[0], gate_up[1], down[0], down[1],
+            tokens, fc1_outs, gate_up[0], gate_up[1], down[0], down[1],
             layout_a, layout_b,
-            symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx, topk_weights, y,
+            symmetric_base, local_base, peers, w13_scales, w2_scales, x, topk_idx, topk_weights, y,
             expert_counts, record, timeout_ns, start_timeout_ns, rank, layer, num_tokens, wide_idx,
             dependents, clamp,
         ).launch(
@@ -139,7 +139,7 @@ class MegaMoEKernel:
     def kernel(
         self,
         tokens: operands.TokenMaps,
-        hiddens: operands.TokenMaps,
+        fc1_outs: operands.TokenMaps,
         gate_up_atom: cute.CopyAtom,
         gate_up: cute.Tensor,
         down_atom: cute.CopyAtom,
@@ -149,8 +149,8 @@ class MegaMoEKernel:
         symmetric_base: Int64,
         local_base: Int64,
         peers: Int64,
-        w13_sf: Int64,
-        w2_sf: Int64,
+        w13_scales: Int64,
+        w2_scales: Int64,
         x: Int64,
         topk_idx: Int64,
         topk_weights: Int64,
@@ -171,7 +171,7 @@ class MegaMoEKernel:
         cta, _, _ = arch.block_idx()
         num_ctas, _, _ = arch.grid_dim()
         launch = Launch(
-            self.shape, symmetric_base, local_base, peers, w13_sf, w2_sf, x, topk_idx,
+            self.shape, symmetric_base, local_base, peers, w13_scales, w2_scales, x, topk_idx,
             topk_weights, y, expert_counts, record, timeout_ns, start_timeout_ns, rank, layer,
             num_tokens, wide_idx, dependents, clamp, num_ctas, cta, thread,
         )  # fmt: skip
@@ -263,7 +263,7 @@ class MegaMoEKernel:
                     expert_ids, num_live, pipes, lane,
                 )  # fmt: skip
             elif warp == WARP_LOAD_TOKENS:
-                load_tokens(launch, budget, tokens, hiddens, smem_a, pipes, lane)
+                load_tokens(launch, budget, tokens, fc1_outs, smem_a, pipes, lane)
         else:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)

@@ -46,7 +46,7 @@ def load_stages(
     warpgroup holds the rows. `num_bytes`: of the boxes together. `scales`: address of the row
     scales of the first K block (a stage's after the other), or None.
     """
-    stages, sf_bytes = launch.shape.kernel.num_stages, 4 * launch.shape.kernel.block_m
+    stages, scale_bytes = launch.shape.kernel.num_stages, 4 * launch.shape.kernel.block_m
     for k in cutlass.range(k_blocks, unroll=1):
         stage = (position + k) % stages
         full = pipes.full + stage
@@ -58,9 +58,9 @@ def load_stages(
             if const_expr(scales is None):
                 arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
             else:
-                arch.mbarrier_arrive_and_expect_tx(full, num_bytes + sf_bytes)
-                to = pipes.row_scales + stage * sf_bytes
-                bulk_load(to, scales + Int64(k) * sf_bytes, full, sf_bytes)
+                arch.mbarrier_arrive_and_expect_tx(full, num_bytes + scale_bytes)
+                to = pipes.row_scales + stage * scale_bytes
+                bulk_load(to, scales + Int64(k) * scale_bytes, full, scale_bytes)
         arch.sync_warp()
         for part in range_constexpr(len(sides)):
             to, source = sides[part]
@@ -148,9 +148,9 @@ def load_metadata(launch: Launch, pipes, name, block, slot, lane):
 @cute.jit
 def load_rows(
     launch: Launch, budget: Budget, maps, smem_a, pipes, position, k_blocks, tile,
-    sf_region: Constexpr, lane,
+    scale_region: Constexpr, lane,
 ):  # fmt: skip
-    """Load the rows of a tile's pool block over K, once they are ready, and from `sf_region`,
+    """Load the rows of a tile's pool block over K, once they are ready, and from `scale_region`,
     unless that is None, the rows' scales.
 
     One box per math warpgroup that has real rows; but of an expert with few rows only fine boxes,
@@ -160,8 +160,8 @@ def load_rows(
     block = tile.pool % launch.shape.ring
     arch.fence_proxy("async.global")
     scales = None
-    if const_expr(sf_region is not None):
-        scales = address(launch, sf_region, block)
+    if const_expr(scale_region is not None):
+        scales = address(launch, scale_region, block)
     if tile.rows <= FINE_ROWS * FINE_BOXES and tile.block == 0:
         load_boxes(
             launch, budget, maps.fine_atom, maps.fine_rows, FINE_ROWS, FINE_BOXES, smem_a, pipes,
@@ -196,7 +196,7 @@ def load_boxes(
 
 
 @cute.jit
-def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, lane):
+def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes, lane):
     """Wait until a tile's rows are ready, then load them."""
     shape, role = launch.shape, faults.ROLE_LOAD_TOKENS
     recipe = shape.config.recipe
@@ -204,7 +204,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
     position = Int32(0)
     taken = Int32(0)
     running = Int32(shape.kernel.runs(GEMMS))
-    waited_tokens, waited_hidden = Int64(0), Int64(0)  # ns, if the kernel is built to trace
+    waited_tokens, waited_fc1_out = Int64(0), Int64(0)  # ns, if the kernel is built to trace
     while running == 1:
         tile = take_tile(pipes, taken)
         release_tile(pipes, taken, lane)
@@ -220,17 +220,17 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
             load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
             load_rows(
                 launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
-                tile, "l1_sf_buffer" if recipe.tokens.scales_along_k else None, lane,
+                tile, "l1_scale_buffer" if recipe.tokens.scales_along_k else None, lane,
             )  # fmt: skip
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
             done = Int32(shape.fc1_done)
             sync.wait_for(launch, "fc1_done_counter", tile.pool, 0, done, role, "gpu")
-            waited_hidden += sync.trace_clock(launch) - began
+            waited_fc1_out += sync.trace_clock(launch) - began
             load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
             load_rows(
-                launch, budget, hiddens, smem_a, pipes, position, shape.fc2_k_blocks,
-                tile, "fc1_output_sf" if recipe.hidden.scales_along_k else None, lane,
+                launch, budget, fc1_outs, smem_a, pipes, position, shape.fc2_k_blocks,
+                tile, "fc1_output_scale" if recipe.hidden.scales_along_k else None, lane,
             )  # fmt: skip
             position += shape.fc2_k_blocks
         else:
@@ -238,4 +238,4 @@ def load_tokens(launch: Launch, budget: Budget, tokens, hiddens, smem_a, pipes, 
         taken += 1
     if lane == 0:
         sync.record(launch, "wait_tokens_ns", waited_tokens)
-        sync.record(launch, "wait_hidden_ns", waited_hidden)
+        sync.record(launch, "wait_fc1_out_ns", waited_fc1_out)

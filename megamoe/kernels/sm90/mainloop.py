@@ -16,7 +16,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, const_expr, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 
-from megamoe.budget import WEIGHT_SF_BYTES
+from megamoe.budget import WEIGHT_SCALE_BYTES
 from megamoe.kernels.ptx import as_float, load_shared, load_shared_v4
 
 arch = cute.arch
@@ -93,7 +93,7 @@ def accumulate_scaled(
     second row lies 8 words on. `weight_scales`: shared pointer to the tile's weight scales, per K
     block one for each quarter of the columns, unless not `weighted`.
     """
-    stages, sf_bytes = kernel.num_stages, 4 * kernel.block_m
+    stages, scale_bytes = kernel.num_stages, 4 * kernel.block_m
     accumulator = fragments.accumulator
     accumulator.fill(0.0)
     parts = len(fragments.parts)
@@ -109,11 +109,11 @@ def accumulate_scaled(
             if const_expr(step < parts):
                 issue(fragments, [sums[step % in_flight]], step, stage, True)
             if const_expr(step == 0):  # under the tensor cores
-                pointer = row_scales + stage * sf_bytes
+                pointer = row_scales + stage * scale_bytes
                 rows = [as_float(load_shared(pointer)), as_float(load_shared(pointer + 32))]
                 weights = [Float32(1.0)] * 4
                 if const_expr(weighted):
-                    words = load_shared_v4(weight_scales + block * WEIGHT_SF_BYTES)
+                    words = load_shared_v4(weight_scales + block * WEIGHT_SCALE_BYTES)
                     weights = [as_float(word) for word in words]
                 scales = [[row * weight for row in rows] for weight in weights]
             part = step - in_flight + 1

@@ -66,7 +66,7 @@ def multiply_scaled(
     that hold the tile's rows.
     """
     kernel, weighted = launch.shape.kernel, launch.shape.config.recipe.weights.scales_along_k
-    weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_sf_bytes
+    weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_scale_bytes
     rows = pipes.row_scales + (warp * WARP_ROWS + lane // 4) * 4
     warps = share.arrivals
     if warps > 1:
