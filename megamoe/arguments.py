@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from megamoe import budget
+from megamoe.architecture import SM90A
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.faults import Limits
 from megamoe.regions import LayerLayout
@@ -116,9 +117,10 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
 def check_gpu(device: torch.device, num_sms: int | None, ranks_here: int) -> int:
     """CTAs per rank; ValueError unless this GPU can hold all CTAs of all its ranks at once."""
     capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
+    if capability != SM90A.capability:
         raise ValueError(
-            f"device={device} has compute capability {capability}, the kernel needs (9, 0)"
+            f"device={device} has compute capability {capability}, "
+            f"the kernel needs {SM90A.capability}"
         )
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     per_rank = sms // ranks_here if num_sms is None else num_sms

@@ -54,7 +54,7 @@ class Backend:
         self.outputs = [view["layer_output"] for view in views]
         self.staged = [view["input_token_buffer"] for view in views]
         config = self.layout.config
-        self.quantizes = config.recipe.scaled
+        self.quantizes = config.recipe.tokens.has_scales
         self.staged_scales = []
         if self.quantizes:
             scales = config.token_scales

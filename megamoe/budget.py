@@ -1,60 +1,81 @@
 """Shared-memory, barrier and register arithmetic of the megakernel, derived from the configurations
 alone.
 
-One function gives the shared-memory map in bytes; the kernel allocates at most its total, and
-`check` refuses what does not fit, so a mistake fails the build with its numbers and not the launch.
+One function gives the map of a CTA's shared memory, with the arrivals of its barriers. The kernel
+allocates by it and `check` refuses what does not fit, so a mistake fails the build with its
+numbers and not the launch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megamoe.architecture import SM90A
 from megamoe.config import KernelConfig, MoEConfig, supports
-from megamoe.precision import num_scales
 from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 
-SHARED_MEMORY_BYTES = 232448  # of one CTA on sm_90
-REGISTERS_PER_TRIPLE = (
-    504  # 168 x 3: setmaxnreg values of three warpgroups may not add up to more, or the CTA hangs
-)
 WARP_ROWS = 16  # rows of a tile that one math warp owns
 PASS_ROW_BYTES = 128  # of a row in one epilogue pass: 64 bf16
 PASS_BYTES = WARP_ROWS * PASS_ROW_BYTES  # shared memory of a math warp's pass
 QUEUE_SLOTS = 2  # tiles handed over: the one in work and the next
 QUEUE_WORDS = 8  # int32 per handed-over tile
-WARPGROUP_ROWS = 64  # rows of a tile that one math warpgroup computes
 FLAG_WORDS = 4
 # This CTA's: no wait failed; last to arrive; end reduce; number of local experts with rows.
 FLAG_OK, FLAG_LAST, FLAG_STOP, FLAG_LIVE = 0, 1, 2, 3
 ZERO_BYTES = 512  # zeros that dispatch copies to rows that pad a block, at most
-WEIGHT_SCALE_BYTES = (
-    16  # scales of a weight tile for one K block: one float32 per 64 of its columns
-)
-ALIGNMENT_SLACK = 1024  # between parts of shared memory, and for parts that a recipe leaves empty
+WEIGHT_SCALE_BYTES = 16  # of a weight tile for one K block: a float32 per 64 of its columns
+EMPTY_BYTES = 16  # of a part that a recipe leaves empty
+SHARED_ITEM_BYTES = {"uint8": 1, "int16": 2, "int32": 4, "int64": 8}
 NUM_PULL_BUFFERS = 2  # pieces of the dispatch warp: one loading, one being stored
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a CTA's shared memory. dtype: of its items, as the kernel names them.
+
+    A part of mbarriers also says how many arrivals end a phase of each, and what they are numbered
+    by: those of one ring are used in turn.
+    """
+
+    name: str
+    dtype: str
+    num_items: int
+    alignment: int
+    arrivals: int = 0
+    ring: str = ""
+    offset: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_items * SHARED_ITEM_BYTES[self.dtype]
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.num_bytes
+
+
+@dataclass(frozen=True)
 class Budget:
-    """Bytes and arrival counts of one CTA."""
+    """Bytes of one CTA."""
 
     a_stage_bytes: int
     b_stage_bytes: int
-    scale_stage_bytes: int  # scales of the rows of A for one K block
-    weight_scale_bytes: int  # scales of a tile's weights, in a slot of the tile queue
-    staging_bytes: int
     piece_bytes: int
-    pull_bytes: int
-    pull_scale_bytes: int  # scales of the rows that are being pulled
-    pull_count_bytes: int  # count records of all sources for the expert that is being pulled
-    metadata_bytes: int  # padding metadata of the tiles in the queue: a word per row
     zero_bytes: int
-    count_words: int
-    num_barriers: int
-    full_arrivals: int  # per stage: the token loader and the weight loader
-    empty_arrivals: int  # per stage: every math warp
-    queue_empty_arrivals: int  # per tile: the token loader, the report warp and every math warp
-    total_bytes: int
+    parts: dict[str, Part]  # the map, in the order of addresses
+
+    @property
+    def total_bytes(self) -> int:
+        return max(part.end for part in self.parts.values())
+
+    @property
+    def rings(self) -> dict[str, list[Part]]:
+        """Parts of mbarriers by what they are numbered by."""
+        rings: dict[str, list[Part]] = {}
+        for part in self.parts.values():
+            if part.arrivals:
+                rings.setdefault(part.ring, []).append(part)
+        return rings
 
 
 def piece_bytes(row_bytes: int, limit: int) -> int:
@@ -64,83 +85,94 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
 
 def weight_scale_bytes(config: MoEConfig) -> int:
     """Block scales of one tile's weights over all of K; 0 for recipes without."""
-    block = config.recipe.weight_block[1]
+    weights = config.recipe.weights
     columns = max(config.hidden_size, config.intermediate_size)
-    return WEIGHT_SCALE_BYTES * num_scales(columns, block) if block > 0 else 0
+    return WEIGHT_SCALE_BYTES * weights.num_scales(columns) if weights.scales_along_k else 0
+
+
+def barriers(kernel: KernelConfig) -> list[Part]:
+    """The mbarriers, as the pipelines in the table of the kernel have them."""
+
+    def part(name: str, ring: str, count: int, arrivals: int) -> Part:
+        return Part(name, "int64", count, 8, arrivals, ring)
+
+    warps, warpgroups = kernel.num_math_warps, kernel.num_math_warpgroups
+    return [
+        part("full", "stage", kernel.num_stages, 2),  # the token loader and the weight loader
+        part("empty", "stage", kernel.num_stages, warps),
+        part("queue_full", "tile", QUEUE_SLOTS, 1),
+        part("queue_empty", "tile", QUEUE_SLOTS, 2 + warps),  # token loader, report warp and math
+        part("metadata_full", "tile", QUEUE_SLOTS, 32),  # every lane of the token loader
+        part("stored", "tile", QUEUE_SLOTS, warps),
+        part("multiplied", "warpgroup", warpgroups, warps // warpgroups),
+        part("pulled", "piece", NUM_PULL_BUFFERS, 1),
+    ]
 
 
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget; see `check` for what must hold."""
-    item = config.recipe.token_bytes
-    a_stage = kernel.block_m * kernel.block_k * item
-    b_stage = kernel.block_n * kernel.block_k * item
-    staging = kernel.num_math_warps * PASS_BYTES
-    piece = piece_bytes(config.hidden_size * item, kernel.pull_piece_bytes)
-    pull = NUM_PULL_BUFFERS * piece
-    scale_stage = 4 * kernel.block_m if config.recipe.scaled else 0
-    weight_scale = weight_scale_bytes(config)
-    pull_scale = 4 * scale_words(config.token_scales) * NUM_PULL_BUFFERS
-    pull_counts = COUNT_RECORD_BYTES * config.num_ranks
-    metadata = QUEUE_SLOTS * 4 * kernel.block_m
-    zeros = piece_bytes(config.hidden_size * item, ZERO_BYTES)
-    barriers = 2 * kernel.num_stages + 4 * QUEUE_SLOTS + NUM_PULL_BUFFERS
-    barriers += kernel.num_math_warpgroups
-    words = config.experts_per_rank + QUEUE_SLOTS * QUEUE_WORDS + FLAG_WORDS
-    total = (
-        kernel.num_stages * (a_stage + b_stage + scale_stage)
-        + QUEUE_SLOTS * weight_scale
-        + staging
-        + pull
-        + pull_scale
-        + pull_counts
-        + metadata
-        + zeros
-        + 8 * barriers
-        + 4 * words
-        + 2 * config.experts_per_rank
-        + ALIGNMENT_SLACK
-    )
+    recipe, local = config.recipe, config.experts_per_rank
+    row_bytes = recipe.tokens.num_bytes(config.hidden_size)
+    a_stage = recipe.tokens.num_bytes(kernel.block_m * kernel.block_k)
+    b_stage = recipe.weights.num_bytes(kernel.block_n * kernel.block_k)
+    piece = piece_bytes(row_bytes, kernel.pull_piece_bytes)
+    zeros = piece_bytes(row_bytes, ZERO_BYTES)
+
+    def raw(name: str, num_bytes: int, alignment: int = 128) -> Part:
+        return Part(name, "uint8", num_bytes or EMPTY_BYTES, alignment)
+
+    def words(name: str, count: int, dtype: str = "int32") -> Part:
+        return Part(name, dtype, count, SHARED_ITEM_BYTES[dtype])
+
+    parts = [
+        raw("a", kernel.num_stages * a_stage, 1024),
+        raw("b", kernel.num_stages * b_stage, 1024),
+        raw("staging", kernel.num_math_warps * PASS_BYTES),
+        raw("pull_rows", NUM_PULL_BUFFERS * piece),
+        raw("zeros", zeros),
+        raw("row_scales", kernel.num_stages * 4 * kernel.block_m * recipe.stages_scales),
+        raw("weight_scales", QUEUE_SLOTS * weight_scale_bytes(config)),
+        raw("pull_scales", NUM_PULL_BUFFERS * 4 * scale_words(config.token_scales)),
+        # Of all sources for the expert that is being pulled.
+        words("pull_counts", COUNT_RECORD_BYTES // 4 * config.num_ranks),
+        words("metadata", QUEUE_SLOTS * kernel.block_m),
+        *barriers(kernel),
+        words("received", local),
+        words("expert_ids", local, "int16"),
+        words("queue", QUEUE_SLOTS * QUEUE_WORDS),
+        words("flags", FLAG_WORDS),
+    ]
+    placed, end = {}, 0
+    for part in parts:
+        placed[part.name] = replace(part, offset=-(-end // part.alignment) * part.alignment)
+        end = placed[part.name].end
     return Budget(
-        a_stage_bytes=a_stage,
-        b_stage_bytes=b_stage,
-        scale_stage_bytes=scale_stage,
-        weight_scale_bytes=weight_scale,
-        staging_bytes=staging,
-        piece_bytes=piece,
-        pull_bytes=pull,
-        pull_scale_bytes=pull_scale,
-        pull_count_bytes=pull_counts,
-        metadata_bytes=metadata,
-        zero_bytes=zeros,
-        count_words=config.experts_per_rank,
-        num_barriers=barriers,
-        full_arrivals=2,
-        empty_arrivals=kernel.num_math_warps,
-        queue_empty_arrivals=2 + kernel.num_math_warps,
-        total_bytes=total,
-    )
+        a_stage_bytes=a_stage, b_stage_bytes=b_stage, piece_bytes=piece, zero_bytes=zeros,
+        parts=placed,
+    )  # fmt: skip
 
 
 def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget, or ValueError naming the field that `supports` refuses or that does not fit."""
     supports(config, kernel)
     budget = budget_of(config, kernel)
-    if budget.total_bytes > SHARED_MEMORY_BYTES:
+    if budget.total_bytes > SM90A.shared_bytes:
         raise ValueError(
             f"num_stages={kernel.num_stages} with {config.experts_per_rank} experts per rank needs "
-            f"{budget.total_bytes} bytes of shared memory; a CTA has {SHARED_MEMORY_BYTES}"
+            f"{budget.total_bytes} bytes of shared memory; a CTA has {SM90A.shared_bytes}"
         )
-    if 3 * 4 * config.num_experts > budget.staging_bytes:
+    staging_bytes = budget.parts["staging"].num_bytes
+    if 3 * 4 * config.num_experts > staging_bytes:
         raise ValueError(
             f"num_experts={config.num_experts} is too large: counting needs 12 bytes of shared "
             "memory per expert, "
-            f"{budget.staging_bytes} are free before the roles start"
+            f"{staging_bytes} are free before the roles start"
         )
     registers = kernel.frontend_registers + kernel.num_math_warpgroups * kernel.math_registers
-    if registers > REGISTERS_PER_TRIPLE:
+    if registers > SM90A.registers:
         raise ValueError(
             f"frontend_registers={kernel.frontend_registers} and "
             f"math_registers={kernel.math_registers} add up to "
-            f"{registers} > {REGISTERS_PER_TRIPLE}: setmaxnreg would hang"
+            f"{registers} > {SM90A.registers}: setmaxnreg would hang"
         )
     return budget

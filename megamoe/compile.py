@@ -27,12 +27,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megamoe import budget, kernel_files, signature
+from megamoe.architecture import ARCHITECTURES
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.dsl import HAVE_DSL
 from megamoe.kernel_files import DamagedKernel, KernelError, KernelFileError, KernelNotFound
 from megamoe.machine import host
 
-ARCHITECTURES = ("sm_90a",)
 PREFIX = "megamoe"
 SOURCES = (
     "megamoe/*.py",

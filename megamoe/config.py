@@ -5,7 +5,7 @@ Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E 
 H hidden size, I intermediate size. Both configurations are frozen and hold integers, flags and
 names, so they key caches.
 
-Neighbours: everything reads them; this module reads only `precision`.
+Neighbours: everything reads them; this module reads only `precision` and `architecture`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from megamoe.precision import Precision, num_scales, precision_of
+from megamoe.architecture import SM90A
+from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
 MAX_TOP_K = 16
@@ -52,12 +53,12 @@ class MoEConfig:
     @property
     def token_scales(self) -> int:
         """Scales of a token row; 0 if the recipe has none."""
-        return num_scales(self.hidden_size, self.recipe.token_block)
+        return self.recipe.tokens.num_scales(self.hidden_size)
 
     @property
     def fc1_out_scales(self) -> int:
         """Scales of a row of FC1's output."""
-        return num_scales(self.intermediate_size, self.recipe.fc1_out_block)
+        return self.recipe.hidden.num_scales(self.intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -106,23 +107,24 @@ class KernelConfig:
 
     @property
     def num_math_warpgroups(self) -> int:
-        return self.block_m // 64
+        return self.block_m // SM90A.group_rows
 
     @property
     def num_math_warps(self) -> int:
-        return 4 * self.num_math_warpgroups
+        return SM90A.group_threads // 32 * self.num_math_warpgroups
 
     @property
     def num_threads(self) -> int:
-        return 128 * (1 + self.num_math_warpgroups)
+        return SM90A.group_threads * (1 + self.num_math_warpgroups)
 
 
 #: Blocks of the pool ring unless asked otherwise, times the bytes of an item: several times the
 #: blocks between a pull and its last FC2 tile, and 0.5 GB at H = 7168, I = 3072.
 DEFAULT_POOL_BLOCK_BYTES = 384
-#: What recipes with scales change: 128 bytes of K are 128 columns; promotion needs registers for a
+#: What promotion changes: of e4m3 128 bytes of K are 128 columns; the sums of a block need
+#: registers of their own; promotion needs registers for a
 #: second accumulator; scales take shared memory from the pull buffers.
-SCALED_DEFAULTS = {
+PROMOTION_DEFAULTS = {
     "block_k": 128,
     "pull_piece_bytes": 4096,
     "weight_run": 2,
@@ -164,7 +166,7 @@ def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
 def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
     """Blocks of the pool ring (R)."""
     worst = max_pool_blocks(config, kernel)
-    default = DEFAULT_POOL_BLOCK_BYTES // config.recipe.token_bytes
+    default = DEFAULT_POOL_BLOCK_BYTES // config.recipe.tokens.num_bytes(1)
     return min(worst, kernel.pool_blocks or default)
 
 
@@ -229,7 +231,7 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
     """
     _check_problem(config)
     _check_known(overrides)
-    recipe = {} if not config.recipe.scaled else SCALED_DEFAULTS
+    recipe = PROMOTION_DEFAULTS if config.recipe.promotes else {}
     kernel = replace(KernelConfig(), **(recipe | overrides))
     _check_kernel_fields(kernel)
     return replace(
@@ -239,6 +241,45 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
     )
 
 
+def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
+    """Whether the kernel can run this row: no conversion on the way to the tensor cores; a scale of
+    A per K block comes with its stage, one of the whole row is applied at the end; an FC1 tile
+    holds half its columns of a row of FC1's output, and scales those.
+    """
+
+    def refuse(field: str, value: object, why: str) -> None:
+        raise ValueError(f"precision={recipe.name!r} has {field}={value!r}: {why}")
+
+    if recipe.output != "bfloat16":
+        refuse("output", recipe.output, "slots are stored as bfloat16")
+    block_k = 8 * SM90A.stage_row_bytes // recipe.tokens.bits
+    along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
+    weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
+    blocks = {
+        "tokens": list(weights_of),
+        "weights": [weights_of.get(recipe.tokens.scale_block)],
+        "hidden": [(1, kernel.block_n // 2)],
+    }
+    for name, legal in blocks.items():
+        operand = getattr(recipe, name)
+        bits = SM90A.bits_of(operand.mma)
+        if bits is None:
+            refuse(f"{name}.mma", operand.mma, f"{SM90A.name} multiplies {dict(SM90A.mma_bits)}")
+        if operand.mma != recipe.tokens.mma:
+            refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
+        if operand.storage != operand.mma:
+            refuse(f"{name}.storage", operand.storage, f"nothing makes it {operand.mma}")
+        if operand.bits != bits:
+            refuse(f"{name}.bits", operand.bits, f"{operand.mma} has {bits}")
+        if operand.scale != "float32":
+            refuse(f"{name}.scale", operand.scale, "scales are float32")
+        if operand.bits > 8:
+            legal = [NO_SCALES]  # what has scales is quantised to 8 bits
+        if operand.scale_block not in legal:
+            of_tokens = f"tokens.scale_block={recipe.tokens.scale_block}"
+            refuse(f"{name}.scale_block", operand.scale_block, f"{legal} go with {of_tokens}")
+
+
 def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
     """Raise ValueError, naming field and value, unless the layer can run with this
     configuration.
@@ -246,13 +287,17 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
     _check_problem(config)
     kernel = kernel or select(config)
     _check_kernel_fields(kernel)
-    if kernel.block_m != 128 or kernel.block_n != 256:
+    if (kernel.block_m, kernel.block_n) != SM90A.tile:
         raise ValueError(
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
-            "use 128 x 256"
+            f"use {SM90A.tile[0]} x {SM90A.tile[1]}"
         )
-    if kernel.block_k * config.recipe.token_bytes != 128:
-        raise ValueError(f"block_k={kernel.block_k} must span 128 bytes of {config.recipe.token}")
+    _check_recipe(config.recipe, kernel)
+    tokens = config.recipe.tokens
+    if tokens.num_bytes(kernel.block_k) != SM90A.stage_row_bytes:
+        raise ValueError(
+            f"block_k={kernel.block_k} must span {SM90A.stage_row_bytes} bytes of {tokens.storage}"
+        )
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     ring = pool_blocks(config, kernel)
     if kernel.group_blocks > ring:

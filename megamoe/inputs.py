@@ -100,8 +100,8 @@ class InputCheck:
                 f"max_tokens_per_rank={config.max_tokens_per_rank}"
             )
         rows, slots = (tokens, hidden), (tokens, config.top_k)
-        token = torch.bfloat16
-        if scale is not None or (config.recipe.scaled and x.dtype == torch.float8_e4m3fn):
+        token, quantized = torch.bfloat16, config.recipe.tokens.has_scales
+        if scale is not None or (quantized and x.dtype == torch.float8_e4m3fn):
             token = self._check_scale(number, x, scale)
             begin = scale.data_ptr()
             read.append((begin, begin + scale.nbytes, "x_scale", number))
@@ -123,7 +123,7 @@ class InputCheck:
     def _check_scale(self, number: int, x: torch.Tensor, scale: object) -> torch.dtype:
         """Check the scales of a quantised x; the dtype that x must have."""
         config, label = self.config, self._label("x_scale", number)
-        if not config.recipe.scaled:
+        if not config.recipe.tokens.has_scales:
             raise ValueError(f"{label} is given, but precision={config.precision!r} has no scales")
         shape = (x.shape[0], config.token_scales)
         if scale is None:
@@ -141,7 +141,7 @@ class InputCheck:
                 f"strides {list(scale.stride())}, expected {list(shape)} and "
                 f"{list(buffer.stride())}"
             )
-        return getattr(torch, config.recipe.token)
+        return getattr(torch, config.recipe.tokens.storage)
 
     def _check_apart(self, read: list[tuple], written: list[tuple]) -> None:
         """Raise ValueError if what a forward writes shares memory with what it reads, on any rank,

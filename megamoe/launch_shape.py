@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamoe.architecture import SM90A
 from megamoe.budget import weight_scale_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.regions import LayerLayout
@@ -76,12 +77,17 @@ class Shape:
         )  # fmt: skip
 
     @property
+    def row_group(self) -> int:
+        """Rows of a block that are loaded and multiplied together, or not at all."""
+        return SM90A.group_rows
+
+    @property
     def token_row_bytes(self) -> int:
-        return self.config.hidden_size * self.config.recipe.token_bytes
+        return self.config.recipe.tokens.num_bytes(self.config.hidden_size)
 
     @property
     def fc1_out_row_bytes(self) -> int:
-        return self.config.intermediate_size * self.config.recipe.token_bytes
+        return self.config.recipe.hidden.num_bytes(self.config.intermediate_size)
 
     @property
     def token_scale_bytes(self) -> int:

@@ -401,7 +401,7 @@ class MegaMoE(ResidentWeights):
         """[max_tokens_per_rank, S] float32 in symmetric memory, S scales per token: an x_scale that
         starts there is not copied. Raises ValueError if the precision has no scales.
         """
-        if not self.config.recipe.scaled:
+        if not self.config.recipe.tokens.has_scales:
             raise ValueError(f"precision={self.config.precision!r} has no scales")
         return self._region("input_scale_buffer", rank)[:, : self.config.token_scales]
 

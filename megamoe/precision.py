@@ -1,8 +1,9 @@
 """Precision recipes: one row per recipe, read by the layout, the budget, the reference and the
 kernels.
 
-Owns the storage and accumulation dtypes of every tensor of the layer. A recipe without a row is not
-supported.
+Owns how every operand of the two products is stored, scaled and multiplied: A is the tokens in FC1
+and the rows of FC1's output in FC2, B the weights. A recipe without a row is not supported; which
+rows a kernel can run is for `config.supports`.
 """
 
 from __future__ import annotations
@@ -11,38 +12,81 @@ from dataclasses import dataclass
 
 #: A block that spans the whole row.
 WHOLE_ROW = -1
+#: The block of an operand without scales.
+NO_SCALES = (0, 0)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How one operand is stored and multiplied; dtype names are torch's (``getattr(torch, name)``).
+
+    storage: dtype of the tensor in memory; bits: of one value there.
+    mma: dtype that the tensor cores multiply: `storage`, unless it is converted on the way.
+    scale_block: (rows, columns) that share a scale, which multiplies the stored value: rows are
+    tokens or output channels, columns go along K, WHOLE_ROW being all of them. NO_SCALES: none.
+    scale: dtype of the scales.
+    """
+
+    storage: str
+    bits: int
+    mma: str
+    scale_block: tuple[int, int] = NO_SCALES
+    scale: str = "float32"
+
+    @property
+    def has_scales(self) -> bool:
+        return self.scale_block != NO_SCALES
+
+    @property
+    def scale_columns(self) -> int:
+        """Columns of a row that share a scale: 0 without scales, WHOLE_ROW for one per row."""
+        return self.scale_block[1]
+
+    @property
+    def scales_along_k(self) -> bool:
+        """True if a row has several scales, so that sums are scaled by block."""
+        return self.scale_block[1] > 0
+
+    def num_bytes(self, values: int) -> int:
+        """Bytes of so many values."""
+        return values * self.bits // 8
+
+    def num_scales(self, columns: int) -> int:
+        """Scales of a row of `columns` values."""
+        return num_scales(columns, self.scale_columns)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Storage of one recipe; dtype names are torch's (``getattr(torch, name)``).
-
-    Scales are float32 and multiply the stored value. `token_block` and `fc1_out_block` are the
-    columns of an activation row that share one (of the layer's input, and of FC1's output);
-    `weight_block` the (output channels, columns) of a weight matrix that share one. 0 means no
-    scales, WHOLE_ROW one per row.
-    """
+    """Storage of one recipe."""
 
     name: str
-    token: str  # activations on the wire and in the pool
-    weight: str  # w13 and w2
-    output: str  # combine slots and the layer's output
-    token_block: int = 0
-    fc1_out_block: int = 0
-    weight_block: tuple[int, int] = (0, 0)
-
-    @property
-    def scaled(self) -> bool:
-        """True if activations and weights carry scales."""
-        return self.token_block != 0
-
-    @property
-    def token_bytes(self) -> int:
-        return ITEM_BYTES[self.token]
+    tokens: Operand  # on the wire and in the pool: A of FC1
+    weights: Operand  # w13 and w2: B of both
+    hidden: Operand  # FC1's output: A of FC2
+    output: str  # dtype of combine slots and the layer's output
 
     @property
     def output_bytes(self) -> int:
         return ITEM_BYTES[self.output]
+
+    @property
+    def fc1_promotes(self) -> bool:
+        """True if FC1 adds up blocks of K times their scales, in registers of their own."""
+        return self.tokens.scales_along_k or self.weights.scales_along_k
+
+    @property
+    def fc2_promotes(self) -> bool:
+        return self.hidden.scales_along_k or self.weights.scales_along_k
+
+    @property
+    def promotes(self) -> bool:
+        return self.fc1_promotes or self.fc2_promotes
+
+    @property
+    def stages_scales(self) -> bool:
+        """True if scales of A come with the stages, in FC1 or in FC2."""
+        return self.tokens.scales_along_k or self.hidden.scales_along_k
 
 
 def num_scales(columns: int, block: int) -> int:
@@ -68,27 +112,31 @@ FP8_MIN_AMAX = 1e-10
 #: Columns that share a scale in DeepSeek-V3 checkpoints, and rows of a weight block.
 FP8_BLOCK = 128
 
+BF16 = Operand("bfloat16", 16, "bfloat16")
+
+
+def e4m3(rows: int, columns: int) -> Operand:
+    """Stored as float8_e4m3fn, with a scale per block of this size."""
+    return Operand("float8_e4m3fn", 8, "float8_e4m3fn", (rows, columns))
+
+
 PRECISIONS = {
     recipe.name: recipe
     for recipe in (
-        Precision(name="bf16", token="bfloat16", weight="bfloat16", output="bfloat16"),
+        Precision(name="bf16", tokens=BF16, weights=BF16, hidden=BF16, output="bfloat16"),
         Precision(
             name="fp8_block",
-            token="float8_e4m3fn",
-            weight="float8_e4m3fn",
+            tokens=e4m3(1, FP8_BLOCK),
+            weights=e4m3(FP8_BLOCK, FP8_BLOCK),
+            hidden=e4m3(1, FP8_BLOCK),
             output="bfloat16",
-            token_block=FP8_BLOCK,
-            fc1_out_block=FP8_BLOCK,
-            weight_block=(FP8_BLOCK, FP8_BLOCK),
         ),
         Precision(
             name="fp8_channel",
-            token="float8_e4m3fn",
-            weight="float8_e4m3fn",
+            tokens=e4m3(1, WHOLE_ROW),
+            weights=e4m3(1, WHOLE_ROW),
+            hidden=e4m3(1, FP8_BLOCK),
             output="bfloat16",
-            token_block=WHOLE_ROW,
-            fc1_out_block=FP8_BLOCK,
-            weight_block=(1, WHOLE_ROW),
         ),
     )
 }

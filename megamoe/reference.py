@@ -13,6 +13,7 @@ channels, S scales of a row. Works on CPU and GPU tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from megamoe.precision import (
     FP8_MAX,
     FP8_MIN_AMAX,
     WHOLE_ROW,
+    Operand,
     Precision,
     precision_of,
 )
@@ -70,15 +72,13 @@ def dequantize(stored_RC: torch.Tensor, scale_RS: torch.Tensor) -> torch.Tensor:
     return stored_RC.double() * scale_RS.double().repeat_interleave(width, dim=1)
 
 
-def stored(
-    values_RC: torch.Tensor, dtype: str, block: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows as they are stored: (values in `dtype`, scales), or (rounded values, None) if `block` is
-    0.
+def stored(values_RC: torch.Tensor, operand: Operand) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows as the operand stores them: (values, scales), or (rounded values, None) without
+    scales.
     """
-    if block == 0:
-        return values_RC.to(getattr(torch, dtype)), None
-    return quantize(values_RC, block)
+    if not operand.has_scales:
+        return values_RC.to(getattr(torch, operand.storage)), None
+    return quantize(values_RC, operand.scale_columns)
 
 
 def input_rows(
@@ -89,7 +89,7 @@ def input_rows(
     """
     if x_scale_TS is not None:
         return x_TH, x_scale_TS
-    return stored(x_TH, recipe.token, recipe.token_block)
+    return stored(x_TH, recipe.tokens)
 
 
 def take_rows(
@@ -116,36 +116,74 @@ def product(
 ) -> torch.Tensor:
     """rows @ weights^T with the scales of both, accumulated in the dtype of the arguments: [R, N].
 
-    S is 1, or the number of blocks that C is divided into: the sum of each block is scaled before
-    it is added to the others, and a scale of the whole row is applied to the total.
+    S is the number of blocks that C is divided into, of rows and of weights each their own: sums
+    over columns that share both scales are scaled before they are added up, and a scale of the
+    whole row is applied to the total. Raises ValueError if C has no such blocks.
     """
     scales = []  # [R, 1, S] and [1, N, S]
     if row_scale_RS is not None:
         scales.append(row_scale_RS.unsqueeze(1))
     if weight_scale_NS is not None:
         scales.append(weight_scale_NS.unsqueeze(0))
-    blocks = max((scale.shape[-1] for scale in scales), default=1)
-    by_block = [scale for scale in scales if scale.shape[-1] == blocks]
-    of_row = [scale for scale in scales if scale.shape[-1] != blocks]
+    columns, counts = rows_RC.shape[1], [scale.shape[-1] for scale in scales]
+    blocks = math.lcm(*counts)
+    if columns % blocks:
+        raise ValueError(f"{columns} columns cannot be divided into {counts} blocks with a scale")
+    by_block = [scale for scale in scales if scale.shape[-1] > 1]
+    of_row = [scale for scale in scales if scale.shape[-1] == 1]
     pairs = zip(rows_RC.chunk(blocks, 1), weights_NC.chunk(blocks, 1), strict=True)
     total = None
     for block, (rows, weights) in enumerate(pairs):
         with torch.autocast(rows.device.type, enabled=False):  # the only operation it would change
             part = rows @ weights.T
         for scale in by_block:
-            part = part * scale[..., block]
+            part = part * scale[..., block * scale.shape[-1] // blocks]
         total = part if total is None else total + part
     for scale in of_row:
         total = total * scale[..., 0]
     return total
 
 
-def swiglu(gate_up_T2I: torch.Tensor, clamp: float | None = None) -> torch.Tensor:
-    """silu(gate) * up: [T, I]. With `clamp`, of min(gate, clamp) and of up within -clamp..clamp."""
+def swiglu(gate_up_T2I: torch.Tensor, limit: float | None = None) -> torch.Tensor:
+    """silu(gate) * up: [T, I]. With `limit`, of min(gate, limit) and of up within -limit..limit."""
     gate, up = gate_up_T2I.chunk(2, dim=-1)
-    if clamp is not None:
-        gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(gate) * up
+
+
+def gpt_oss(
+    gate_up_T2I: torch.Tensor, limit: float | None = 7.0, alpha: float = 1.702
+) -> torch.Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), bounded as in `swiglu`: [T, I]."""
+    gate, up = gate_up_T2I.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def relu2(sums_TI: torch.Tensor) -> torch.Tensor:
+    """The square of what is above 0: [T, I]."""
+    return sums_TI.relu().square()
+
+
+#: The functions of `activation.ACTIVATIONS`, which take their parameters in that order.
+ACTIVATIONS = {"swiglu": swiglu, "gpt_oss": gpt_oss, "relu2": relu2}
+
+
+class Epilogue(NamedTuple):
+    """What follows the two products: an activation with the values of its parameters, and biases of
+    FC1 [E, 2I], or [E, I] without a gate, and of FC2 [E, H]; of one expert without the first axis.
+    """
+
+    activation: str = "swiglu"
+    parameters: tuple = ()
+    w13_bias: torch.Tensor | None = None
+    w2_bias: torch.Tensor | None = None
+
+    def of(self, expert: int) -> Epilogue:
+        biases = (None if bias is None else bias[expert] for bias in self[2:])
+        return Epilogue(*self[:2], *biases)
 
 
 def combine(
@@ -175,24 +213,32 @@ def expert_rows(
     clamp: float | None = None,
     rounding: bool = True,
     compute: torch.dtype | None = None,
+    epilogue: Epilogue | None = None,
 ) -> torch.Tensor:
-    """One expert over R rows with the recipe's rounding points: FC1, SwiGLU, x router weight, FC2
-    -> [R, H].
+    """One expert over R rows with the recipe's rounding points: FC1, activation, x router weight,
+    FC2 -> [R, H].
 
     rows: (values [R, H], scales [R, S] or None) as `input_rows` returns them. compute: dtype of the
-    sums; float32, or float64 without rounding.
+    sums; float32, or float64 without rounding. epilogue: SwiGLU with `clamp` unless said otherwise.
     """
+    epilogue = epilogue or Epilogue(parameters=(clamp,))
     compute = compute or (torch.float32 if rounding else torch.float64)
+    router_R1 = router_R.to(compute).unsqueeze(-1)
 
     def multiply(values, scale, weights, weight_scale):
         operands = (values, weights, scale, scale_rows(weight_scale, weights.shape[0]))
         return product(*(None if operand is None else operand.to(compute) for operand in operands))
 
-    gate_up = multiply(*rows, expert.w13, expert.w13_scale)
-    hidden, scale = swiglu(gate_up, clamp) * router_R.to(compute).unsqueeze(-1), None
+    sums = multiply(*rows, expert.w13, expert.w13_scale)
+    if epilogue.w13_bias is not None:
+        sums = sums + epilogue.w13_bias.to(compute)
+    activated = ACTIVATIONS[epilogue.activation](sums, *epilogue.parameters)
+    hidden, scale = activated * router_R1, None
     if rounding:
-        hidden, scale = stored(hidden, recipe.token, recipe.fc1_out_block)
+        hidden, scale = stored(hidden, recipe.hidden)
     out = multiply(hidden, scale, expert.w2, expert.w2_scale)
+    if epilogue.w2_bias is not None:
+        out = out + router_R1 * epilogue.w2_bias.to(compute)
     return out.to(getattr(torch, recipe.output)) if rounding else out
 
 
@@ -205,6 +251,7 @@ def slot_rows(
     clamp: float | None = None,
     rounding: bool = True,
     compute: torch.dtype | None = None,
+    epilogue: Epilogue | None = None,
 ) -> torch.Tensor:
     """Every slot through its expert: [T, K, H] in the recipe's output dtype (float64 without
     rounding), zero where a slot is masked or its expert is not here.
@@ -222,8 +269,9 @@ def slot_rows(
             continue
         token, k = torch.where(topk_idx_TK == expert)
         router = topk_weights_TK[token, k]
+        own = epilogue and epilogue.of(expert)
         slots[token, k] = expert_rows(
-            take_rows(rows, token), router, weights, recipe, clamp, rounding, compute
+            take_rows(rows, token), router, weights, recipe, clamp, rounding, compute, own
         )
     return slots
 
@@ -242,13 +290,15 @@ def moe_forward(
     clamp: float | None = None,
     rounding: bool = True,
     compute: torch.dtype | None = None,
+    epilogue: Epilogue | None = None,
 ) -> torch.Tensor:
     """The whole layer over all experts: [T, H] in the recipe's output dtype (float64 with
     rounding=False).
 
     Weights as in `Weights`. topk_idx uses -1 for a masked slot; a token may name one expert in
     several slots. x_scale: [T, S] if x is quantised already. clamp: of SwiGLU, None for none.
-    compute: dtype of the sums of FC1 and FC2, float32 unless said otherwise. Raises ValueError for
+    compute: dtype of the sums of FC1 and FC2, float32 unless said otherwise. epilogue: of another
+    activation, or with biases. Raises ValueError for
     an id that is neither -1 nor an expert.
     """
     for expert in topk_idx_TK.unique().tolist():
@@ -257,7 +307,7 @@ def moe_forward(
     recipe, weights = precision_of(precision), Weights(w13, w2, w13_scale, w2_scale)
     rows = input_rows(x_TH, x_scale, recipe)
     slots = slot_rows(
-        rows, topk_idx_TK, topk_weights_TK, weights.of, recipe, clamp, rounding, compute
+        rows, topk_idx_TK, topk_weights_TK, weights.of, recipe, clamp, rounding, compute, epilogue
     )
     out = combine(slots, topk_idx_TK, torch.float32 if rounding else torch.float64)
     return out.to(slots.dtype)

@@ -84,7 +84,8 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("routed_record", "int32", (ranks, slots, record_words), SYMMETRIC, DATA,
                "every source rank: routed records", "dispatch warps",
                "only records below the published counts are read"),
-        Region("input_token_buffer", recipe.token, (tokens, config.hidden_size), SYMMETRIC, DATA,
+        Region("input_token_buffer", recipe.tokens.storage, (tokens, config.hidden_size),
+               SYMMETRIC, DATA,
                "the host stages x before the launch, or count quantises it",
                "dispatch warps of peers",
                "only rows named by a record are read", bulk=True, host_writes=True),
@@ -126,15 +127,15 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("layer_output", recipe.output, (tokens, config.hidden_size), LOCAL, DATA,
                "the reduce", "the caller, until the next forward on this workspace",
                "exactly the rows of this launch's tokens are written"),
-        Region("l1_token_buffer", recipe.token, (rows, config.hidden_size), LOCAL, DATA,
+        Region("l1_token_buffer", recipe.tokens.storage, (rows, config.hidden_size), LOCAL, DATA,
                "dispatch warps", "token loaders of FC1",
                "padding rows feed only rows that are dropped", bulk=True),
-        Region("fc1_output", recipe.token, (rows, config.intermediate_size), LOCAL, DATA,
+        Region("fc1_output", recipe.hidden.storage, (rows, config.intermediate_size), LOCAL, DATA,
                "FC1 epilogue", "token loaders of FC2",
                "padding rows feed only rows that are dropped", bulk=True),
     ]  # fmt: skip
-    if recipe.scaled:
-        ring = pool_blocks(config, kernel)
+    ring = pool_blocks(config, kernel)
+    if recipe.tokens.has_scales:
         table += [
             Region("input_scale_buffer", "float32", (tokens, scale_words(config.token_scales)),
                    SYMMETRIC, DATA,
@@ -143,7 +144,11 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
             Region("l1_scale_buffer", "float32", (ring, config.token_scales, kernel.block_m), LOCAL,
                    DATA,
                    "dispatch warps", "token loaders of FC1; its epilogue if a row has one scale",
-                   "padding rows feed only rows that are dropped", bulk=recipe.token_block > 0),
+                   "padding rows feed only rows that are dropped",
+                   bulk=recipe.tokens.scales_along_k),
+        ]  # fmt: skip
+    if recipe.hidden.has_scales:
+        table += [
             Region("fc1_output_scale", "float32", (ring, config.fc1_out_scales, kernel.block_m),
                    LOCAL, DATA,
                    "FC1 epilogue", "token loaders of FC2",

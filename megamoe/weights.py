@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.precision import WHOLE_ROW, Precision, precision_of
+from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
 from megamoe.reference import Weights, quantize
 
 ALIGNMENT = 16  # bytes: what TMA and vector accesses of the kernel ask of an address
@@ -18,7 +18,7 @@ ALIGNMENT = 16  # bytes: what TMA and vector accesses of the kernel ask of an ad
 
 def _scale_shape(block: tuple[int, int], experts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Shape of the scales of [experts, rows, columns]; () without scales."""
-    if block == (0, 0):
+    if block == NO_SCALES:
         return ()
     if block[1] == WHOLE_ROW:
         return experts, rows // block[0]
@@ -30,11 +30,12 @@ def weight_shapes(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """(shape, dtype) of every field of `Weights` that the recipe has."""
     matrices = {"w13": (experts, 2 * intermediate, hidden), "w2": (experts, hidden, intermediate)}
-    expected = {name: (shape, getattr(torch, recipe.weight)) for name, shape in matrices.items()}
-    if recipe.scaled:
+    storage = getattr(torch, recipe.weights.storage)
+    expected = {name: (shape, storage) for name, shape in matrices.items()}
+    if recipe.weights.has_scales:
         for name, shape in matrices.items():
-            scales = _scale_shape(recipe.weight_block, *shape)
-            expected[f"{name}_scale"] = scales, torch.float32
+            scales = _scale_shape(recipe.weights.scale_block, *shape)
+            expected[f"{name}_scale"] = scales, getattr(torch, recipe.weights.scale)
     return expected
 
 
@@ -77,7 +78,7 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     no multiples of 128.
     """
     recipe = precision_of(precision)
-    if not recipe.scaled:
+    if not recipe.weights.has_scales:
         raise ValueError(f"precision={precision!r} has no scales: use the weights as they are")
     for name, matrix in (("w13", w13), ("w2", w2)):
         if not isinstance(matrix, torch.Tensor):
@@ -101,7 +102,7 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     weights = empty_weights(recipe, experts, hidden, intermediate, w13.device)
     for expert in range(experts):
         for source, name in ((w13, "w13"), (w2, "w2")):
-            stored, scale = _quantize_matrix(source[expert], recipe.weight_block)
+            stored, scale = _quantize_matrix(source[expert], recipe.weights.scale_block)
             getattr(weights, name)[expert] = stored
             getattr(weights, f"{name}_scale")[expert] = scale
     return weights
@@ -113,7 +114,7 @@ def empty_tile_scales(
     """(w13_tile_scales, w2_tile_scales), zeroed, for `write_tile_scales` of so many experts; None
     for a recipe without a scale per weight block.
     """
-    rows, columns = config.recipe.weight_block
+    rows, columns = config.recipe.weights.scale_block
     if columns <= 0:
         return None
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -167,12 +168,12 @@ def check_weights(
                 f"{name} is missing: precision={precision!r} needs {list(shape)} {dtype}"
             )
         unquantized = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16
-        if recipe.scaled and unquantized and dtype != torch.float32:
+        if recipe.weights.has_scales and unquantized and dtype != torch.float32:
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}, expected {dtype}; "
                 f"megamoe.quantize_weights(w13, w2, {precision!r}) returns weights and scales"
             )
-        read_as_it_is = dtype != torch.float32 or recipe.weight_block[1] == WHOLE_ROW
+        read_as_it_is = dtype != torch.float32 or recipe.weights.scale_columns == WHOLE_ROW
         check_tensor(name, tensor, shape, dtype, device, ALIGNMENT if read_as_it_is else 1)
 
 

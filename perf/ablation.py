@@ -71,8 +71,8 @@ def fill_pool(moe: megamoe.MegaMoE) -> None:
         blocks = pool.view(-1, moe.kernel_config.block_m, pool.shape[1])
         for number, rows in enumerate(blocks):
             values = torch.randn(rows.shape, device=rows.device)
-            if recipe.scaled:
-                values, scales = reference.quantize(values, recipe.token_block)
+            if recipe.tokens.has_scales:
+                values, scales = reference.quantize(values, recipe.tokens.scale_columns)
                 regions["l1_scale_buffer"][number].copy_(scales.T)
             rows.copy_(values)
 

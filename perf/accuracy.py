@@ -173,10 +173,10 @@ def unfused(plan: Plan, table: dict, weights: reference.Weights, **ranks) -> Con
     """The plan's unfused pipeline, made by a class of `table`, over the layer's own weights."""
     case = plan.case
     name = BASELINE_OF[case.precision]
-    scales = weights[2:] if case.recipe.scaled else ()
+    scales = weights[2:] if case.recipe.weights.has_scales else ()
     masked = may_mask(case.routing)
     layer = table[name](*weights[:2], **ranks, masked=masked, scales=scales)
-    emulated = plan.emulated and case.recipe.scaled
+    emulated = plan.emulated and case.recipe.weights.has_scales
     config = f"{layer.config} products=float32" if emulated else layer.config
     return Contender(name, one_batch(layer), EAGER, layer.max_error, config)
 
@@ -240,7 +240,7 @@ def errors_of(
         return reference.Weights(*(matrix[0] for matrix in drawn))
 
     sources = {STORED: (stored, case.recipe)}
-    if case.recipe.scaled:
+    if case.recipe.weights.has_scales:
         sources[ORIGINAL] = original, precision_of("bf16")
     config = layer_facts(runner.moe)["config"]
     for name, (weights_of, recipe) in sources.items():

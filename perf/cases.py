@@ -187,7 +187,7 @@ def make_layer_weights(
     precision has scales, so that never more than one expert is held in bf16.
     """
     recipe, model = case.recipe, case.model
-    if not recipe.scaled:
+    if not recipe.weights.has_scales:
         return Weights(*make_weights(case, device, experts))
     experts = range(model.num_experts) if experts is None else experts
     made = empty_weights(recipe, len(experts), model.hidden, model.intermediate, device)

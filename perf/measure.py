@@ -163,7 +163,7 @@ def medians_of(
 
 def layer_bound(recipe: Precision) -> float:
     """The largest relative error of the layer that is rounding."""
-    return MAX_FLIP_ERROR if recipe.scaled else MAX_ERROR
+    return MAX_FLIP_ERROR if recipe.tokens.has_scales else MAX_ERROR
 
 
 def oracle(
@@ -227,7 +227,7 @@ def baseline_contenders(
     """
     if not plan.baselines:
         return []
-    masked, scaled = may_mask(plan.case.routing), plan.case.recipe.scaled
+    masked, scaled = may_mask(plan.case.routing), plan.case.recipe.weights.has_scales
     matrices = weights[:2]
     if scaled and not all(table[name].quantised for name in plan.baselines):
         matrices = make_weights(plan.case, plan.device, experts)

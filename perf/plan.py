@@ -19,7 +19,7 @@ import torch
 from megamoe import budget, compile, dsl
 from megamoe.config import select
 from megamoe.module import MegaMoE
-from megamoe.precision import ITEM_BYTES, PRECISIONS
+from megamoe.precision import PRECISIONS
 from perf import deepep, routings
 from perf.baselines import PROCESS_BASELINES
 from perf.cases import MODELS, Case, Model
@@ -246,18 +246,19 @@ class Plan:
         """Whether a forward copies its tokens before the launch: one that quantises them writes
         them to where peers read them itself, and a single rank has no peers.
         """
-        return self.case.num_ranks > 1 and not self.case.recipe.scaled
+        return self.case.num_ranks > 1 and not self.case.recipe.tokens.has_scales
 
     def roofline_of(self, work: Work) -> Roofline | None:
         """The bound of `work`; None where nothing runs on a GPU."""
-        return None if self.emulated else roofline_of(work, self.ceilings, self.case.recipe.token)
+        dtype = self.case.recipe.tokens.mma
+        return None if self.emulated else roofline_of(work, self.ceilings, dtype)
 
     @property
     def weight_bytes(self) -> int:
         """Of one rank, kept once: scale factors and copies come on top."""
         model = self.case.model
-        item = ITEM_BYTES[self.case.recipe.weight]
-        return 3 * model.hidden * model.intermediate * self.case.experts_per_rank * item
+        values = 3 * model.hidden * model.intermediate * self.case.experts_per_rank
+        return self.case.recipe.weights.num_bytes(values)
 
 
 def _model_of(args: argparse.Namespace, gpus: int) -> Model:
@@ -383,7 +384,7 @@ def _ceilings(args: argparse.Namespace, device: torch.device, case: Case) -> Cei
         return found
     if args.ceilings:
         found = ceilings_of(args.ceilings, torch.cuda.get_device_name(device), case.num_gpus)
-    found.gemm(case.recipe.token)
+    found.gemm(case.recipe.tokens.mma)
     return found
 
 

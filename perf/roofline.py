@@ -22,7 +22,7 @@ from math import prod
 
 import torch
 
-from megamoe.precision import ITEM_BYTES, num_scales
+from megamoe.precision import ITEM_BYTES
 from megamoe.weights import weight_shapes
 from perf.cases import Case
 
@@ -127,8 +127,8 @@ def work_of_counts(case: Case, counts_WE: torch.Tensor, tokens_W: Sequence[int])
     shapes = weight_shapes(recipe, 1, model.hidden, model.intermediate).values()
     expert_bytes = sum(prod(shape) * dtype.itemsize for shape, dtype in shapes)
     token_bytes = 2 * model.hidden * recipe.output_bytes + model.top_k * ROUTE_BYTES
-    there = model.hidden * recipe.token_bytes
-    there += ITEM_BYTES["float32"] * num_scales(model.hidden, recipe.token_block)
+    there = recipe.tokens.num_bytes(model.hidden)
+    there += ITEM_BYTES["float32"] * recipe.tokens.num_scales(model.hidden)
     back = model.hidden * recipe.output_bytes
     away_GG = rows_GG - torch.diag(rows_GG.diagonal())
     into, out_of = away_GG.sum(dim=0), away_GG.sum(dim=1)

@@ -51,7 +51,7 @@ class Layer:
         w13 = self._draw(self.experts, 2 * inner, hidden) / hidden**0.5
         w2 = self._draw(self.experts, hidden, inner) / inner**0.5
         self.weights = Weights(w13, w2)
-        if self.config.recipe.scaled:
+        if self.config.recipe.weights.has_scales:
             self.weights = quantize_weights(w13, w2, precision)
         self.moe.load_weights(*self.weights)
 

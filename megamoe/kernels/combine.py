@@ -2,7 +2,7 @@
 
 A CTA reduces the tokens cta, cta + num_ctas, ... Its dispatch warp, once it has pulled, and its
 report warp begin while GEMMs still run, with tokens whose slots have all come in
-(`combine_arrival_count`). When the math warpgroups have ended their tiles and all are reported,
+(`combine_arrival_count`). When the math warps have ended their tiles and all are reported,
 they pass the barrier after which every slot of this rank is filled, stop those two and do the rest.
 Both ways add in slot order, so the bits do not depend on who did it.
 """
@@ -40,7 +40,7 @@ VECTOR_BYTES = 16
 MIN_EARLY_TOKENS = 8  # of a CTA: with fewer, polling costs more than the late reduce
 IDLE_NS = 500  # sleep of a warp that found nothing to reduce
 EARLY_WORKERS = 2  # warps of a CTA that reduce early: dispatch and report
-LOADS_IN_FLIGHT = 8  # slots that a lane loads before it adds: 32 registers
+LOADS_IN_FLIGHT = 8  # slots that a lane loads before it adds, 16 bytes each
 WARP_BYTES = 32 * VECTOR_BYTES  # columns that a warp reduces with one load per lane and slot
 
 
@@ -55,7 +55,7 @@ def combine(
     handover_id: Constexpr,
     handover_threads: Constexpr,
 ):
-    """The math warpgroups (`threads` threads, named barrier `barrier_id`): barrier over all ranks,
+    """The math warps (`threads` threads, named barrier `barrier_id`): barrier over all ranks,
     then clean-up and what is left of the reduce. Who reduces early arrives at `handover_id`.
     """
     sync.nvlink_barrier(

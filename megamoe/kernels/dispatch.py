@@ -14,7 +14,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int16, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule, wire
-from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS, WARPGROUP_ROWS
+from megamoe.budget import FLAG_LIVE, FLAG_OK, NUM_PULL_BUFFERS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
@@ -118,7 +118,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
     aborted = Int32(0)  # on its way during what follows
     if launch.thread == 0:
         aborted = sync.abort_word(launch, sync.ABORT_WORD)
-    if const_expr(shape.config.recipe.scaled):
+    if const_expr(shape.config.recipe.tokens.has_scales):
         quantize_input(launch, threads)
     for expert in range(launch.thread, experts, threads):
         histogram[expert] = Int32(0)
@@ -286,7 +286,7 @@ def store_piece(launch: Launch, buffers: PullBuffers, state: Pulling, lane):
     arch.mbarrier_wait(buffers.barriers + slot, (last // NUM_PULL_BUFFERS) % 2)
     if lane == 0:
         bulk_store(state.target, buffers.rows + slot * buffers.piece_bytes, buffers.piece_bytes)
-    if const_expr(launch.shape.config.recipe.scaled):
+    if const_expr(launch.shape.config.recipe.tokens.has_scales):
         if state.completes >= 0:
             words = buffers.scales + slot * launch.shape.token_scale_bytes
             for index in range(lane, launch.shape.config.token_scales, 32):
@@ -319,7 +319,7 @@ def pull(
     """
     shape = launch.shape
     block_m, ranks = shape.kernel.block_m, shape.config.num_ranks
-    scaled = shape.config.recipe.scaled
+    has_scales = shape.config.recipe.tokens.has_scales
     row_bytes, piece_bytes = shape.token_row_bytes, buffers.piece_bytes
     pieces = row_bytes // piece_bytes
     zero_bytes = buffers.zero_bytes
@@ -377,16 +377,16 @@ def pull(
 
         token = slot // shape.config.top_k
         origin = launch.x + Int64(token) * row_bytes
-        if const_expr(scaled):
+        if const_expr(has_scales):
             origin = peer_address(launch, "input_token_buffer", source, token)
         elif source != launch.rank:
             origin = peer_address(launch, "input_token_buffer", source, token)
         destination = address(launch, "l1_token_buffer", ring_row)
         if index == received[position.expert] - 1 and index >= block_m and lane == 0:
-            # The last row of an expert with a full block: rows that pad its warpgroup become zero.
+            # The last row of an expert with a full block: rows that pad its group become zero.
             # Only power depends on it, which bounds large GEMMs (H200: +2 % at 512 rows an expert);
             # multiplying rows that an earlier launch left costs as much as real ones.
-            padding = schedule.padding_rows(index + 1, WARPGROUP_ROWS)
+            padding = schedule.padding_rows(index + 1, shape.row_group)
             for part in range(padding * (row_bytes // zero_bytes)):
                 bulk_store(destination + row_bytes + Int64(part) * zero_bytes, zeros, zero_bytes)
         for part in range(pieces):
@@ -398,7 +398,7 @@ def pull(
             if lane == 0:
                 barrier = buffers.barriers + buffer
                 num_bytes = Int32(piece_bytes)
-                if const_expr(scaled):
+                if const_expr(has_scales):
                     if completes >= 0:
                         num_bytes += shape.token_scale_bytes
                 arch.mbarrier_arrive_and_expect_tx(barrier, num_bytes)
@@ -408,7 +408,7 @@ def pull(
                     barrier,
                     piece_bytes,
                 )
-                if const_expr(scaled):
+                if const_expr(has_scales):
                     if completes >= 0:
                         bulk_load(
                             buffers.scales + buffer * shape.token_scale_bytes,
@@ -420,7 +420,7 @@ def pull(
                 store_piece(launch, buffers, state, lane)
                 unpublished = state.completes
             scales = Int64(0)
-            if const_expr(scaled):
+            if const_expr(has_scales):
                 scales = address(launch, "l1_scale_buffer", block % shape.ring)
                 scales += Int64(row_in_block) * 4
             state = Pulling(

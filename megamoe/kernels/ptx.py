@@ -169,11 +169,13 @@ def as_word(value):
     return prims.mov_b32(value, target_type=Int32)
 
 
-def silu_pair(x, y):
-    """silu of two values with one reciprocal between them: the special function unit is what an
-    epilogue waits for. Below -41 the factor stays 2^-60, so that the product cannot overflow.
+def silu_pair(x, y, alpha=1.0):
+    """v * sigmoid(alpha * v) of two values with one reciprocal between them: the special function
+    unit is what an epilogue waits for. Below -41 / alpha the factor stays 2^-60, so that the
+    product cannot overflow.
     """
-    a, b = (1.0 + cute.math.exp2(arch.fmin(-LOG2_E * v, 60.0), fastmath=True) for v in (x, y))
+    slope = -LOG2_E * alpha
+    a, b = (1.0 + cute.math.exp2(arch.fmin(slope * v, 60.0), fastmath=True) for v in (x, y))
     inverse = arch.rcp_approx(a * b)
     return x * (inverse * b), y * (inverse * a)
 

@@ -107,7 +107,7 @@ def quantize_input(launch: Launch, threads: Constexpr):
     worker = launch.cta * (threads // 32) + launch.thread // 32
     workers = launch.num_ctas * (threads // 32)
     if launch.x != 0:
-        if const_expr(config.recipe.token_block == WHOLE_ROW):
+        if const_expr(config.recipe.tokens.scale_columns == WHOLE_ROW):
             for token in range(worker, launch.num_tokens, workers):
                 amax = Float32(0.0)
                 for part in range(spans):

@@ -104,8 +104,8 @@ def _layer(args: argparse.Namespace):
     rng = torch.Generator().manual_seed(args.seed)
     w13 = (torch.randn(experts, 2 * inner, hidden, generator=rng) / hidden**0.5).bfloat16()
     w2 = (torch.randn(experts, hidden, inner, generator=rng) / inner**0.5).bfloat16()
-    scaled = moe.config.recipe.scaled
-    moe.load_weights(*(quantize_weights(w13, w2, args.precision) if scaled else (w13, w2)))
+    quantized = moe.config.recipe.weights.has_scales
+    moe.load_weights(*(quantize_weights(w13, w2, args.precision) if quantized else (w13, w2)))
     xs = [torch.randn(args.tokens, hidden, generator=rng).bfloat16() for _ in range(args.ranks)]
     logits = [torch.randn(args.tokens, experts, generator=rng) for _ in range(args.ranks)]
     topk = [rows.softmax(-1).topk(args.top_k) for rows in logits]

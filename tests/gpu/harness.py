@@ -105,7 +105,7 @@ def inputs_of(moe: MegaMoE, routing: str, seed: int, tokens: int | None = None, 
 
 def quantized(moe: MegaMoE, xs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(xs, x_scales) as a caller would quantise them."""
-    pairs = [reference.quantize(x, moe.config.recipe.token_block) for x in xs]
+    pairs = [reference.quantize(x, moe.config.recipe.tokens.scale_columns) for x in xs]
     return [x for x, _ in pairs], [scale for _, scale in pairs]
 
 
@@ -163,7 +163,7 @@ def assert_correct(moe: MegaMoE, outputs, xs, ids, weights) -> None:
         error, bound = reference.relative_error(out, truth), reference.relative_error(oracle, truth)
         seen = f"rank {rank}: error {error:.2e}, oracle {bound:.2e}"
         assert error <= ERROR_FACTOR * bound, seen
-        if moe.config.recipe.scaled and out.shape[0] >= FP8_MIN_TOKENS:
+        if moe.config.recipe.tokens.has_scales and out.shape[0] >= FP8_MIN_TOKENS:
             distance = reference.relative_error(out, oracle)
             assert distance <= FP8_ORACLE_DISTANCE * bound, f"{seen}, distance {distance:.2e}"
             assert error <= FP8_MAX_ERROR, seen

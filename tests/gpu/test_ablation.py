@@ -72,7 +72,7 @@ def test_a_part_ends_and_leaves_counters_at_rest(name):
 @pytest.mark.parametrize("name", alone(DISPATCH))
 def test_dispatch_puts_every_row_into_its_experts_blocks(name):
     for moe, (xs, ids, _), _ in launches(name):
-        stored, scales = (xs, []) if not moe.config.recipe.scaled else quantized(moe, xs)
+        stored, scales = (xs, []) if not moe.config.recipe.tokens.has_scales else quantized(moe, xs)
         for rank in moe.local_ranks:
             regions = moe.workspace.regions(rank)
             pools = [regions["l1_token_buffer"]]

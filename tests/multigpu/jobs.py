@@ -62,7 +62,7 @@ def input_buffer(context: Context, name: str) -> None:
     expected = layer.forward(moe, (x, idx, weights))
     layer.poison_together(context, moe)
     rows, scale = x, None
-    if moe.config.recipe.scaled:
+    if moe.config.recipe.tokens.has_scales:
         [rows], [scale] = harness.quantized(moe, [x])
         scale = moe.input_scale_buffer()[: x.shape[0]].copy_(scale)
     staged = moe.input_buffer()[: x.shape[0]].copy_(rows)

@@ -56,7 +56,7 @@ def check(outputs, xs, ids, router, precision="bf16", clamp=None, given=None) ->
 
 def quantized(layer: MegaMoE, xs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(xs, x_scales)"""
-    pairs = [reference.quantize(x, layer.config.recipe.token_block) for x in xs]
+    pairs = [reference.quantize(x, layer.config.recipe.tokens.scale_columns) for x in xs]
     return [x for x, _ in pairs], [scale for _, scale in pairs]
 
 

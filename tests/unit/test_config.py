@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,16 @@ from megamoe.config import (
     select,
     supports,
 )
-from megamoe.precision import ITEM_BYTES, PRECISIONS, WHOLE_ROW, num_scales, precision_of
+from megamoe.precision import (
+    BF16,
+    ITEM_BYTES,
+    PRECISIONS,
+    WHOLE_ROW,
+    Operand,
+    e4m3,
+    num_scales,
+    precision_of,
+)
 
 GOOD = MoEConfig(32, 4, 256, 256, 64, num_ranks=8)
 
@@ -290,13 +300,68 @@ def test_precision_rows(name):
     torch = pytest.importorskip("torch")
     recipe = precision_of(name)
     assert recipe.name == name
-    for dtype in (recipe.token, recipe.weight, recipe.output):
-        assert getattr(torch, dtype).itemsize == ITEM_BYTES[dtype]
-    assert recipe.token_bytes == ITEM_BYTES[recipe.token]
+    for operand in (recipe.tokens, recipe.weights, recipe.hidden):
+        assert 8 * getattr(torch, operand.storage).itemsize == operand.bits
+        assert operand.has_scales == (operand.bits == 8)
+        assert getattr(torch, operand.scale) is torch.float32
     assert recipe.output_bytes == ITEM_BYTES[recipe.output]
-    assert recipe.scaled == (recipe.token_bytes == 1)
     # FC1's epilogue holds half a tile of a row: as many columns as share a scale.
-    assert recipe.fc1_out_block in (0, KernelConfig().block_n // 2)
+    assert recipe.hidden.scale_columns in (0, KernelConfig().block_n // 2)
+
+
+def e5m2(operand: Operand) -> Operand:
+    return replace(operand, storage="float8_e5m2", mma="float8_e5m2")
+
+
+FLOAT16 = Operand("float16", 16, "float16")
+W4 = Operand("uint8", 4, "float8_e4m3fn", (1, 32), "uint8")
+#: Rows that the kernel cannot run: what differs from a recipe, and words of the message.
+IMPOSSIBLE = {
+    "hidden scales of half a tile": ("fp8_block", {"hidden": e4m3(1, 64)}, "hidden.*scale_block"),
+    "one hidden scale": ("fp8_block", {"hidden": e4m3(1, WHOLE_ROW)}, "hidden.*scale_block"),
+    "hidden scales of rows": ("fp8_block", {"hidden": e4m3(2, 128)}, "hidden.*scale_block"),
+    "weights in groups": ("fp8_block", {"weights": e4m3(1, 32)}, "weights.*scale_block"),
+    "weights by channel alone": (
+        "fp8_block", {"weights": e4m3(1, WHOLE_ROW)}, "weights.*scale_block.*tokens"
+    ),
+    "tokens by row alone": (
+        "fp8_block", {"tokens": e4m3(1, WHOLE_ROW)}, "weights.*scale_block.*tokens"
+    ),
+    "tokens by 64": ("fp8_block", {"tokens": e4m3(1, 64)}, "tokens.*scale_block"),
+    "tokens of other bytes": ("fp8_block", {"tokens": BF16}, "weights.*float8_e4m3fn.*bfloat16"),
+    "BF16 tokens": ("bf16", {"weights": e4m3(128, 128)}, "weights.*float8_e4m3fn.*bfloat16"),
+    "BF16 hidden rows": ("fp8_block", {"hidden": BF16}, "hidden.*bfloat16.*float8_e4m3fn"),
+    "e4m3 hidden rows": ("bf16", {"hidden": e4m3(1, 128)}, "hidden.*float8_e4m3fn.*bfloat16"),
+    "BF16 with scales": (
+        "bf16", {"tokens": replace(BF16, scale_block=(1, 64))}, "tokens.*scale_block"
+    ),
+    "weights without scales": (
+        "fp8_block", {"weights": replace(e4m3(1, 1), scale_block=(0, 0))}, "weights.*scale_block"
+    ),
+    "float16": ("bf16", dict.fromkeys(("tokens", "weights", "hidden"), FLOAT16), "float16"),
+    "e5m2": (
+        "fp8_block", {name: e5m2(e4m3(*block)) for name, block in
+                      (("tokens", (1, 128)), ("weights", (128, 128)), ("hidden", (1, 128)))},
+        "float8_e5m2",
+    ),
+    "4-bit weights": ("fp8_block", {"weights": W4}, "weights.*uint8"),
+    "scales of 8 bits": (
+        "fp8_block", {"weights": replace(e4m3(128, 128), scale="uint8")}, "weights.*scale=.*uint8"
+    ),
+    "two bytes of 8 bits": (
+        "fp8_block", {"weights": replace(e4m3(128, 128), bits=16)}, "weights.*bits=16"
+    ),
+    "float32 output": ("bf16", {"output": "float32"}, "output.*float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_recipe_that_the_kernel_cannot_run_is_refused(monkeypatch, case):
+    name, changes, words = IMPOSSIBLE[case]
+    monkeypatch.setitem(PRECISIONS, name, replace(PRECISIONS[name], **changes))
+    config = with_(precision=name)
+    with pytest.raises(ValueError, match=words):
+        budget.check(config, select(config))
 
 
 @pytest.mark.parametrize(
@@ -308,6 +373,6 @@ def test_scales_of_a_row(columns, block, scales):
 
 def test_a_k_block_is_128_bytes_in_every_recipe():
     for name, recipe in PRECISIONS.items():
-        assert select(with_(precision=name)).block_k * recipe.token_bytes == 128
+        assert recipe.tokens.num_bytes(select(with_(precision=name)).block_k) == 128
     with pytest.raises(ValueError, match="block_k=64 must span 128 bytes of float8_e4m3fn"):
         supports(with_(precision="fp8_block"), select(with_(precision="fp8_block"), block_k=64))

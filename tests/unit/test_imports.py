@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -19,8 +20,9 @@ PACKAGES = ("megamoe", "workspace", "perf")
 LAYERS = [
     {"workspace.layout"},
     {"workspace.symmetric", "workspace.views", "workspace"},
-    {"megamoe.dsl", "megamoe.precision", "megamoe.signature", "megamoe.kernel_files"},
-    {"megamoe.config"},
+    {"megamoe.dsl", "megamoe.precision", "megamoe.architecture", "megamoe.signature",
+     "megamoe.kernel_files"},
+    {"megamoe.config", "megamoe.activation"},
     {"megamoe.wire", "megamoe.budget", "megamoe.schedule", "megamoe.reference",
      "megamoe.weights"},
     {"megamoe.regions"},
@@ -116,6 +118,17 @@ def test_forbidden_imports(module, other):
         if part_of(name, module):
             found = [n for n in imports_of(name) if part_of(n, other)]
             assert not found, f"{name} imports {found}"
+
+
+#: What only the folder of an architecture may name: its groups of warps and their registers.
+OF_ARCHITECTURES = re.compile(r"warpgroup|setmax|_registers|SM90|wgmma", re.IGNORECASE)
+NEUTRAL = [name for name, path in SOURCES.items() if path.parent == ROOT / "megamoe" / "kernels"]
+
+
+@pytest.mark.parametrize("module", NEUTRAL)
+def test_neutral_kernel_files_name_no_architecture(module):
+    lines = SOURCES[module].read_text().splitlines()
+    assert not [line for line in lines if OF_ARCHITECTURES.search(line)]
 
 
 @pytest.mark.parametrize("module", SOURCES)

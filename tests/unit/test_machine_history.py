@@ -46,7 +46,7 @@ BUGS = {
         "sm90/kernel.py", "            flags[FLAG_STOP] = Int32(0)\n", "",
         "launches(tokens=64)", "Races: shared .*nobody"),
     "a warp waits for a phase whose predecessor it has not seen": Bug(
-        "sm90/math.py", "pipes.multiplied + number", "pipes.multiplied",
+        "sm90/math_warps.py", "pipes.multiplied + number", "pipes.multiplied",
         "launches()", "Deadlock|Races|WrongResult|Fault"),
     "a loop leaves its number where the warpgroup's was": Bug(
         "sm90/kernel.py", "for number in range_constexpr(config.num_math_warpgroups):\n"
@@ -55,7 +55,7 @@ BUGS = {
         "                arch.mbarrier_init(pipes.multiplied + warpgroup, 4)",
         "launches()", "Deadlock|Races|WrongResult|Fault|StepLimit"),
     "what lane 0 has acquired, for every lane": Bug(
-        "sm90/report.py", "        arch.sync_warp()  # what lane 0 has acquired comes before what "
+        "report.py", "        arch.sync_warp()  # what lane 0 has acquired comes before what "
         "every lane does\n", "", "launches()", "Races: .*token_src_metadata|Races: .*l1_topk"),
     "an id of 64 bits, of which 32 are reported": Bug(
         "dispatch.py", "high = Int32(wide >> 32)", "high = expert >> 31", """

@@ -122,7 +122,7 @@ def test_the_launch_quantises_as_the_caller_would(precision):
     layer = Layer(**RING, precision=precision)
     xs, *routing = layer.inputs("ragged", 1)
     ys = [y.clone() for y in layer.forward((xs, *routing))]
-    pairs = [quantize(x, layer.config.recipe.token_block) for x in xs]
+    pairs = [quantize(x, layer.config.recipe.tokens.scale_columns) for x in xs]
     for rank, (x, scale) in enumerate(pairs):
         views = layer.workspace.regions(rank)
         rows = views["input_token_buffer"][: len(x)]
@@ -199,7 +199,7 @@ def test_wrong_numbers_are_noticed(ring):
     right = ring.weights
     inputs = ring.inputs("uniform", 0)
     outputs = ring.forward(inputs)
-    if ring.config.recipe.scaled:
+    if ring.config.recipe.tokens.has_scales:
         scale = right.w2_scale.clone()
         scale.view(scale.shape[0], -1)[0] *= 1.2
         ring.weights = right._replace(w2_scale=scale)

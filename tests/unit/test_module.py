@@ -86,8 +86,8 @@ def test_quantised_input_may_be_in_its_buffers(scaled_layer):
 def test_input_buffers_have_the_dtype_that_tokens_travel_in(any_layer):
     recipe = any_layer.config.recipe
     buffer = any_layer.input_buffer(1)
-    assert buffer.shape == (T, H) and buffer.dtype == getattr(torch, recipe.token)
-    if not recipe.scaled:
+    assert buffer.shape == (T, H) and buffer.dtype == getattr(torch, recipe.tokens.storage)
+    if not recipe.tokens.has_scales:
         with pytest.raises(ValueError, match="precision='bf16' has no scales"):
             any_layer.input_scale_buffer()
         return
@@ -191,7 +191,9 @@ def test_a_layer_works_inside_and_outside_inference_mode(precision, made, first)
 
 def test_rows_of_the_input_buffer_past_the_tokens_stay(any_layer):
     xs, ids, router = inputs(seed=13)
-    xs, scales = quantized(any_layer, xs) if any_layer.config.recipe.scaled else (xs, [None] * W)
+    scales = [None] * W
+    if any_layer.config.recipe.tokens.has_scales:
+        xs, scales = quantized(any_layer, xs)
     buffers = [any_layer.input_buffer(rank) for rank in range(W)]
     half = slice(0, T // 2), slice(T // 2, T)
     for rank, (buffer, scale) in enumerate(zip(buffers, scales, strict=True)):
@@ -446,7 +448,7 @@ def test_misaligned_input_and_output_are_refused(any_layer):
         any_layer([xs[0], moved(xs[1])], ids, router)
     with pytest.raises(ValueError, match="out" + message):
         any_layer(xs, ids, router, out=[xs[0].clone(), moved(xs[1])])
-    if any_layer.config.recipe.scaled:
+    if any_layer.config.recipe.tokens.has_scales:
         stored, scales = quantized(any_layer, xs)
         with pytest.raises(ValueError, match="x" + message):
             any_layer([stored[0], moved(stored[1])], ids, router, scales)
@@ -460,7 +462,7 @@ def test_the_rest_of_the_input_may_start_at_any_item(any_layer):
     narrow = [moved(idx.int()) for idx in ids]
     assert same(any_layer(xs, narrow, list(map(moved, router)), expert_counts=others), ys)
     assert same(others, counts)
-    if any_layer.config.recipe.scaled:
+    if any_layer.config.recipe.tokens.has_scales:
         stored, scales = quantized(any_layer, xs)
         assert same(any_layer(stored, ids, router, list(map(moved, scales))), ys)
 

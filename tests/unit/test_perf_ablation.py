@@ -83,7 +83,7 @@ def test_pool_and_slots_hold_normal_numbers(precision, one_thread):
     for rank in moe.local_ranks:
         regions = moe.workspace.regions(rank)
         rows = regions["l1_token_buffer"].double()
-        if moe.config.recipe.scaled:
+        if moe.config.recipe.tokens.has_scales:
             scales = regions["l1_scale_buffer"].transpose(1, 2).reshape(len(rows), -1)
             assert regions["l1_token_buffer"].float().abs().max() == 448
             rows = reference.dequantize(regions["l1_token_buffer"], scales)

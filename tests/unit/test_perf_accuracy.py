@@ -11,7 +11,7 @@ import torch
 
 import megamoe
 from megamoe import reference
-from megamoe.precision import PRECISIONS, WHOLE_ROW
+from megamoe.precision import PRECISIONS, WHOLE_ROW, e4m3
 from perf.__main__ import main
 from perf.accuracy import (
     BOUNDS,
@@ -199,7 +199,7 @@ def break_order(monkeypatch):
 
 def break_hidden_scales(monkeypatch):
     """A layer whose hidden rows have one scale each."""
-    wide = dataclasses.replace(PRECISIONS["fp8_block"], fc1_out_block=WHOLE_ROW)
+    wide = dataclasses.replace(PRECISIONS["fp8_block"], hidden=e4m3(1, WHOLE_ROW))
 
     class Broken(megamoe.MegaMoE):
         def load_weights(self, *weights):

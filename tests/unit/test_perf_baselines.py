@@ -202,7 +202,7 @@ def test_a_replayed_graph_on_the_gpu_equals_the_oracle(cuda, routing):
 def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, monkeypatch):
     case = dataclasses.replace(case_of(), precision=precision)
     weights = make_layer_weights(case)
-    scaled = case.recipe.scaled
+    scaled = case.recipe.tokens.has_scales
     plan = SimpleNamespace(case=case, baselines=(), mode=EAGER, device=torch.device("cpu"))
     made = []
     monkeypatch.setattr("perf.measure.make_weights", lambda *a: made.append(a) or make_weights(*a))

@@ -20,7 +20,7 @@ from megamoe import compile, dsl, reference
 from megamoe.backends import GpuBackend
 from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
-from megamoe.precision import PRECISIONS
+from megamoe.precision import PRECISIONS, Operand
 from perf import plan, publish, sweep
 from perf.__main__ import COMMANDS, main, parser
 from perf.baselines import TorchBf16
@@ -256,7 +256,8 @@ def test_precisions_are_measured_one_after_the_other(second_precision, fake, cap
 
 
 def test_every_configuration_is_checked_before_the_first_runs(second_precision, fake, monkeypatch):
-    wide = dataclasses.replace(PRECISIONS["bf16"], name="bf16_again", token="float32")
+    float32 = Operand("float32", 32, "float32")
+    wide = dataclasses.replace(PRECISIONS["bf16"], name="bf16_again", tokens=float32)
     monkeypatch.setitem(PRECISIONS, "bf16_again", wide)
     with pytest.raises(SystemExit) as stop:
         main([*SMALL, "--precision", "bf16,bf16_again"])
@@ -415,7 +416,7 @@ def test_staging_is_measured_where_a_forward_stages(precision, ranks):
     buffer, launched = torch.zeros(4, case.model.hidden).bfloat16(), []
     backend = object.__new__(GpuBackend)
     backend.__dict__.update(
-        layout=SimpleNamespace(config=case.config(4)), quantizes=case.recipe.scaled,
+        layout=SimpleNamespace(config=case.config(4)), quantizes=case.recipe.tokens.has_scales,
         staged=[buffer], staged_scales=[], outputs=[buffer],
         launch=lambda *arguments: launched.append(arguments),
     )  # fmt: skip

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from megamoe import quantize_weights, reference
-from megamoe.precision import FP8_BLOCK, FP8_MIN_AMAX, PRECISIONS, WHOLE_ROW
+from megamoe.precision import FP8_BLOCK, FP8_MIN_AMAX, PRECISIONS, WHOLE_ROW, Operand, e4m3
 from tests.routing import ROUTINGS, make_routing
 
 H, INTERMEDIATE, EXPERTS, K, T = 24, 10, 5, 3, 11
 FP8_SIZES = {"hidden": 384, "intermediate": 256}
 FP8_RECIPES = ("fp8_block", "fp8_channel")
+FLOAT32 = Operand("float32", 32, "float32")
 HALF_ULP = 2.0**-9  # of bfloat16: largest relative error of one rounding
 #: What storing the hidden rows in e4m3 may cost in norm: three bits of mantissa.
 FP8_ERROR = 0.032
@@ -84,7 +85,7 @@ def test_exact_form_of_a_scaled_recipe_takes_stored_values_as_they_are(precision
     x, weights = make_scaled_case(precision, 0)
     [idx], [router] = make_routing(routing, 1, T, K, EXPERTS, 0)
     y = reference.moe_forward(x, idx, router, *weights, precision=precision, rounding=False)
-    block = PRECISIONS[precision].token_block
+    block = PRECISIONS[precision].tokens.scale_columns
     travels = reference.dequantize(*reference.quantize(x, block))
     expected = naive(travels, idx, router, weights)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-11)
@@ -136,9 +137,9 @@ def test_each_rounding_point_of_a_scaled_recipe_matters(monkeypatch, precision, 
     arguments = (x, idx, router, *weights)
     y = reference.moe_forward(*arguments, precision=precision)
     changes = {
-        "input": {"token_block": 0, "token": "float32"},
-        "hidden": {"fc1_out_block": 0, "token": "float32"},
-        "hidden block": {"fc1_out_block": WHOLE_ROW},
+        "input": {"tokens": FLOAT32},
+        "hidden": {"hidden": FLOAT32},
+        "hidden block": {"hidden": e4m3(1, WHOLE_ROW)},
         "slot": {"output": "float32"},
     }
     changed = dataclasses.replace(PRECISIONS[precision], **changes[stage])
@@ -233,7 +234,7 @@ def test_no_rows_are_quantised_to_no_rows():
 def test_quantised_input_gives_the_same_bits(precision):
     x, weights = make_scaled_case(precision, 4)
     [idx], [router] = make_routing("uniform", 1, T, K, EXPERTS, 4)
-    stored, scale = reference.quantize(x, PRECISIONS[precision].token_block)
+    stored, scale = reference.quantize(x, PRECISIONS[precision].tokens.scale_columns)
     y = reference.moe_forward(x, idx, router, *weights, precision=precision)
     again = reference.moe_forward(stored, idx, router, *weights, precision=precision, x_scale=scale)
     assert torch.equal(y, again)
@@ -255,6 +256,26 @@ def test_products_with_scales():
     )
 
 
+@pytest.mark.parametrize("blocks", [(2, 4), (4, 2), (3, 2), (1, 6), (6, 1), (4, 4)])
+def test_products_with_unequal_blocks(blocks):
+    """Rows and weights may have their scales per different numbers of columns."""
+    rng = torch.Generator().manual_seed(6)
+    x, w = (torch.randn(rows, 12, generator=rng).double() for rows in (3, 5))
+    of_x, of_w = torch.rand(3, blocks[0], generator=rng), torch.rand(5, blocks[1], generator=rng)
+    wide_x, wide_w = (
+        scale.double().repeat_interleave(12 // scale.shape[1], 1) for scale in (of_x, of_w)
+    )
+    got = reference.product(x, w, of_x.double(), of_w.double())
+    torch.testing.assert_close(got, (x * wide_x) @ (w * wide_w).T)
+
+
+@pytest.mark.parametrize("blocks", [(5, 1), (1, 5), (4, 8)])
+def test_products_with_blocks_that_do_not_divide_the_columns_are_refused(blocks):
+    x, w = torch.ones(3, 12), torch.ones(5, 12)
+    with pytest.raises(ValueError, match="12 columns"):
+        reference.product(x, w, torch.ones(3, blocks[0]), torch.ones(5, blocks[1]))
+
+
 # --- clamp
 
 
@@ -262,9 +283,10 @@ def test_products_with_scales():
 def test_clamp_of_the_activation(precision):
     x, w13, w2 = make_case(6, **FP8_SIZES)
     weights = reference.Weights(w13, w2)
-    if PRECISIONS[precision].scaled:
+    if PRECISIONS[precision].tokens.has_scales:
         weights = quantize_weights(w13, w2, precision)
-        x = reference.dequantize(*reference.quantize(x, PRECISIONS[precision].token_block)).float()
+        columns = PRECISIONS[precision].tokens.scale_columns
+        x = reference.dequantize(*reference.quantize(x, columns)).float()
     [idx], [router] = make_routing("uniform", 1, T, K, EXPERTS, 6)
     arguments = (x, idx, router, *weights)
     options = {"precision": precision, "rounding": False}
@@ -326,7 +348,7 @@ def test_each_rounding_point_matters(monkeypatch, stage):
     args = (x, idx, weights, w13, w2)
     y = reference.moe_forward(*args)
     if stage == "hidden":
-        recipe_with(monkeypatch, token="float32")
+        recipe_with(monkeypatch, hidden=FLOAT32)
     elif stage == "slot":
         recipe_with(monkeypatch, output="float32")
     elif stage == "sum order":

@@ -195,7 +195,7 @@ def test_bad_weights_are_named(tensors, words):
 def broken(precision, **changes):
     """Weights of four experts with some of their tensors replaced."""
     made = Weights(*drawn(4))
-    if PRECISIONS[precision].scaled:
+    if PRECISIONS[precision].weights.has_scales:
         made = quantize_weights(*drawn(4), precision)
     return made._replace(**{name: change(made) for name, change in changes.items()})
 

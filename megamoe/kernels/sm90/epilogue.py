@@ -10,11 +10,15 @@ per row.
 
 from __future__ import annotations
 
+import operator
+
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import schedule, wire
+from megamoe.activation import ADD, MULTIPLY, SWIGLU, column_operands
 from megamoe.budget import PASS_ROW_BYTES, WARP_ROWS
+from megamoe.kernels.activation import ACTIVATIONS, NO_LIMIT
 from megamoe.kernels.launch import Launch, address, peer_base
 from megamoe.kernels.ptx import (
     as_float,
@@ -23,10 +27,7 @@ from megamoe.kernels.ptx import (
     load_global_v2,
     load_shared,
     load_shared_v4,
-    max_or_nan,
-    min_or_nan,
     pack_bf16x2,
-    silu_pair,
     store_global,
     store_global_v4,
     store_shared,
@@ -36,9 +37,10 @@ from megamoe.kernels.quantize import largest_of_lanes, magnitude, scale_of
 
 arch = cute.arch
 
+#: How a column operand is combined with the sums of its column.
+COMBINE = {MULTIPLY: operator.mul, ADD: operator.add}
 PASS_COLUMNS = PASS_ROW_BYTES // 2
 SLABS_PER_PASS = PASS_COLUMNS // 8
-NO_CLAMP = 3e38  # a limit above this is none
 #: Rows that one lane stores per pass: the warp covers 4 rows of 128 bytes with one instruction.
 STORES_PER_PASS = WARP_ROWS // 4
 
@@ -79,13 +81,11 @@ UP_INDEX = 4 * 8
 
 
 @cute.jit
-def clamp(accumulator, limit):
-    """Gates at most `limit`, ups within +-`limit`; NaN stays."""
+def bound(accumulator, function: Constexpr, limit):
+    """The activation's bounds."""
     for index in range_constexpr(cute.size(accumulator)):
-        value = min_or_nan(accumulator[index], limit)
-        if const_expr(index // UP_INDEX % 2 == 1):
-            value = max_or_nan(value, -limit)
-        accumulator[index] = value
+        is_up = index // UP_INDEX % 2 == 1
+        accumulator[index] = function(accumulator[index], is_up, limit)
 
 
 @cute.jit
@@ -93,24 +93,27 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
     """FC1 tile of pool block `pool`: 128 outputs per row to `fc1_output`, and their scale where the
     recipe has one.
     """
-    shape = launch.shape
+    shape, recipe = launch.shape, launch.shape.config.recipe
     block_m = shape.kernel.block_m
     first_row = schedule.ring_row(pool, shape.ring, block_m) + warp * WARP_ROWS
     row = warp * WARP_ROWS + lane // 4
     weights = [as_float(load_shared(metadata + (row + 8 * half))) for half in range(2)]
-    outputs = shape.kernel.block_n // 2
-    tile_bytes = outputs * shape.config.recipe.token_bytes
-    slabs = outputs // 8
-    if launch.clamp < NO_CLAMP:  # a branch around the work: most layers have none
-        clamp(accumulator, launch.clamp)
+    columns = shape.kernel.block_n // 2
+    tile_bytes = recipe.hidden.num_bytes(columns)
+    slabs = columns // 8
+    activation = ACTIVATIONS[SWIGLU.name]
+    if launch.clamp < NO_LIMIT:  # a branch around the work: most layers have none
+        bound(accumulator, activation.bound, launch.clamp)
     for slab in range_constexpr(slabs):
         for half in range_constexpr(2):
             index = gate_index(slab) + 2 * half
-            activated = silu_pair(accumulator[index], accumulator[index + 1])
+            gates = [accumulator[index + q] for q in range(2)]
+            ups = [accumulator[index + q + UP_INDEX] for q in range(2)]
+            outputs = activation.outputs(gates, ups, ())
             for q in range_constexpr(2):
-                accumulator[index + q] = activated[q] * accumulator[index + q + UP_INDEX]
+                accumulator[index + q] = outputs[q]
     factors = weights
-    if const_expr(shape.config.recipe.scaled):
+    if const_expr(recipe.hidden.has_scales):
         factors = []
         for half in range_constexpr(2):
             values = [
@@ -140,7 +143,7 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
                     slab,
                     accumulator[index] * factors[half],
                     accumulator[index + 1] * factors[half],
-                    shape.config.recipe.token_bytes,
+                    recipe.hidden.num_bytes(1),
                 )
         arch.sync_warp()
         for store in range_constexpr(STORES_PER_PASS):
@@ -151,28 +154,9 @@ def store_fc1(launch: Launch, accumulator, staging, metadata, warp, lane, pool, 
 
 
 @cute.jit
-def scale_columns(accumulator, scales, channels, lane):
-    """accumulator *= scale of the output channel. `scales`: address of one expert's float32 scales;
-    `channels`: the channel of the first column of each quarter of the tile.
-    """
-    slabs = cute.size(accumulator) // 4
-    for slab in range_constexpr(slabs):
-        quarter, within = slab // (slabs // 4), slab % (slabs // 4)
-        if const_expr(within == 0):
-            arch.sync_warp()  # keeps ptxas from loading all scales at once, which would spill
-        channel = channels[quarter] + 8 * within + 2 * (lane % 4)
-        words = load_global_v2(scales + Int64(channel) * 4)
-        for half in range_constexpr(2):
-            for q in range_constexpr(2):
-                index = 4 * slab + 2 * half + q
-                accumulator[index] = accumulator[index] * as_float(words[q])
-
-
-@cute.jit
-def scale_fc1(launch: Launch, accumulator, tile, warp, lane):
-    """FC1 with a scale per token row and per output channel."""
-    shape = launch.shape
-    base = address(launch, "l1_scale_buffer", tile.pool % shape.ring)
+def scale_rows(launch: Launch, accumulator, tile, warp, lane):
+    """accumulator *= scale of the token, where a row of tokens has one."""
+    base = address(launch, "l1_scale_buffer", tile.pool % launch.shape.ring)
     for half in range_constexpr(2):
         row = warp * WARP_ROWS + lane // 4 + 8 * half
         word = arch.load(global_ptr(base + Int64(row) * 4), Int32, sem="relaxed", scope="gpu")
@@ -181,25 +165,53 @@ def scale_fc1(launch: Launch, accumulator, tile, warp, lane):
             for q in range_constexpr(2):
                 index = 4 * pair + 2 * half + q
                 accumulator[index] = accumulator[index] * scale
-    intermediate, quarter = shape.config.intermediate_size, shape.kernel.block_n // 4
-    gate = tile.column * (2 * quarter)
-    up = gate + intermediate
-    scales = launch.w13_scales + Int64(tile.expert) * (8 * intermediate)
-    scale_columns(accumulator, scales, [gate, up, gate + quarter, up + quarter], lane)
 
 
 @cute.jit
-def scale_fc2(launch: Launch, accumulator, tile, lane):
-    """FC2 with a scale per output channel; the row scales are in already."""
-    hidden, quarter = launch.shape.config.hidden_size, launch.shape.kernel.block_n // 4
+def combine_columns(accumulator, values, combine: Constexpr, channels, lane):
+    """Combine every element with the value of its output channel. `values`: address of one expert's
+    float32; `channels`: the channel of the first column of each quarter of the tile.
+    """
+    slabs = cute.size(accumulator) // 4
+    for slab in range_constexpr(slabs):
+        quarter, within = slab // (slabs // 4), slab % (slabs // 4)
+        if const_expr(within == 0):
+            arch.sync_warp()  # keeps ptxas from loading all of them at once, which would spill
+        channel = channels[quarter] + 8 * within + 2 * (lane % 4)
+        words = load_global_v2(values + Int64(channel) * 4)
+        for half in range_constexpr(2):
+            for q in range_constexpr(2):
+                index = 4 * slab + 2 * half + q
+                accumulator[index] = combine(accumulator[index], as_float(words[q]))
+
+
+@cute.jit
+def combine_fc1(launch: Launch, accumulator, tile, lane):
+    """What FC1's epilogue reads by column."""
+    config, quarter = launch.shape.config, launch.shape.kernel.block_n // 4
+    gate = tile.column * (2 * quarter)
+    up = gate + config.intermediate_size
+    for operand in column_operands("w13", config.recipe.weights, SWIGLU):
+        values = getattr(launch, operand.name)
+        values += Int64(tile.expert) * (4 * SWIGLU.fc1_columns(config.intermediate_size))
+        channels = [gate, up, gate + quarter, up + quarter]
+        combine_columns(accumulator, values, COMBINE[operand.combines], channels, lane)
+
+
+@cute.jit
+def combine_fc2(launch: Launch, accumulator, tile, lane):
+    """What FC2's epilogue reads by column."""
+    config, quarter = launch.shape.config, launch.shape.kernel.block_n // 4
     channels = []
     for n in range_constexpr(4):
         channel = tile.column * (4 * quarter) + n * quarter
-        if channel >= hidden:
+        if channel >= config.hidden_size:
             channel = Int32(0)  # these columns are not stored
         channels.append(channel)
-    scales = launch.w2_scales + Int64(tile.expert) * (4 * hidden)
-    scale_columns(accumulator, scales, channels, lane)
+    for operand in column_operands("w2", config.recipe.weights, SWIGLU):
+        values = getattr(launch, operand.name)
+        values += Int64(tile.expert) * (4 * config.hidden_size)
+        combine_columns(accumulator, values, COMBINE[operand.combines], channels, lane)
 
 
 @cute.jit

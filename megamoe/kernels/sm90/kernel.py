@@ -6,7 +6,7 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
                                   ranks (quantize, dispatch)
   0      dispatch      frontend   pulls token rows, then reduces what is in (dispatch, combine)
   1      report        frontend   reports stored tiles, reduces in between (report, combine)
-  2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (loaders)
+  2      load_weights  frontend   takes tickets, hands tiles over, TMA of B (tiles, loaders)
   3      load_tokens   frontend   waits for readiness, TMA of A (loaders)
   4-11   math          math       products, epilogues, combine (math_warps, mainloop, epilogue,
                                   combine)
@@ -37,14 +37,11 @@ import cutlass.cute as cute
 from cutlass import Int16, Int32, Int64, Uint8, const_expr, range_constexpr
 from cutlass.memory import SmemAllocator
 
+from megamoe.architecture import SM90A
 from megamoe.budget import (
     FLAG_LIVE,
     FLAG_OK,
     FLAG_STOP,
-    FLAG_WORDS,
-    NUM_PULL_BUFFERS,
-    QUEUE_SLOTS,
-    QUEUE_WORDS,
     check,
 )
 from megamoe.config import DISPATCH, GEMMS, KernelConfig, MoEConfig
@@ -53,10 +50,11 @@ from megamoe.kernels.combine import EARLY_WORKERS, combine, reduce_early, start_
 from megamoe.kernels.dispatch import PullBuffers, count, pull
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import store_shared
+from megamoe.kernels.report import report
 from megamoe.kernels.sm90 import operands
-from megamoe.kernels.sm90.loaders import Pipes, load_tokens, load_weights
+from megamoe.kernels.sm90.loaders import load_tokens, load_weights
 from megamoe.kernels.sm90.math_warps import math
-from megamoe.kernels.sm90.report import report
+from megamoe.kernels.tiles import Pipes
 from megamoe.launch_shape import Shape
 from megamoe.regions import layout_of
 from megamoe.signature import Arguments, HostArguments
@@ -66,6 +64,7 @@ arch = cute.arch
 # Named barriers; 0 is the CTA. The math warpgroups wait at all of them; at REPORTED the report warp
 # arrives (and the dispatch warp of a kernel without tiles), at HANDOVER whoever reduces early.
 MATH_BARRIER, REPORTED_BARRIER, HANDOVER_BARRIER = 1, 2, 3
+SHARED_DTYPES = {"int16": Int16, "int32": Int32, "int64": Int64}
 WARP_DISPATCH, WARP_REPORT, WARP_LOAD_WEIGHTS, WARP_LOAD_TOKENS = range(4)
 
 
@@ -77,12 +76,12 @@ class MegaMoEKernel:
         self.kernel_config = kernel
         self.budget = check(config, kernel)
         self.shape = Shape(config, kernel, layout_of(config, kernel))
-        math_threads = 128 * kernel.num_math_warpgroups
+        math_threads = SM90A.group_threads * kernel.num_math_warpgroups
         # Without tiles nobody waits for pulled rows, so the dispatch warp tells when it has done.
         self.pulls_end_alone = not kernel.runs(GEMMS)
         self.reported_threads = 32 * (1 + self.pulls_end_alone) + math_threads
         self.handover_threads = 32 * EARLY_WORKERS + math_threads
-        self.dtype = operands.DTYPES[config.recipe.token]
+        self.dtype = operands.DTYPES[config.recipe.tokens.mma]
 
     # ------------------------------------------------------------------ host
     @cute.jit
@@ -132,58 +131,22 @@ class MegaMoEKernel:
             **vars(arguments), shape=self.shape, num_ctas=num_ctas, cta=cta, thread=thread
         )
         warp = arch.make_warp_uniform(arch.warp_idx())
-        warpgroup = arch.make_warp_uniform(thread // 128)
+        warpgroup = arch.make_warp_uniform(thread // SM90A.group_threads)
         lane = thread % 32
 
-        memory = SmemAllocator()
-        smem_a = memory.allocate_tensor(self.dtype, layout_a.outer, 1024, swizzle=layout_a.inner)
-        smem_b = memory.allocate_tensor(self.dtype, layout_b.outer, 1024, swizzle=layout_b.inner)
-        staging = memory.allocate_tensor(
-            Uint8, cute.make_layout(budget.staging_bytes), 128
-        ).iterator
-        buffers = memory.allocate_tensor(Uint8, cute.make_layout(budget.pull_bytes), 128).iterator
-        zeros = memory.allocate_tensor(Uint8, cute.make_layout(budget.zero_bytes), 128).iterator
-        stage_scales = self.allocate_bytes(memory, config.num_stages * budget.scale_stage_bytes)
-        weight_scales = self.allocate_bytes(memory, QUEUE_SLOTS * budget.weight_scale_bytes)
-        pull_scales = self.allocate_bytes(memory, budget.pull_scale_bytes)
-        pull_counts = memory.allocate_array(Int32, budget.pull_count_bytes // 4)
-        metadata = memory.allocate_array(Int32, budget.metadata_bytes // 4)
-        barriers = memory.allocate_array(Int64, budget.num_barriers)
-        received = memory.allocate_array(Int32, budget.count_words)
-        expert_ids = memory.allocate_array(Int16, budget.count_words)
-        queue = memory.allocate_array(Int32, QUEUE_SLOTS * QUEUE_WORDS)
-        flags = memory.allocate_array(Int32, FLAG_WORDS)
-        queue_full = barriers + 2 * config.num_stages
-        pipes = Pipes(
-            full=barriers,
-            empty=barriers + config.num_stages,
-            queue=queue,
-            queue_full=queue_full,
-            queue_empty=queue_full + QUEUE_SLOTS,
-            row_scales=stage_scales,
-            weight_scales=weight_scales,
-            metadata=metadata,
-            metadata_full=queue_full + 2 * QUEUE_SLOTS,
-            stored=queue_full + 3 * QUEUE_SLOTS,
-            multiplied=queue_full + 4 * QUEUE_SLOTS,
-        )
-        pull_barriers = pipes.multiplied + config.num_math_warpgroups
+        smem = self.allocate(layout_a, layout_b)
+        smem_a, smem_b, staging = smem["a"], smem["b"], smem["staging"]
+        zeros, flags = smem["zeros"], smem["flags"]
+        received, expert_ids = smem["received"], smem["expert_ids"]
+        pipes = Pipes(**{name: smem[name] for name in Pipes._fields})
 
         if thread == 0:
             flags[FLAG_OK] = Int32(1)
             flags[FLAG_STOP] = Int32(0)
-            for stage in range_constexpr(config.num_stages):
-                arch.mbarrier_init(pipes.full + stage, budget.full_arrivals)
-                arch.mbarrier_init(pipes.empty + stage, budget.empty_arrivals)
-            for slot in range_constexpr(QUEUE_SLOTS):
-                arch.mbarrier_init(pipes.queue_full + slot, 1)
-                arch.mbarrier_init(pipes.queue_empty + slot, budget.queue_empty_arrivals)
-                arch.mbarrier_init(pipes.metadata_full + slot, 32)
-                arch.mbarrier_init(pipes.stored + slot, config.num_math_warps)
-            for number in range_constexpr(config.num_math_warpgroups):
-                arch.mbarrier_init(pipes.multiplied + number, 4)
-            for buffer in range_constexpr(NUM_PULL_BUFFERS):
-                arch.mbarrier_init(pull_barriers + buffer, 1)
+            for parts in budget.rings.values():
+                for number in range_constexpr(parts[0].num_items):
+                    for part in parts:
+                        arch.mbarrier_init(smem[part.name] + number, part.arrivals)
         for word in range(thread, budget.zero_bytes // 4, config.num_threads):
             store_shared(zeros + 4 * word, Int32(0))
         # Rows of A that no box has brought yet are zero: they cost less power than stale ones.
@@ -215,10 +178,10 @@ class MegaMoEKernel:
                 arch.setmaxregister_decrease(config.frontend_registers)
             if warp == WARP_DISPATCH:
                 pulling = PullBuffers(
-                    rows=buffers,
-                    scales=pull_scales,
-                    counts=pull_counts,
-                    barriers=pull_barriers,
+                    rows=smem["pull_rows"],
+                    scales=smem["pull_scales"],
+                    counts=smem["pull_counts"],
+                    barriers=smem["pulled"],
                     piece_bytes=budget.piece_bytes,
                     zero_bytes=budget.zero_bytes,
                 )
@@ -260,13 +223,25 @@ class MegaMoEKernel:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)
             math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)
-            threads = 128 * config.num_math_warpgroups
+            threads = SM90A.group_threads * config.num_math_warpgroups
             sync.cta_barrier(REPORTED_BARRIER, self.reported_threads)
             combine(
-                launch, flags, thread - 128, epoch, MATH_BARRIER, threads,
+                launch, flags, thread - SM90A.group_threads, epoch, MATH_BARRIER, threads,
                 HANDOVER_BARRIER, self.handover_threads,
             )  # fmt: skip
 
-    def allocate_bytes(self, memory, num_bytes: int):
-        """Shared memory of `num_bytes`, or a pointer that nobody uses if there are none."""
-        return memory.allocate_tensor(Uint8, cute.make_layout(max(num_bytes, 16)), 128).iterator
+    def allocate(self, layout_a, layout_b) -> dict:
+        """Shared memory by the map of the budget: A and B as tensors, other parts as pointers."""
+        memory, smem = SmemAllocator(), {}
+        for name, part in self.budget.parts.items():
+            if name in ("a", "b"):
+                layout = layout_a if name == "a" else layout_b
+                smem[name] = memory.allocate_tensor(
+                    self.dtype, layout.outer, part.alignment, swizzle=layout.inner
+                )
+            elif part.dtype == "uint8":
+                layout = cute.make_layout(part.num_bytes)
+                smem[name] = memory.allocate_tensor(Uint8, layout, part.alignment).iterator
+            else:
+                smem[name] = memory.allocate_array(SHARED_DTYPES[part.dtype], part.num_items)
+        return smem

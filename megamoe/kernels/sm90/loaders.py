@@ -1,15 +1,14 @@
-"""The loader warps: tickets and weight tiles, token tiles, and the queue that hands tiles over."""
+"""The loader warps: weight tiles in the order of the tickets, token tiles once they are ready."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
-from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WARPGROUP_ROWS, WEIGHT_SCALE_BYTES, Budget
+from megamoe.architecture import SM90A
+from megamoe.budget import QUEUE_SLOTS, Budget
 from megamoe.config import DISPATCH, GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address
@@ -22,56 +21,11 @@ from megamoe.kernels.sm90.operands import (
     partition,
     tokens_box,
 )
+from megamoe.kernels.tiles import next_tile, release_tile, take_tile
 
 arch = cute.arch
 
 ONE = 0x3F800000  # 1.0 as a word
-
-
-class Pipes(NamedTuple):
-    """Shared-memory pointers of the pipelines (see `kernel`): mbarriers, the words of the tile
-    queue, the scales that come with stages and with tiles, and the tiles' padding metadata.
-    """
-
-    full: cute.Pointer
-    empty: cute.Pointer
-    queue: cute.Pointer
-    queue_full: cute.Pointer
-    queue_empty: cute.Pointer
-    row_scales: cute.Pointer
-    weight_scales: cute.Pointer
-    metadata: cute.Pointer
-    metadata_full: cute.Pointer
-    multiplied: cute.Pointer
-    stored: cute.Pointer
-
-
-class Entry(NamedTuple):
-    """A tile as handed over: the words of a queue slot, in order."""
-
-    phase: Int32
-    pool: Int32  # pool block
-    column: Int32
-    rows: Int32  # real rows
-    expert: Int32
-    block: Int32  # pool block within the expert
-
-
-@cute.jit
-def take_tile(pipes: Pipes, taken) -> Entry:
-    """Tile number `taken` of the queue; give it back with `release_tile`."""
-    slot = taken % QUEUE_SLOTS
-    arch.mbarrier_wait(pipes.queue_full + slot, (taken // QUEUE_SLOTS) % 2)
-    words = pipes.queue + slot * QUEUE_WORDS
-    return Entry(*[words[word] for word in range(len(Entry._fields))])
-
-
-@cute.jit
-def release_tile(pipes: Pipes, taken, lane):
-    """This warp has read what the queue holds of tile number `taken`."""
-    arch.sync_warp()
-    if lane == 0:
-        arch.mbarrier_arrive(pipes.queue_empty + taken % QUEUE_SLOTS)
 
 
 @cute.jit
@@ -97,7 +51,7 @@ def load_stages(
         stage = (position + k) % stages
         full = pipes.full + stage
         if const_expr(run > 1):
-            if k % run == 0 and rows <= WARPGROUP_ROWS:
+            if k % run == 0 and rows <= SM90A.group_rows:
                 wait_for_stage(launch, pipes, position + min(k + run, k_blocks) - 1)
         wait_for_stage(launch, pipes, position + k)
         if lane == 0:
@@ -112,34 +66,6 @@ def load_stages(
             to, source = sides[part]
             if part == 0 or rows > part * grain:
                 cute.copy(atom, source[None, k], to[None, stage], tma_bar_ptr=full)
-
-
-@cute.jit
-def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
-    """Put a tile into its queue slot, and with it the block scales of its weights."""
-    shape = launch.shape
-    if lane == 0:
-        words = pipes.queue + slot * QUEUE_WORDS
-        for word in range_constexpr(len(tile)):
-            words[word] = tile[word]
-        full = pipes.queue_full + slot
-        if const_expr(shape.weight_scale_bytes == 0):
-            arch.mbarrier_arrive(full)
-        else:
-            to = pipes.weight_scales + slot * shape.weight_scale_bytes
-            if tile.phase == schedule.PHASE_FC1:
-                num_bytes = shape.fc1_k_blocks * WEIGHT_SCALE_BYTES
-                index = tile.expert * shape.fc1_columns + tile.column
-                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w13_scales + Int64(index) * num_bytes, full, num_bytes)
-            elif tile.phase == schedule.PHASE_FC2:
-                num_bytes = shape.fc2_k_blocks * WEIGHT_SCALE_BYTES
-                index = tile.expert * shape.fc2_columns + tile.column
-                arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                bulk_load(to, launch.w2_scales + Int64(index) * num_bytes, full, num_bytes)
-            else:
-                arch.mbarrier_arrive(full)
-    arch.sync_warp()
 
 
 @cute.jit
@@ -177,35 +103,25 @@ def load_weights(
     handed = Int32(0)
     running = Int32(kernel.runs(GEMMS))
     while running == 1:
-        ticket = Int32(0)
-        if lane == 0:
-            ticket = arch.atomic_add(tickets, Int32(1), sem="relaxed", scope="gpu")
-        ticket = arch.shuffle_sync(ticket, 0)
-        walk = schedule.seek_walk(walk, ticket, received, *stream)
-        slot = handed % QUEUE_SLOTS
-        arch.mbarrier_wait(pipes.queue_empty + slot, (handed // QUEUE_SLOTS + 1) % 2)
-        tile = schedule.Tile(Int32(0), Int32(0), Int32(0))
-        rows, expert = Int32(0), Int32(0)
-        if walk.phase != schedule.PHASE_DONE:
-            tile = schedule.tile_of(walk, ticket)
-            rows = schedule.rows_in_block(received[walk.expert], tile.block, kernel.block_m)
-            expert = Int32(expert_ids[walk.expert])
-        entry = Entry(walk.phase, tile.pool, tile.column, rows, expert, tile.block)
-        hand_over(launch, pipes, slot, entry, lane)
+        walk, tile = next_tile(
+            launch, pipes, tickets, stream, walk, handed, received, expert_ids, lane
+        )
         handed += 1
-        if walk.phase == schedule.PHASE_FC1:
-            place = ((0, 0, tile.column), None, expert)
+        if tile.phase == schedule.PHASE_FC1:
+            place = ((0, 0, tile.column), None, tile.expert)
             side = partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)
             load_columns(
-                launch, budget, gate_up_atom, side, pipes, position, shape.fc1_k_blocks, rows, lane
-            )
+                launch, budget, gate_up_atom, side, pipes, position, shape.fc1_k_blocks, tile.rows,
+                lane,
+            )  # fmt: skip
             position += shape.fc1_k_blocks
-        elif walk.phase == schedule.PHASE_FC2:
-            place = (tile.column, None, expert)
+        elif tile.phase == schedule.PHASE_FC2:
+            place = (tile.column, None, tile.expert)
             side = partition(down_atom, smem_b, down, down_box(kernel), place)
             load_columns(
-                launch, budget, down_atom, side, pipes, position, shape.fc2_k_blocks, rows, lane
-            )
+                launch, budget, down_atom, side, pipes, position, shape.fc2_k_blocks, tile.rows,
+                lane,
+            )  # fmt: skip
             position += shape.fc2_k_blocks
         else:
             running = Int32(0)
@@ -253,7 +169,7 @@ def load_rows(
         )  # fmt: skip
     else:
         load_boxes(
-            launch, budget, maps.atom, maps.rows, WARPGROUP_ROWS,
+            launch, budget, maps.atom, maps.rows, SM90A.group_rows,
             launch.shape.kernel.num_math_warpgroups, smem_a, pipes, position, k_blocks, block,
             tile.rows, scales, lane,
         )  # fmt: skip
@@ -304,7 +220,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
             load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
             load_rows(
                 launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
-                tile, "l1_scale_buffer" if recipe.token_block > 0 else None, lane,
+                tile, "l1_scale_buffer" if recipe.tokens.scales_along_k else None, lane,
             )  # fmt: skip
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
@@ -314,7 +230,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
             load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
             load_rows(
                 launch, budget, fc1_outs, smem_a, pipes, position, shape.fc2_k_blocks,
-                tile, "fc1_output_scale" if recipe.fc1_out_block > 0 else None, lane,
+                tile, "fc1_output_scale" if recipe.hidden.scales_along_k else None, lane,
             )  # fmt: skip
             position += shape.fc2_k_blocks
         else:

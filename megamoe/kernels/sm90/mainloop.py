@@ -22,18 +22,29 @@ from megamoe.kernels.ptx import as_float, load_shared, load_shared_v4
 arch = cute.arch
 
 
-@cute.jit
-def issue(mma, sums, a, b, stage, fresh: Constexpr):
-    """One K block as one WGMMA group: every part of `sums` takes A times its part of B. `fresh`
-    starts the accumulation (a Python constant keeps ptxas from serialising).
+def prepared(fragments, part: int, k: int, stage):
+    """B for the WGMMA number `k` of part `part`, once it has arrived in `stage`: as it lies in
+    shared memory. Weights that are stored otherwise are to be converted here.
     """
-    atom = cute.make_mma_atom(mma.op)
+    assert fragments.weights.storage == fragments.weights.mma, fragments.weights
+    return fragments.b[part][None, None, k, stage]
+
+
+@cute.jit
+def issue(fragments, sums, first: Constexpr, stage, fresh: Constexpr):
+    """One K block as one WGMMA group: every one of `sums` takes A times its part of B, the parts
+    from number `first` on. `fresh` starts the accumulation (a Python constant keeps ptxas from
+    serialising).
+    """
+    a = fragments.a
+    atom = cute.make_mma_atom(fragments.mma.op)
     warpgroup.fence()
     for part in range_constexpr(len(sums)):
         for k in range_constexpr(cute.size(a, mode=[2])):
             atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
-            sum, rows, columns = sums[part], a[None, None, k, stage], b[part][None, None, k, stage]
-            cute.gemm(atom, sum, rows, columns, sum)
+            rows = a[None, None, k, stage]
+            columns = prepared(fragments, first + part, k, stage)
+            cute.gemm(atom, sums[part], rows, columns, sums[part])
     warpgroup.commit_group()
 
 
@@ -52,11 +63,11 @@ def accumulate(fragments, pipes, position, k_blocks, lane, warps, kernel: Conste
     stages = kernel.num_stages
     stage = position % stages
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
-    issue(fragments.mma, fragments.parts, fragments.a, fragments.b, stage, True)
+    issue(fragments, fragments.parts, 0, stage, True)
     for block in cutlass.range(1, k_blocks, unroll=1):
         current = (position + block) % stages
         arch.mbarrier_wait(pipes.full + current, ((position + block) // stages) % 2)
-        issue(fragments.mma, fragments.parts, fragments.a, fragments.b, current, False)
+        issue(fragments, fragments.parts, 0, current, False)
         warpgroup.wait_group(1)
         release(pipes.empty, (position + block - 1) % stages, lane, warps)
     warpgroup.wait_group(0)
@@ -96,8 +107,7 @@ def accumulate_scaled(
         scales = []
         for step in range_constexpr(parts + in_flight - 1):
             if const_expr(step < parts):
-                b = [fragments.b[step]]
-                issue(fragments.mma, [sums[step % in_flight]], fragments.a, b, stage, True)
+                issue(fragments, [sums[step % in_flight]], step, stage, True)
             if const_expr(step == 0):  # under the tensor cores
                 pointer = row_scales + stage * scale_bytes
                 rows = [as_float(load_shared(pointer)), as_float(load_shared(pointer + 32))]

@@ -8,13 +8,15 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
 from megamoe import schedule
-from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, WARP_ROWS, WARPGROUP_ROWS
+from megamoe.architecture import SM90A
+from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, WARP_ROWS
 from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import opaque
 from megamoe.kernels.sm90 import epilogue, mainloop, operands
-from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
+from megamoe.kernels.tiles import Pipes, release_tile, take_tile
+from megamoe.precision import WHOLE_ROW, Operand
 
 arch = cute.arch
 
@@ -22,9 +24,10 @@ arch = cute.arch
 class Fragments(NamedTuple):
     """Operands of one warpgroup for WGMMAs of some number of columns: descriptors of the rows of A
     that it computes and of the column parts of B in all stages, and the accumulator, whole and in
-    the same parts.
+    the same parts. `weights` says how B is stored.
     """
 
+    weights: Operand
     mma: cute.TiledMma
     a: cute.Tensor
     b: list
@@ -32,7 +35,7 @@ class Fragments(NamedTuple):
     parts: list
 
 
-def fragments_of(kernel, columns: int, smem_a, smem_b, accumulator) -> Fragments:
+def fragments_of(kernel, weights: Operand, columns: int, smem_a, smem_b, accumulator) -> Fragments:
     """The fragments of a math warpgroup in parts of `columns` columns, over the registers of
     `accumulator`; those of A for any warpgroup's rows.
     """
@@ -40,11 +43,12 @@ def fragments_of(kernel, columns: int, smem_a, smem_b, accumulator) -> Fragments
     part = mma.get_slice(0)
     rows_a = cute.logical_divide(mma.make_fragment_A(part.partition_A(smem_a)), (None, 1))
     columns_b = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_b)), (None, 1))
-    shape = part.partition_shape_C((WARPGROUP_ROWS, kernel.block_n))
+    shape = part.partition_shape_C((SM90A.group_rows, kernel.block_n))
     accumulator = cute.make_tensor(accumulator.iterator, cute.make_layout(shape))
     divided = cute.logical_divide(accumulator, (None, None, 1))
     parts = range(cute.size(accumulator, mode=[2]))
     return Fragments(
+        weights,
         mma,
         rows_a,
         [columns_b[None, (None, n), None, None] for n in parts],
@@ -61,7 +65,7 @@ def multiply_scaled(
     fragments to take if no other warpgroup computes meanwhile. `warp`: its place among the warps
     that hold the tile's rows.
     """
-    kernel, weighted = launch.shape.kernel, launch.shape.config.recipe.token_block > 0
+    kernel, weighted = launch.shape.kernel, launch.shape.config.recipe.weights.scales_along_k
     weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_scale_bytes
     rows = pipes.row_scales + (warp * WARP_ROWS + lane // 4) * 4
     warps = share.arrivals
@@ -84,11 +88,11 @@ def multiply(
     rows_a = (None, (None, share.half), None, None)
     fragments = fragments._replace(a=fragments.a[rows_a])
     alone = alone._replace(a=alone.a[rows_a])
-    if const_expr(recipe.token_block > 0):
+    if const_expr(recipe.fc1_promotes):
         multiply_scaled(
             launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
         )
-    elif const_expr(not recipe.scaled):
+    elif const_expr(not recipe.fc2_promotes):
         mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
     elif tile.phase == schedule.PHASE_FC1:  # one scale per row for all of K
         mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
@@ -102,12 +106,12 @@ def multiply(
 def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
     """One math warp, 0..7 of the CTA: 16 rows of every tile that its warpgroup has a share in."""
     shape, recipe = launch.shape, launch.shape.config.recipe
-    weight_block, warpgroups = recipe.weight_block, shape.kernel.num_math_warpgroups
+    warpgroups = shape.kernel.num_math_warpgroups
     accumulator = cute.make_rmem_tensor((shape.kernel.block_n // 2,), Float32)
     # With scales per K block the sums of one block need registers of their own.
-    columns = shape.kernel.block_n // (2 if recipe.scaled else 1)
-    fragments = fragments_of(shape.kernel, columns, smem_a, smem_b, accumulator)
-    alone = fragments_of(shape.kernel, columns // 2, smem_a, smem_b, accumulator)
+    columns = shape.kernel.block_n // (2 if recipe.promotes else 1)
+    fragments = fragments_of(shape.kernel, recipe.weights, columns, smem_a, smem_b, accumulator)
+    alone = fragments_of(shape.kernel, recipe.weights, columns // 2, smem_a, smem_b, accumulator)
     mine = staging + warp * PASS_BYTES
     position = Int32(0)
     taken = Int32(0)
@@ -123,7 +127,7 @@ def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
             slot = taken % QUEUE_SLOTS
-            share = schedule.share_of(tile.rows, warp // 4, turn, WARPGROUP_ROWS, warpgroups)
+            share = schedule.share_of(tile.rows, warp // 4, turn, SM90A.group_rows, warpgroups)
             metadata = pipes.metadata + slot * shape.kernel.block_m
             if share.active == 1:
                 place = share.half * 4 + warp % 4
@@ -139,14 +143,14 @@ def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
                 # The epilogue's addresses would be hoisted and fill the mainloop's registers.
                 lane = opaque(lane)
                 if tile.phase == schedule.PHASE_FC1:
-                    if const_expr(weight_block[0] == 1):
-                        epilogue.scale_fc1(launch, accumulator, tile, place, lane)
+                    if const_expr(recipe.tokens.scale_columns == WHOLE_ROW):
+                        epilogue.scale_rows(launch, accumulator, tile, place, lane)
+                    epilogue.combine_fc1(launch, accumulator, tile, lane)
                     epilogue.store_fc1(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )
                 else:
-                    if const_expr(weight_block[0] == 1):
-                        epilogue.scale_fc2(launch, accumulator, tile, lane)
+                    epilogue.combine_fc2(launch, accumulator, tile, lane)
                     epilogue.store_fc2(
                         launch, accumulator, mine, metadata, place, lane, tile.pool, tile.column
                     )

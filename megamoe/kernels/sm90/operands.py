@@ -16,7 +16,7 @@ from cutlass import BFloat16, Float8E4M3FN, Float32
 from cutlass.cute.nvgpu import cpasync
 from cutlass.tensor_utils import LayoutEnum
 
-from megamoe.budget import WARPGROUP_ROWS
+from megamoe.architecture import SM90A
 from megamoe.config import KernelConfig
 
 DTYPES = {"bfloat16": BFloat16, "float8_e4m3fn": Float8E4M3FN}
@@ -50,7 +50,7 @@ def down_box(kernel: KernelConfig):
     return kernel.block_n, kernel.block_k
 
 
-def tokens_box(kernel: KernelConfig, rows: int = WARPGROUP_ROWS):
+def tokens_box(kernel: KernelConfig, rows: int = SM90A.group_rows):
     return rows, kernel.block_k
 
 
@@ -78,7 +78,7 @@ def token_maps(dtype, kernel: KernelConfig, address, rows: int, columns: int) ->
     """Maps over a [rows, columns] buffer."""
     tensor = _tensor(dtype, address, 128, (rows, columns), (columns, 1))
     maps = []
-    for box_rows in (WARPGROUP_ROWS, FINE_ROWS):
+    for box_rows in (SM90A.group_rows, FINE_ROWS):
         tile = (box_rows, kernel.block_n, kernel.block_k)
         box = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, dtype, 1)
         maps += _map(tensor, cute.slice_(box, (None, None, 0)), tokens_box(kernel, box_rows))

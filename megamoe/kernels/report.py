@@ -18,7 +18,7 @@ from megamoe.kernels import sync
 from megamoe.kernels.combine import Reducing, reduce_step, start_reducing
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, store_global
-from megamoe.kernels.sm90.loaders import Pipes, release_tile, take_tile
+from megamoe.kernels.tiles import Pipes, release_tile, take_tile
 
 arch = cute.arch
 
