@@ -1,7 +1,7 @@
 """The command line, `python -m perf <command> ...`.
 
 A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`. It may
-have EPILOG, which ends its help, and KERNELS, the options of the kernels that it launches.
+have EPILOG, which ends its help.
 """
 
 from __future__ import annotations
@@ -9,9 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import ablation, accuracy, ceilings, compare, report, sweep, trace, zeroing
-from perf.options import Parser, nearest
-from perf.processes import ONE_LINE
+from perf.arguments import Parser, nearest
+from perf.commands import (
+    ablation,
+    accuracy,
+    ceilings,
+    compare,
+    publish,
+    report,
+    sweep,
+    trace,
+    zeroing,
+)
+from perf.running.processes import ONE_LINE
 
 #: A new command is a new row.
 COMMANDS = {
@@ -23,6 +33,7 @@ COMMANDS = {
     "zeroing": zeroing,
     "ablation": ablation,
     "trace": trace,
+    "publish": publish,
 }
 
 

@@ -10,15 +10,16 @@ import torch
 import megamoe
 from megamoe import compile, reference
 from megamoe.precision import PRECISIONS
-from perf import ablation
 from perf.__main__ import main, parser
-from perf.ablation import PARTS, AblationRunner, contenders_of, fill_pool, fill_slots
-from perf.cases import MODELS, Case
-from perf.measure import MEGAMOE, PART_NAMES, STAGING, Point, layer_of, part_name
-from perf.plan import check_here, plan_of
-from perf.results import environment
-from perf.roofline import Work
-from perf.timing import EAGER, Times
+from perf.against.roofline import Work
+from perf.commands import ablation
+from perf.commands.ablation import AblationRunner, contenders_of, fill_pool, fill_slots
+from perf.recording.results import environment
+from perf.running.measure import Point, layer_of
+from perf.running.plan import check_here, plan_of
+from perf.running.timing import EAGER, Times
+from perf.workload.cases import MODELS, Case
+from perf.workload.parts import ABLATION_KERNELS, MEGAMOE, PART_NAMES, PARTS, STAGING, part_name
 from tests.unit.test_perf_cli import error_line
 
 RANKS = 2
@@ -44,7 +45,7 @@ def made(monkeypatch, one_thread):
 
 def test_every_part_is_timed_with_a_workspace_of_its_own(made):
     runner = AblationRunner(plan_for())
-    assert made == list(ablation.KERNELS)
+    assert made == list(ABLATION_KERNELS)
     points = list(runner.points(3))
     assert [point.impl for point in points] == [MEGAMOE, *map(part_name, PARTS)]
     assert points[0].error is not None and not any(point.problem for point in points)

@@ -13,7 +13,7 @@ import megamoe
 from megamoe import reference
 from megamoe.precision import PRECISIONS, WHOLE_ROW
 from perf.__main__ import main
-from perf.accuracy import (
+from perf.commands.accuracy import (
     BOUNDS,
     ORIGINAL,
     STORED,
@@ -22,9 +22,9 @@ from perf.accuracy import (
     calc_diff,
     max_abs,
 )
-from perf.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
-from perf.measure import MEGAMOE
-from perf.results import EMULATION, Launched
+from perf.recording.results import EMULATION, Launched
+from perf.workload.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
+from perf.workload.parts import MEGAMOE
 
 FEW = ["--ranks", "2", "--num-experts", "4", "--top-k", "2", "--tokens", "16"]
 
@@ -252,7 +252,7 @@ def test_wide_hidden_scales_show_only_where_magnitudes_spread(one_thread, monkey
 
 
 def test_a_wrong_pipeline_is_nothing_to_compare_with(one_thread, monkeypatch, capsys):
-    monkeypatch.setattr("perf.experts.Fp8Experts.max_error", 0.01)
+    monkeypatch.setattr("perf.against.experts.Fp8Experts.max_error", 0.01)
     assert main(["accuracy", *FEW]) == 1
     assert "torch_fp8 is wrong at 16 tokens" in capsys.readouterr().err
 

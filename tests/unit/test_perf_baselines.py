@@ -11,13 +11,13 @@ import torch
 from megamoe import reference
 from megamoe.faults import MegaMoEError
 from megamoe.precision import PRECISIONS
-from perf import experts
-from perf.baselines import BASELINES, TorchBf16, TorchFp8
-from perf.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
-from perf.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
-from perf.measure import baseline_contenders, largest_error, layer_bound, oracle
-from perf.routings import ROUTINGS
-from perf.timing import EAGER, GRAPH, Times, measure
+from perf.against import experts
+from perf.against.baselines import BASELINES, TorchBf16, TorchFp8
+from perf.against.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
+from perf.running.measure import baseline_contenders, largest_error, layer_bound, oracle
+from perf.running.timing import EAGER, GRAPH, Times, measure
+from perf.workload.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
+from perf.workload.routings import ROUTINGS
 
 #: A few bf16 roundings (2^-9 each) of independent signs.
 BOUND = 8e-3
@@ -205,7 +205,9 @@ def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, 
     scaled = case.recipe.scaled
     plan = SimpleNamespace(case=case, baselines=(), mode=EAGER, device=torch.device("cpu"))
     made = []
-    monkeypatch.setattr("perf.measure.make_weights", lambda *a: made.append(a) or make_weights(*a))
+    monkeypatch.setattr(
+        "perf.running.measure.make_weights", lambda *a: made.append(a) or make_weights(*a)
+    )
     assert baseline_contenders(plan, BASELINES, weights) == [] and not made
 
     plan.baselines = ("torch_bf16", "torch_fp8")

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf import ceilings, probes
 from perf.__main__ import main, parser
-from perf.ceilings import CeilingRow, ceilings_of, keep, load, measured
-from perf.plan import plan_of
-from perf.probes import GBPS, GEMM, TFLOPS, US, Probe
-from perf.results import ResultsFile
-from perf.roofline import DEFAULTS, Ceilings, Work, roofline_of
-from perf.timing import EAGER, GRAPH, Times
+from perf.against.ceilings import CeilingRow, ceilings_of, load
+from perf.against.roofline import DEFAULTS, Ceilings, Work, roofline_of
+from perf.commands import ceilings
+from perf.commands.ceilings import keep, measured
+from perf.recording.results import ResultsFile
+from perf.running import probes
+from perf.running.plan import plan_of
+from perf.running.probes import GBPS, GEMM, TFLOPS, US, Probe
+from perf.running.timing import EAGER, GRAPH, Times
 
 GPU = "NVIDIA H200"
 STORED = {

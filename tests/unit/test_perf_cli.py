@@ -21,16 +21,17 @@ from megamoe.backends import GpuBackend
 from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
 from megamoe.precision import PRECISIONS
-from perf import plan, publish, sweep
 from perf.__main__ import COMMANDS, main, parser
-from perf.baselines import TorchBf16
-from perf.cases import Model, make_rank_inputs
-from perf.measure import Point, Runner, staging_contenders
-from perf.options import check_writable, nearest, token_counts
-from perf.plan import plan_of
-from perf.progress import Progress
-from perf.results import ResultsFile, load
-from perf.timing import COLD, EAGER, GRAPH, Times, measure
+from perf.against.baselines import TorchBf16
+from perf.arguments import check_writable, nearest, token_counts
+from perf.commands import publish
+from perf.recording.results import ResultsFile, load
+from perf.running import listing, plan, session
+from perf.running.measure import Point, Runner, staging_contenders
+from perf.running.plan import plan_of
+from perf.running.progress import Progress
+from perf.running.timing import COLD, EAGER, GRAPH, Times, measure
+from perf.workload.cases import Model, make_rank_inputs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -275,7 +276,7 @@ def test_what_is_lacking_ends_the_sweep_in_one_line(fake, capsys, monkeypatch):
     def lack(plans):
         raise ValueError(f"{len(plans)} plan(s), no memory")
 
-    monkeypatch.setattr(sweep, "check_here", lack)
+    monkeypatch.setattr(session, "check_here", lack)
     assert "1 plan(s), no memory" in error_line(["sweep"], capsys)
     assert fake.made == []
 
@@ -395,12 +396,12 @@ def test_every_row_of_a_cold_sweep_says_so(fake, capsys, monkeypatch, tmp_path):
         flushed.append(flush)
         return measure(*arguments)
 
-    monkeypatch.setattr("perf.measure.flush_of", lambda l2, device: l2)
-    monkeypatch.setattr("perf.measure.measure", measured)
+    monkeypatch.setattr("perf.running.measure.flush_of", lambda l2, device: l2)
+    monkeypatch.setattr("perf.running.measure.measure", measured)
     path = tmp_path / "rows.csv"
     warm = plan_for(*SMALL[1:], "--baseline", "torch_bf16")
     cold = dataclasses.replace(warm, l2=COLD)
-    assert sweep.measure_all([cold, warm], ResultsFile(path), Runner) == 0
+    assert session.measure_all([cold, warm], ResultsFile(path), Runner) == 0
     assert flushed == ["cold"] * 4 + ["warm"] * 4
     assert load(path)["mode"].tolist() == ["eager-cold"] * 4 + ["eager"] * 4
     assert ", eager-cold, 2 timed call(s)" in capsys.readouterr().out
@@ -443,7 +444,7 @@ def test_rows_of_staging(capsys, tmp_path):
     out = capsys.readouterr().out
     assert out.count("nothing is copied before the launch") == 1
     point = Point(plan_for().case, GRAPH, "megamoe_staging", Times((7.0,)), None, None, None)
-    cells = [text(point) for _, _, text in sweep.GPU_COLUMNS]
+    cells = [text(point) for _, _, text in listing.GPU_COLUMNS]
     assert cells == ["1", "megamoe_staging", "7.0", "7.0", "7.0", *"-----"]
 
 
@@ -597,11 +598,11 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     directory = tmp_path / "new"
-    assert publish.main([str(directory), "--only", "smoke,tiny,v3_one"]) == 1
+    assert main(["publish", str(directory), "--only", "smoke,tiny,v3_one"]) == 1
     assert list(limits) == ["smoke", "v3_one", "tiny"] and directory.is_dir()
     summary = capsys.readouterr().out.splitlines()[-3:]
     assert summary == ["smoke: stopped after 120 s", "v3_one: ok", "tiny: exit status 3"]
-    assert publish.main([str(directory), "--only", "v3_one"]) == 0
+    assert main(["publish", str(directory), "--only", "v3_one"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -621,7 +622,7 @@ def test_wrong_arguments_of_publish_are_one_line(
 ):
     monkeypatch.setattr(publish, "run_step", lambda *step: "ok")
     with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path / "new"), option, value])
+        main(["publish", str(tmp_path / "new"), option, value])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and message in err
     assert not (tmp_path / "new").exists()
@@ -632,7 +633,7 @@ def test_options_are_passed_on_to_the_steps_that_have_them(monkeypatch, tmp_path
     monkeypatch.setattr(publish, "run_step", lambda command, *limits: given.append(command) or "ok")
     only = "pro_errors,pro_one,pro_ablation_fp8,zeroing"
     options = ["--only", only, "--reps", "7", "--num-sms", "9", "--kernel-dir", "d"]
-    assert publish.main([str(tmp_path), *options]) == 0
+    assert main(["publish", str(tmp_path), *options]) == 0
     by_command = {args.command: args for args in (parser().parse_args(c[3:]) for c in given)}
     assert {name: args.reps for name, args in by_command.items()} == {
         "sweep": 7, "accuracy": 1, "ablation": 7, "zeroing": 7}  # fmt: skip
@@ -644,7 +645,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(options, capsys, tmp_path, 
     monkeypatch.setattr(publish, "run_step", None)
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path / "file"), *options])
+        main(["publish", str(tmp_path / "file"), *options])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "file is no directory" in err
 
@@ -652,7 +653,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(options, capsys, tmp_path, 
 def test_a_list_that_cannot_be_written_is_one_line(capsys, tmp_path):
     (tmp_path / "configs.json").mkdir()
     with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path), "--list-configs", "--only", "smoke"])
+        main(["publish", str(tmp_path), "--list-configs", "--only", "smoke"])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and "configs.json" in err
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from perf.__main__ import main
-from perf.compare import KEY, Pair, Timing, measurements, pairs_of
-from perf.results import COLUMNS, EMULATION, ResultsFile, load
-from perf.timing import COLD, GRAPH, Times, mode_label
+from perf.commands.compare import KEY, Pair, Timing, measurements, pairs_of
+from perf.recording.results import COLUMNS, EMULATION, ResultsFile, load
+from perf.running.timing import COLD, GRAPH, Times, mode_label
 from tests.unit.test_perf_results import row_of
 
 MEASURED = Path(__file__).resolve().parents[1] / "data" / "h200_bf16_ep4.csv"

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from megamoe import reference
-from perf import deepep, sweep
 from perf.__main__ import main
-from perf.cases import Case, Model, make_layer_weights, make_rank_inputs
-from perf.experts import MAX_FP8_ERROR, dequantise
-from perf.measure import baseline_contenders
-from perf.process_runner import PROCESS_BASELINES
-from perf.timing import EAGER
+from perf.against import deepep
+from perf.against.baselines import PROCESS_BASELINES
+from perf.against.experts import MAX_FP8_ERROR, dequantise
+from perf.running import session
+from perf.running.measure import baseline_contenders
+from perf.running.timing import EAGER
+from perf.workload.cases import Case, Model, make_layer_weights, make_rank_inputs
 
 FP8 = torch.float8_e4m3fn
 EXPERTS, TOP_K, HIDDEN = 6, 3, 256
@@ -151,7 +152,7 @@ def test_the_contender_takes_the_quantised_weights_alone(fakes, monkeypatch):
     case = case_of(tokens=9, routing="masked")
     weights = make_layer_weights(case)
     plan = SimpleNamespace(case=case, baselines=(deepep.NAME,), mode="graph", device="cpu")
-    monkeypatch.setattr("perf.measure.make_weights", None)
+    monkeypatch.setattr("perf.running.measure.make_weights", None)
     (contender,) = baseline_contenders(plan, PROCESS_BASELINES, weights, num_ranks=1)
     assert (contender.impl, contender.mode) == (deepep.NAME, EAGER)
     assert contender.max_error == MAX_FP8_ERROR
@@ -186,7 +187,7 @@ def test_a_missing_module_is_a_line_before_anything_starts(
     monkeypatch.setitem(sys.modules, missing, None)  # importing it raises ImportError
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(sweep, "joined", None)
+    monkeypatch.setattr(session, "joined", None)
     for variable, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(SystemExit) as stop:

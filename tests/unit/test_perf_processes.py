@@ -22,10 +22,21 @@ from megamoe.compile import KernelNotFound
 from megamoe.config import KernelConfig
 from megamoe.faults import LaunchTimeout
 from megamoe.reference import Weights
-from perf import accuracy, processes, timing
 from perf.__main__ import main, parser
-from perf.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
-from perf.cases import (
+from perf.against.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
+from perf.against.roofline import work_of
+from perf.commands import accuracy
+from perf.recording.results import ResultsFile, load
+from perf.running import processes, timing
+from perf.running.listing import SWEEP, Listing, heading
+from perf.running.measure import Runner
+from perf.running.plan import plan_of
+from perf.running.process_runner import ProcessRunner
+from perf.running.processes import Job, Place, place_of
+from perf.running.sample import sample_of
+from perf.running.session import measure_all
+from perf.running.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
+from perf.workload.cases import (
     MODELS,
     Case,
     make_inputs,
@@ -33,15 +44,6 @@ from perf.cases import (
     make_rank_inputs,
     make_weights,
 )
-from perf.measure import Runner
-from perf.plan import plan_of
-from perf.process_runner import ProcessRunner
-from perf.processes import Job, Place, place_of
-from perf.results import ResultsFile, load
-from perf.roofline import work_of
-from perf.sample import sample_of
-from perf.sweep import SWEEP, Listing, heading, measure_all
-from perf.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
 
 RANKS, TOKENS, MOST = 2, 37, 16
 FP8_RECIPES = ("fp8_block", "fp8_channel")

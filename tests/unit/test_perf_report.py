@@ -11,13 +11,14 @@ from pathlib import Path
 import pandas
 import pytest
 
-from perf import report
 from perf.__main__ import main
-from perf.cases import MODELS, Case
-from perf.curves import PEER_COLUMNS, PEERS, groups_of, load_peers, memory_of
-from perf.phases import PHASES, PhaseRow, sections_of
-from perf.report import environment_rows, group_rows, memory_sections
-from perf.results import EMULATION, REPOSITORY, ResultsFile, Row, load
+from perf.against.peers import PEER_COLUMNS, PEERS, load_peers
+from perf.commands import report
+from perf.commands.report import environment_rows, group_rows, memory_sections
+from perf.drawing.curves import groups_of, memory_of
+from perf.recording.results import EMULATION, REPOSITORY, ResultsFile, Row, load
+from perf.tracing.phases import PHASES, PhaseRow, sections_of
+from perf.workload.cases import MODELS, Case
 from tests.unit.test_perf_results import row_of
 
 PRO = dict(model="pro", hidden=7168, intermediate=3072, num_experts=384, top_k=6, num_ranks=4)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from perf import results
-from perf.results import (
+from perf.recording import results
+from perf.recording.results import (
     COLUMNS,
     ResultsFile,
     Row,

@@ -7,8 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from perf.cases import MODELS, Case, Model, make_inputs
-from perf.roofline import (
+from perf.against.roofline import (
     BF16_GEMM_TFLOPS,
     HBM_TBPS,
     NVLINK_PULL_GBPS,
@@ -17,6 +16,7 @@ from perf.roofline import (
     routed_counts,
     work_of,
 )
+from perf.workload.cases import MODELS, Case, Model, make_inputs
 
 H, I = 256, 128  # noqa: E741
 MODEL = Model("hand", hidden=H, intermediate=I, num_experts=4, top_k=2)

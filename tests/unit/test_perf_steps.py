@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from megamoe import compile
-from perf import publish
-from perf.__main__ import parser
-from perf.ablation import PARTS
-from perf.cases import MODELS
-from perf.plan import plan_of
-from perf.processes import place_of
-from perf.results import load
-from perf.timing import GRAPH, mode_label
+from perf.__main__ import main, parser
+from perf.commands import publish
+from perf.recording.results import load
+from perf.running.plan import plan_of
+from perf.running.processes import place_of
+from perf.running.timing import GRAPH, mode_label
+from perf.workload.cases import MODELS
+from perf.workload.parts import PARTS
 
 RANK_1 = {"RANK": "1", "LOCAL_RANK": "1"}
 ROUTINGS = {"skewed": "zipf", "hot_expert": "hot-expert:0.3", "hot_rank": "hot-rank:0.6"}
@@ -169,24 +169,24 @@ def test_a_file_holds_one_kind_of_rows():
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_kernels_of_every_step_can_be_listed(gpus, tmp_path):
-    assert publish.main([str(tmp_path), "--list-configs", "--gpus", str(gpus)]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--gpus", str(gpus)]) == 0
     listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
     most = {step.gpus for step in publish.steps_for(gpus)}
     assert {config.num_ranks for config, _ in listed} == most | ({2, 4, 8} if gpus == 1 else set())
 
 
 def test_listing_configs_needs_no_gpu(tmp_path):
-    assert publish.main([str(tmp_path), "--list-configs", "--gpus", "4"]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--gpus", "4"]) == 0
     text = (tmp_path / "configs.json").read_text()
     assert '"num_ranks": 4' in text and '"num_ranks": 2' in text and '"num_ranks": 1' not in text
-    assert publish.main([str(tmp_path), "--list-configs", "--only", "pro_ep4"]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--only", "pro_ep4"]) == 0
     assert (tmp_path / "configs.json").read_text().count("num_ranks") == 1
     only = "pro_ep4_fp8_channel,pro_ep4_fp8"
-    assert publish.main([str(tmp_path), "--list-configs", "--only", only]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--only", only]) == 0
     listed = json.loads((tmp_path / "configs.json").read_text())
     assert [config["precision"] for config in listed] == ["fp8_block", "fp8_channel"]
     both = "pro_ep4_fp8,pro_ablation_ep4_fp8"  # which share the kernel of the whole
-    assert publish.main([str(tmp_path), "--list-configs", "--only", both]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--only", both]) == 0
     listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
     assert [kernel.only for _, kernel in listed] == ["", *PARTS]
 

@@ -16,14 +16,23 @@ from megamoe.config import select
 from megamoe.faults import LaunchTimeout
 from megamoe.schedule import PHASE_DONE, PHASE_FC1, PHASE_FC2, advance_walk, start_walk, tile_of
 from megamoe.shape import Shape
-from perf import timeline, trace
 from perf.__main__ import main, parser
-from perf.cases import MODELS, Case, make_inputs
-from perf.phases import PhaseRow, phases_of
-from perf.plan import plan_of
-from perf.results import ResultsFile, environment, load
-from perf.roofline import routed_counts
-from perf.timeline import CtaTrace, TileTimes, decode, events_of, shifted, shifts_of, slices_of
+from perf.against.roofline import routed_counts
+from perf.commands import trace
+from perf.recording.results import ResultsFile, environment, load
+from perf.running.plan import plan_of
+from perf.tracing import timeline
+from perf.tracing.phases import PhaseRow, phases_of
+from perf.tracing.timeline import (
+    CtaTrace,
+    TileTimes,
+    decode,
+    events_of,
+    shifted,
+    shifts_of,
+    slices_of,
+)
+from perf.workload.cases import MODELS, Case, make_inputs
 from workspace import Workspace, layout_of, wire
 from workspace.layout import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES
 

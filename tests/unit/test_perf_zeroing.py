@@ -8,14 +8,21 @@ import torch
 import megamoe
 from megamoe import reference
 from megamoe.precision import PRECISIONS
-from perf import zeroing
 from perf.__main__ import main
-from perf.cases import MODELS, Case, make_inputs, make_weights
-from perf.measure import MEGAMOE, Point, layer_arguments
-from perf.results import load
-from perf.roofline import Work
-from perf.timing import EAGER, Times
-from perf.zeroing import FULL_ZEROING, SEPARATE_SUM, contenders_of, sum_of_slots, zeroed_spans
+from perf.against.roofline import Work
+from perf.commands import zeroing
+from perf.commands.zeroing import (
+    FULL_ZEROING,
+    SEPARATE_SUM,
+    contenders_of,
+    sum_of_slots,
+    zeroed_spans,
+)
+from perf.recording.results import load
+from perf.running.measure import Point, layer_arguments
+from perf.running.timing import EAGER, Times
+from perf.workload.cases import MODELS, Case, make_inputs, make_weights
+from perf.workload.parts import MEGAMOE
 from workspace.layout import BARRIER
 
 CASE = Case(MODELS["emulated"], num_ranks=2, tokens=5)

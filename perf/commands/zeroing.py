@@ -20,10 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 import megamoe
-from perf import plan
-from perf.cases import Inputs
-from perf.measure import (
-    MEGAMOE,
+from perf.running import plan
+from perf.running.measure import (
     Contender,
     Point,
     Runner,
@@ -31,9 +29,11 @@ from perf.measure import (
     medians_of,
     outputs_of,
 )
-from perf.process_runner import ProcessRunner
-from perf.routings import may_mask
-from perf.sweep import run_table
+from perf.running.process_runner import ProcessRunner
+from perf.running.session import run_table
+from perf.workload.cases import Inputs
+from perf.workload.parts import MEGAMOE
+from perf.workload.routings import may_mask
 from workspace.layout import LOCAL, SYMMETRIC
 from workspace.views import Workspace
 

@@ -28,19 +28,21 @@ import torch
 
 from megamoe import reference
 from megamoe.precision import Precision, precision_of
-from perf import plan
-from perf.baselines import BASELINE_OF, BASELINES, PROCESS_BASELINES
-from perf.cases import Case, Inputs, make_inputs, make_rank_inputs, make_weights
-from perf.measure import MEGAMOE, Contender, Runner, layer_facts, one_batch, outputs_of
-from perf.options import integer, path_name
-from perf.plan import Plan
-from perf.process_runner import ProcessRunner
-from perf.processes import Job
-from perf.results import Launched
-from perf.routings import may_mask
-from perf.sample import spread_evenly
-from perf.sweep import Listing, run_plans, title_of, titles
-from perf.timing import EAGER
+from perf.against.baselines import BASELINE_OF, BASELINES, PROCESS_BASELINES
+from perf.arguments import integer, path_name
+from perf.recording.results import Launched
+from perf.running import plan
+from perf.running.listing import Listing, title_of, titles
+from perf.running.measure import Contender, Runner, layer_facts, one_batch, outputs_of
+from perf.running.plan import Plan
+from perf.running.process_runner import ProcessRunner
+from perf.running.processes import Job
+from perf.running.sample import spread_evenly
+from perf.running.session import run_plans
+from perf.running.timing import EAGER
+from perf.workload.cases import Case, Inputs, make_inputs, make_rank_inputs, make_weights
+from perf.workload.parts import MEGAMOE
+from perf.workload.routings import may_mask
 
 SUMMARY = "the layer's error against exact arithmetic, beside that of an unfused pipeline"
 

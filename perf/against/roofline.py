@@ -24,7 +24,7 @@ import torch
 
 from megamoe.precision import ITEM_BYTES, num_scales
 from megamoe.weights import weight_shapes
-from perf.cases import Case
+from perf.workload.cases import Case
 
 #: Measured on H200 SXM, torch 2.11 + CUDA 13.0: cuBLAS BF16 GEMM on random data, and the best FP8
 #: GEMM; HBM copy, read plus write; peer pull by SM loads, all ranks at once, per GPU and direction.

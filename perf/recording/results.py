@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from perf.options import check_writable
-from perf.routings import ALIASES
+from perf.arguments import check_writable
+from perf.workload.routings import ALIASES
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 #: What stands in `gpu` where a CPU executed the kernel.
 EMULATION = "cpu emulation"
 

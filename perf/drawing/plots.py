@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 
-from perf.curves import Curve, Group
+from perf.drawing.curves import Curve, Group
 
 #: Blue, vermillion and wine are ours, black is a bound; the order of the rest keeps neighbours far
 #: apart.

@@ -11,42 +11,20 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from perf import probes
-from perf.options import integer, one_of, path_name
-from perf.probes import Probe
-from perf.processes import Job, joined, place_of
-from perf.results import REPOSITORY, Environment, ResultsFile, environment
-from perf.results import load as load_rows
-from perf.roofline import DEFAULTS, Ceilings
-from perf.timing import Times, measure
+from perf.against.ceilings import STORED, CeilingRow, load
+from perf.arguments import integer, one_of, path_name
+from perf.recording.results import ResultsFile, environment
+from perf.running import probes
+from perf.running.probes import Probe
+from perf.running.processes import Job, joined, place_of
+from perf.running.timing import Times, measure
 
 SUMMARY = "measure GEMM, memory, launch and NVLink ceilings on the GPUs here and store them"
 EPILOG = "With torchrun all GPUs are measured at once, and NVLink and a barrier on top."
-
-STORED = REPOSITORY / "perf" / "results" / "ceilings.csv"
-
-
-@dataclass(frozen=True)
-class CeilingRow(Environment):
-    """One ceiling; `value` is of the median time, in `unit`.
-
-    num_ranks: GPUs that were measured at once. dtype: of a GEMM. us_*: of one call of the probe,
-    maximum over ranks.
-    """
-
-    num_ranks: int
-    ceiling: str
-    dtype: str
-    value: float
-    unit: str
-    us_min: float
-    us_median: float
-    us_p95: float
 
 
 def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, object]) -> CeilingRow:
@@ -60,43 +38,6 @@ def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, object])
         us_min=times.us_min,
         us_median=times.us_median,
         us_p95=times.us_p95,
-    )
-
-
-def load(path: str | Path):
-    """Stored rows as a pandas DataFrame, oldest first; ValueError if `path` is no such file or has
-    a row that cannot be.
-    """
-    frame = load_rows(path, kind=CeilingRow)
-    return frame.sort_values("date", kind="stable", ignore_index=True)
-
-
-def ceilings_of(path: str | Path, gpu: str, num_gpus: int) -> Ceilings:
-    """The latest stored ceilings of this GPU, of as many GPUs at once if there are such; ValueError
-    naming what is missing. Memory: the better of copy and read. NVLink: pull.
-    """
-    frame = load(path)
-    frame = frame[frame.gpu == gpu]
-    exact = frame[frame.num_ranks == num_gpus]
-
-    def value(name: str, dtype: str = "", pools=(exact, frame)) -> float | None:
-        for pool in pools:
-            found = pool[(pool.ceiling == name) & (pool.dtype == dtype)]
-            if len(found):
-                return float(found.iloc[-1].value)
-        return None
-
-    gemm = {dtype: value(probes.GEMM, dtype) for dtype in DEFAULTS.gemm_tflops}
-    memory = [value(name) for name in (probes.HBM_COPY, probes.HBM_READ)]
-    link = value(probes.NVLINK_PULL, pools=[exact]) if num_gpus > 1 else DEFAULTS.nvlink_gbps
-    known = {"gemm": any(gemm.values()), "hbm": any(memory), "nvlink_pull": link}
-    missing = [name for name, found in known.items() if not found]
-    if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)} of {num_gpus} x {gpu}")
-    return Ceilings(
-        {dtype: tflops for dtype, tflops in gemm.items() if tflops},
-        max(filter(None, memory)) / 1e3,
-        link,
     )
 
 

@@ -24,10 +24,9 @@ import torch.distributed as dist
 
 import megamoe
 from megamoe import reference
-from megamoe.config import COMBINE, DISPATCH, GEMMS
-from perf import plan
-from perf.measure import (
-    MEGAMOE,
+from megamoe.config import COMBINE, GEMMS
+from perf.running import plan
+from perf.running.measure import (
     Contender,
     Point,
     Runner,
@@ -35,12 +34,12 @@ from perf.measure import (
     layer_of,
     medians_of,
     outputs_of,
-    part_name,
 )
-from perf.plan import Plan
-from perf.process_runner import ProcessRunner
-from perf.processes import place_of
-from perf.sweep import run_table
+from perf.running.plan import Plan
+from perf.running.process_runner import ProcessRunner
+from perf.running.processes import place_of
+from perf.running.session import run_table
+from perf.workload.parts import ABLATION_KERNELS, MEGAMOE, PARTS, part_name
 
 SUMMARY = "time GEMMs, dispatch and combine of a launch alone, beside the whole (needs a GPU)"
 EPILOG = (
@@ -49,10 +48,6 @@ EPILOG = (
     "--out DIR, then --kernel-dir DIR. Exit status: as sweep."
 )
 
-#: In the order of the table.
-PARTS = (GEMMS, DISPATCH, COMBINE)
-#: Options of the kernels that this command launches (`plan.kernels_of`).
-KERNELS = ({}, *({"only": part} for part in PARTS))
 #: Tokens per rank unless asked otherwise.
 TOKENS = [128, 2048, 8192]
 
@@ -148,7 +143,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def check_memory_and_kernels(plans: Sequence[Plan]) -> None:
     """ValueError unless this machine holds a workspace for all and each part, and their kernels."""
     for whole in plans:
-        total = len(KERNELS) * whole.workspace_bytes
+        total = len(ABLATION_KERNELS) * whole.workspace_bytes
         parts = [plan_for(whole, part) for part in PARTS]
         plan.check_here([dataclasses.replace(one, workspace_bytes=total) for one in parts])
 
@@ -157,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table; the exit status of `sweep`. ValueError without a GPU."""
     args.tokens = args.tokens or TOKENS
     if args.list_configs:
-        return plan.list_configs(args, KERNELS)
+        return plan.list_configs(args, ABLATION_KERNELS)
     if args.device == "cpu":
         raise ValueError("an ablation needs --device cuda: a CPU's times say nothing of its parts")
     check_memory_and_kernels(plan.plans_of(args, place_of(os.environ)))

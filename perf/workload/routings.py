@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from perf.options import nearest
+from perf.arguments import nearest
 
 MASKED = -1
 RECORDED_SUFFIXES = (".pt", ".npy")

@@ -1,7 +1,7 @@
 """Running a plan with one process per GPU: this rank's share, joined with the others' after timing.
 
 A repetition's time is the largest of the ranks, which begin it together. The output of the last
-repetition is checked on a sample of tokens (`perf.sample`). All ranks yield equal points.
+repetition is checked on a sample of tokens (`perf.running.sample`). All ranks yield equal points.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from perf.baselines import PROCESS_BASELINES
-from perf.cases import Case, Inputs, make_layer_weights, make_rank_inputs
-from perf.measure import (
+from perf.against.baselines import PROCESS_BASELINES
+from perf.against.roofline import Work, counts_of, work_of_counts
+from perf.running.measure import (
     Contender,
     Point,
     baseline_contenders,
@@ -23,15 +23,15 @@ from perf.measure import (
     layer_of,
     staging_contenders,
 )
-from perf.plan import Plan
-from perf.processes import Job
-from perf.roofline import Work, counts_of, work_of_counts
-from perf.sample import Sample, sample_of
-from perf.timing import Times, flush_of, measure
+from perf.running.plan import Plan
+from perf.running.processes import Job
+from perf.running.sample import Sample, sample_of
+from perf.running.timing import Times, flush_of, measure
+from perf.workload.cases import Case, Inputs, make_layer_weights, make_rank_inputs
 
 
 class ProcessRunner:
-    """Like `perf.measure.Runner`, for one rank of `job`; making one and `points` are collective."""
+    """Like `Runner` for one rank of `job`; making one and `points` are collective."""
 
     def __init__(self, plan: Plan, job: Job):
         self.plan, self.job = plan, job

@@ -30,8 +30,8 @@ from math import hypot, inf, isinf, isnan, nan
 from pathlib import Path
 from statistics import median
 
-from perf.options import path_name, percent
-from perf.results import EMULATION, KEY, load
+from perf.arguments import path_name, percent
+from perf.recording.results import EMULATION, KEY, load
 
 SUMMARY = "join two result files and flag what got slower beyond noise, or wrong (exit status 1)"
 

@@ -20,11 +20,12 @@ from megamoe import budget, compile, dsl
 from megamoe.config import select
 from megamoe.module import MegaMoE
 from megamoe.precision import ITEM_BYTES, PRECISIONS
-from perf import deepep, routings
-from perf.baselines import PROCESS_BASELINES
-from perf.cases import MODELS, Case, Model
-from perf.ceilings import ceilings_of
-from perf.options import (
+from perf.against import deepep
+from perf.against.baselines import PROCESS_BASELINES
+from perf.against.ceilings import ceilings_of
+from perf.against.roofline import DEFAULTS as DEFAULT_CEILINGS
+from perf.against.roofline import Ceilings, Roofline, Work, roofline_of
+from perf.arguments import (
     MAX_TOKENS,
     check_no_results,
     check_writable,
@@ -35,10 +36,10 @@ from perf.options import (
     path_name,
     token_counts,
 )
-from perf.processes import Place
-from perf.roofline import DEFAULTS as DEFAULT_CEILINGS
-from perf.roofline import Ceilings, Roofline, Work, roofline_of
-from perf.timing import COLD, EAGER, GRAPH, L2_STATES, WARM, mode_label
+from perf.running.processes import Place
+from perf.running.timing import COLD, EAGER, GRAPH, L2_STATES, WARM, mode_label
+from perf.workload import routings
+from perf.workload.cases import MODELS, Case, Model
 
 
 @dataclass(frozen=True)

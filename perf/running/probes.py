@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from perf.processes import Job
-from perf.timing import EAGER, GRAPH
+from perf.running.processes import Job
+from perf.running.timing import EAGER, GRAPH
 
 GEMM, HBM_COPY, HBM_READ, LAUNCH = "gemm", "hbm_copy", "hbm_read", "launch"
 NVLINK_PULL, NVLINK_PUSH, BARRIER = "nvlink_pull", "nvlink_push", "barrier"

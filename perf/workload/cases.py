@@ -17,7 +17,7 @@ from megamoe.config import MoEConfig
 from megamoe.precision import FP8_BLOCK, Precision, precision_of
 from megamoe.reference import Weights
 from megamoe.weights import empty_weights, quantize_weights
-from perf import routings
+from perf.workload import routings
 
 
 @dataclass(frozen=True)

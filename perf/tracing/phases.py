@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from perf.results import KEY, Launched
-from perf.timeline import BARRIER, COMBINE, COUNT, EPILOGUE, PHASE_NAMES, Slice
+from perf.recording.results import KEY, Launched
+from perf.tracing.timeline import BARRIER, COMBINE, COUNT, EPILOGUE, PHASE_NAMES, Slice
 
 #: Field and name of each phase; the wait between tiles is what the others leave of the launch.
 PHASES = {

@@ -13,8 +13,8 @@ import torch
 
 from megamoe import reference
 from megamoe.precision import precision_of
-from perf.cases import Inputs
-from perf.processes import Job
+from perf.running.processes import Job
+from perf.workload.cases import Inputs
 
 #: Tokens per rank, spread evenly over all of them.
 SAMPLED_TOKENS = 64

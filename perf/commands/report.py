@@ -15,22 +15,21 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from perf.curves import (
-    PEERS,
+from perf.against.peers import PEERS, load_peers
+from perf.arguments import check_no_results, check_writable, path_name
+from perf.drawing.curves import (
     Curve,
     Group,
     groups_of,
     is_known,
-    load_peers,
     memory_of,
     name_of,
     shape_of,
 )
-from perf.options import check_no_results, check_writable, path_name
-from perf.phases import COLUMNS as PHASE_COLUMNS
-from perf.phases import PhaseRow, sections_of
-from perf.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
-from perf.results import load, result_files
+from perf.drawing.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
+from perf.recording.results import load, result_files
+from perf.tracing.phases import COLUMNS as PHASE_COLUMNS
+from perf.tracing.phases import PhaseRow, sections_of
 
 SUMMARY = "draw result files as one self-contained HTML page"
 

@@ -18,29 +18,17 @@ import torch
 
 import megamoe
 from megamoe import reference
-from megamoe.config import PARTS
 from megamoe.precision import Precision
-from perf.baselines import BASELINES
-from perf.cases import Case, Inputs, make_inputs, make_layer_weights, make_weights
-from perf.experts import MAX_ERROR, MAX_FP8_ERROR
-from perf.plan import Plan
-from perf.results import Row
-from perf.roofline import Roofline, Work, work_of
-from perf.routings import may_mask
-from perf.timing import EAGER, Times, flush_of, measure
+from perf.against.baselines import BASELINES
+from perf.against.experts import MAX_ERROR, MAX_FP8_ERROR
+from perf.against.roofline import Roofline, Work, work_of
+from perf.recording.results import Row
+from perf.running.plan import Plan
+from perf.running.timing import EAGER, Times, flush_of, measure
+from perf.workload.cases import Case, Inputs, make_inputs, make_layer_weights, make_weights
+from perf.workload.parts import MEGAMOE, STAGING
+from perf.workload.routings import may_mask
 
-MEGAMOE = "megamoe"
-#: What a forward does before its launch, alone.
-STAGING = f"{MEGAMOE}_staging"
-
-
-def part_name(part: str) -> str:
-    """The implementation that does this part of a launch alone."""
-    return f"{MEGAMOE}-{part}"
-
-
-#: Implementations that do a part of the layer's work.
-PART_NAMES = (STAGING, *map(part_name, PARTS))
 #: The layer's relative error against the oracle, which stores hidden rows in FP8 as the layer does.
 #: Above this it is no rounding: sums in another order flip codes of hidden values, 0.013 to 0.018
 #: over many tokens and up to 0.022 of a single one (H200). Rows stored in another way are 0.023 or

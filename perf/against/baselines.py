@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from perf import deepep
-from perf.experts import Bf16Experts, Fp8Experts, Packed
+from perf.against import deepep
+from perf.against.experts import Bf16Experts, Fp8Experts, Packed
 
 
 class LocalTorch:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from megamoe.precision import FP8_BLOCK
 from megamoe.reference import quantize, take_rows
-from perf.experts import MAX_FP8_ERROR, hidden_rows
+from perf.against.experts import MAX_FP8_ERROR, hidden_rows
 
 NAME = "deepep_deepgemm"
 MODULES = ("deep_ep", "deep_gemm")
@@ -46,7 +46,7 @@ def check_available(precision: str, processes: bool, verify: bool) -> None:
 
 class DeepEpDeepGemm:
     """The layer of one rank over the quantised weights of its own experts, which are not copied;
-    collective over the default process group. Attributes as `perf.baselines.LocalTorch`.
+    collective over the default process group. Attributes as `perf.against.baselines.LocalTorch`.
 
     scales: of w13 and w2, as in `megamoe.reference.Weights`. clamp: of SwiGLU. Masks cost nothing
     extra here: in received tokens the slots of other ranks are masked anyway.

@@ -8,16 +8,12 @@ several times the row of the latest date counts. Nothing here draws; `plots` doe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
-from perf.cases import MODELS, Model
-from perf.measure import MEGAMOE, PART_NAMES
-from perf.results import KEY, REPOSITORY, load
-from perf.timing import GRAPH, is_cold
-
-#: Measured figures of other implementations: balanced routing, a rank per GPU, slowest rank.
-PEERS = REPOSITORY / "perf" / "results" / "peers.csv"
+from perf.recording.results import KEY
+from perf.running.timing import GRAPH, is_cold
+from perf.workload.cases import MODELS, Model
+from perf.workload.parts import MEGAMOE, PART_NAMES
 
 GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode", "impl"))
 
@@ -37,23 +33,6 @@ def name_of(model: Model) -> str:
     """The name of the layer in slugs: no other layer has it."""
     sizes = "" if is_known(model) else f"-h{model.hidden}-i{model.intermediate}-k{model.top_k}"
     return f"{model.name}-e{model.num_experts}{sizes}"
-
-
-@dataclass(frozen=True)
-class PeerRow:
-    """One figure of another implementation."""
-
-    source: str
-    gpu: str
-    num_ranks: int
-    model: str
-    tokens: int
-    us: float
-    date: str
-    precision: str
-
-
-PEER_COLUMNS = tuple(field.name for field in fields(PeerRow))
 
 
 @dataclass(frozen=True)
@@ -126,11 +105,6 @@ class Group:
             for other in self.drawn
             if mine.faces(other) and set(mine.us) & set(other.us)
         ]
-
-
-def load_peers(path: str | Path):
-    """The peers' figures: a pandas DataFrame; ValueError as `results.load`."""
-    return load(path, kind=PeerRow)
 
 
 def groups_of(frame, peers=None) -> list[Group]:
@@ -221,7 +195,7 @@ def memory_of(model: Model, num_ranks: int, precision: str, tokens: int) -> dict
     table, the largest first; ValueError if the layer does not support the configuration.
     """
     from megamoe.config import supports
-    from perf.cases import Case
+    from perf.workload.cases import Case
     from workspace.layout import layout_of
 
     config = Case(model, num_ranks, tokens, precision=precision).config(tokens)

@@ -23,8 +23,9 @@ import torch
 import megamoe
 from megamoe.config import select
 from megamoe.faults import MegaMoEError
-from perf.cases import Inputs, make_inputs, make_rank_inputs
-from perf.measure import (
+from perf.arguments import check_no_results, check_writable, path_name
+from perf.recording.results import ResultsFile, environment
+from perf.running.measure import (
     Runner,
     largest_error,
     layer_bound,
@@ -32,9 +33,7 @@ from perf.measure import (
     out_of_memory,
     outputs_of,
 )
-from perf.options import check_no_results, check_writable, path_name
-from perf.phases import PhaseRow, phases_of
-from perf.plan import (
+from perf.running.plan import (
     Plan,
     add_launch_options,
     add_list_configs,
@@ -42,12 +41,12 @@ from perf.plan import (
     list_configs,
     plan_of,
 )
-from perf.process_runner import ProcessRunner
-from perf.processes import Job, joined, place_of
-from perf.results import ResultsFile, environment
-from perf.routings import label_of
-from perf.sample import sample_of
-from perf.timeline import (
+from perf.running.process_runner import ProcessRunner
+from perf.running.processes import Job, joined, place_of
+from perf.running.sample import sample_of
+from perf.running.timing import EAGER, HEAD_START_CYCLES
+from perf.tracing.phases import PhaseRow, phases_of
+from perf.tracing.timeline import (
     CPU_CLOCK,
     GPU_CLOCK,
     CtaTrace,
@@ -59,7 +58,8 @@ from perf.timeline import (
     sm_clock_mhz,
     summary,
 )
-from perf.timing import EAGER, HEAD_START_CYCLES
+from perf.workload.cases import Inputs, make_inputs, make_rank_inputs
+from perf.workload.routings import label_of
 from workspace.layout import layout_of
 
 SUMMARY = "record one launch CTA by CTA as a timeline for Perfetto (default: on the CPU)"
