@@ -1,7 +1,7 @@
 """The command line, `python -m perf <command> ...`.
 
-A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`. It may
-have EPILOG, which ends its help.
+A command is a module with SUMMARY, the dataclass `Options` (`arguments.option`) and `run(options)`,
+which returns the exit status. It may have EPILOG, which ends its help.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf.arguments import Parser, nearest
+from perf.arguments import Parser, add_options, nearest
+from perf.arguments import options_of as typed
 from perf.commands import (
     ablation,
     accuracy,
@@ -44,9 +45,15 @@ def parser() -> Parser:
     for name, module in COMMANDS.items():
         texts = {"description": module.SUMMARY, "epilog": getattr(module, "EPILOG", None)}
         command = commands.add_parser(name, help=module.SUMMARY, **texts)
-        module.add_options(command)
-        command.set_defaults(run=module.run, fail=command.error)
+        add_options(command, module.Options)
+        command.set_defaults(fail=command.error)
     return top
+
+
+def options_of(argv: Sequence[str]) -> object:
+    """The options of the command that `argv` names."""
+    args = parser().parse_args(argv)
+    return typed(COMMANDS[args.command].Options, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         top.error(f"{argv[0]!r} is not a command; {nearest(argv[0], COMMANDS)}")
     args = top.parse_args(argv)
+    command = COMMANDS[args.command]
     try:
-        return args.run(args)
+        return command.run(typed(command.Options, args))
     except ONE_LINE as error:
         args.fail(str(error))
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import Field, field, fields
 from pathlib import Path
 
 MAX_TOKENS = 1 << 20
@@ -55,6 +56,43 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def option(text: str | Callable[[type], str], *flags: str, default: object = None, **how) -> Field:
+    """A field of a command's options that its command line has, by default as `--name`; a flag
+    without dashes is an argument. text: its help, or what makes it of the class of options. how:
+    for argparse. A field that is none, as where a subclass declares it anew, keeps its default.
+    """
+    return field(default=default, metadata={"text": text, "flags": flags, "how": how})
+
+
+def switches(texts: dict[str, str]) -> Field:
+    """A field that holds the name of the switch that was given, `--name`, of {name: help}."""
+    return field(default=None, metadata={"switches": texts})
+
+
+def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """The options that `kind` declares; help ends in the default, unless it says so itself."""
+    for one in fields(kind):
+        for name, text in one.metadata.get("switches", {}).items():
+            parser.add_argument(
+                f"--{name}", dest=one.name, action="store_const", const=name, help=text
+            )
+        if "text" not in one.metadata:
+            continue
+        text, flags, how = (one.metadata[name] for name in ("text", "flags", "how"))
+        flags = flags or (f"--{one.name.replace('_', '-')}",)
+        shown = ",".join(one.default) if isinstance(one.default, tuple) else one.default
+        text = text if isinstance(text, str) else text(kind)
+        silent = shown is None or shown is False or shown == "" or "default: " in text
+        text += "" if silent else f" (default: {shown})"
+        parser.add_argument(*flags, default=one.default, help=text, **how)
+
+
+def options_of(kind: type, args: argparse.Namespace) -> object:
+    """`kind` with what the command line says."""
+    declared = [one.name for one in fields(kind) if one.metadata]
+    return kind(**{name: getattr(args, name) for name in declared})
 
 
 def check_writable(

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.against.roofline import DEFAULTS, Ceilings
-from perf.recording.results import REPOSITORY, Environment
-from perf.recording.results import load as load_rows
+from perf.against.roofline import H200, Ceilings
+from perf.recording.columns import POSITIVE, Environment, column
+from perf.recording.environment import REPOSITORY
+from perf.recording.files import load as load_rows
 
 STORED = REPOSITORY / "perf" / "results" / "ceilings.csv"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CeilingRow(Environment):
     """One ceiling; `value` is of the median time, in `unit`.
 
@@ -23,14 +24,14 @@ class CeilingRow(Environment):
     maximum over ranks.
     """
 
-    num_ranks: int
+    num_ranks: int = column(POSITIVE)
     ceiling: str
     dtype: str
-    value: float
+    value: float = column(POSITIVE)
     unit: str
-    us_min: float
-    us_median: float
-    us_p95: float
+    us_min: float = column(POSITIVE)
+    us_median: float = column(POSITIVE)
+    us_p95: float = column(POSITIVE)
 
 
 def load(path: str | Path):
@@ -56,9 +57,9 @@ def ceilings_of(path: str | Path, gpu: str, num_gpus: int) -> Ceilings:
                 return float(found.iloc[-1].value)
         return None
 
-    gemm = {dtype: value("gemm", dtype) for dtype in DEFAULTS.gemm_tflops}
+    gemm = {dtype: value("gemm", dtype) for dtype in H200.gemm_tflops}
     memory = [value(name) for name in ("hbm_copy", "hbm_read")]
-    link = value("nvlink_pull", pools=[exact]) if num_gpus > 1 else DEFAULTS.nvlink_gbps
+    link = value("nvlink_pull", pools=[exact]) if num_gpus > 1 else H200.nvlink_gbps
     known = {"gemm": any(gemm.values()), "hbm": any(memory), "nvlink_pull": link}
     missing = [name for name, found in known.items() if not found]
     if missing:

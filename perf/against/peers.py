@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from perf.recording.results import REPOSITORY, load
+from perf.recording.columns import FILLED, POSITIVE, column
+from perf.recording.environment import REPOSITORY
+from perf.recording.files import load
 
 #: Measured figures of other implementations: balanced routing, a rank per GPU, slowest rank.
 PEERS = REPOSITORY / "perf" / "results" / "peers.csv"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PeerRow:
     """One figure of another implementation."""
 
     source: str
-    gpu: str
-    num_ranks: int
-    model: str
-    tokens: int
-    us: float
-    date: str
-    precision: str
-
-
-PEER_COLUMNS = tuple(field.name for field in fields(PeerRow))
+    gpu: str = column(FILLED)
+    num_ranks: int = column(POSITIVE)
+    model: str = column(FILLED)
+    tokens: int = column(POSITIVE)
+    us: float = column(POSITIVE)
+    date: str = column(FILLED)
+    precision: str = column(FILLED)
 
 
 def load_peers(path: str | Path):
-    """The peers' figures: a pandas DataFrame; ValueError as `results.load`."""
+    """The peers' figures: a pandas DataFrame; ValueError as `files.load`."""
     return load(path, kind=PeerRow)

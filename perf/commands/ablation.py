@@ -12,32 +12,26 @@ Only the layer's own output is checked; that of a part means nothing.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import megamoe
 from megamoe import reference
 from megamoe.config import COMBINE, GEMMS
-from perf.running import plan
-from perf.running.measure import (
-    Contender,
-    Point,
-    Runner,
-    layer_facts,
-    layer_of,
-    medians_of,
-    outputs_of,
-)
-from perf.running.plan import Plan
-from perf.running.process_runner import ProcessRunner
+from perf.running.contenders import Contender, layer_contender
+from perf.running.layer import layer_of
+from perf.running.machine import check_here
+from perf.running.options import DEFAULTS, TimedOptions, list_configs_option
+from perf.running.plan import Plan, plans_of, write_configs
+from perf.running.points import Point, medians_of
 from perf.running.processes import place_of
+from perf.running.runner import Runner
 from perf.running.session import run_table
 from perf.workload.parts import ABLATION_KERNELS, MEGAMOE, PARTS, part_name
 
@@ -47,9 +41,6 @@ EPILOG = (
     "kernels are built ahead of time: --list-configs FILE, python -m megamoe.compile --list FILE "
     "--out DIR, then --kernel-dir DIR. Exit status: as sweep."
 )
-
-#: Tokens per rank unless asked otherwise.
-TOKENS = [128, 2048, 8192]
 
 
 def plan_for(whole: Plan, part: str) -> Plan:
@@ -83,42 +74,17 @@ def fill_slots(moe: megamoe.MegaMoE) -> None:
 FILL = {GEMMS: fill_pool, COMBINE: fill_slots}
 
 
-def contender_of(moe: megamoe.MegaMoE, mode: str, part: str) -> Contender:
-    """A layer that does `part` alone; what it works on is put there now."""
-    FILL.get(part, lambda moe: None)(moe)
-    return Contender(
-        part_name(part),
-        lambda inputs: partial(outputs_of, moe, inputs),
-        mode,
-        inf,
-        layer_facts(moe)["config"],
-        moe.synchronize,
-        part=True,
-    )
-
-
-def contenders_of(runner: Runner | ProcessRunner, **ranks) -> list[Contender]:
-    """Every part, with the weights of the runner's layer; `ranks` is `world` or `group`."""
-    contenders = []
-    for part in PARTS:
-        moe = layer_of(plan_for(runner.plan, part), **ranks)
-        moe.load_weights(*runner.weights)
-        contenders.append(contender_of(moe, runner.plan.mode, part))
-    return contenders
-
-
 class AblationRunner(Runner):
-    """Every rank of the job in this process."""
-
     def make_contenders(self) -> list[Contender]:
-        return contenders_of(self, world=self.plan.case.num_ranks)
+        """Every part, with the weights of the layer; what it works on is put there now."""
+        return [self.part(part) for part in PARTS]
 
-
-class AblationProcessRunner(ProcessRunner):
-    """One rank of a job."""
-
-    def make_contenders(self) -> list[Contender]:
-        return contenders_of(self, group=dist.group.WORLD)
+    def part(self, part: str) -> Contender:
+        moe = layer_of(plan_for(self.plan, part), self.job)
+        moe.load_weights(*self.weights)
+        FILL.get(part, lambda moe: None)(moe)
+        facts = {"impl": part_name(part), "max_error": inf, "part": True}
+        return layer_contender(moe, self.plan.mode, **facts)
 
 
 def table(points: Iterable[Point]) -> str:
@@ -135,9 +101,10 @@ def table(points: Iterable[Point]) -> str:
     return "\n".join(lines)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    plan.add_options(parser, beside=False, tokens=",".join(map(str, TOKENS)))
-    plan.add_list_configs(parser)
+@dataclass(frozen=True)
+class Options(TimedOptions):
+    default_tokens = dict.fromkeys(DEFAULTS, (128, 2048, 8192))
+    list_configs: Path | None = list_configs_option()
 
 
 def check_memory_and_kernels(plans: Sequence[Plan]) -> None:
@@ -145,16 +112,15 @@ def check_memory_and_kernels(plans: Sequence[Plan]) -> None:
     for whole in plans:
         total = len(ABLATION_KERNELS) * whole.workspace_bytes
         parts = [plan_for(whole, part) for part in PARTS]
-        plan.check_here([dataclasses.replace(one, workspace_bytes=total) for one in parts])
+        check_here([dataclasses.replace(one, workspace_bytes=total) for one in parts])
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Measure, print the table; the exit status of `sweep`. ValueError without a GPU."""
-    args.tokens = args.tokens or TOKENS
-    if args.list_configs:
-        return plan.list_configs(args, ABLATION_KERNELS)
-    if args.device == "cpu":
+    if options.list_configs:
+        return write_configs(options, ABLATION_KERNELS)
+    if options.device == "cpu":
         raise ValueError("an ablation needs --device cuda: a CPU's times say nothing of its parts")
-    check_memory_and_kernels(plan.plans_of(args, place_of(os.environ)))
+    check_memory_and_kernels(plans_of(options, place_of(os.environ)))
     title = "microseconds of all and of each part alone, and what overlap saves:"
-    return run_table(args, AblationRunner, AblationProcessRunner, title, table)
+    return run_table(options, AblationRunner, title, table)

@@ -19,7 +19,6 @@ Errors are over the tokens of all ranks together, at most SAMPLED of each rank, 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -28,26 +27,27 @@ import torch
 
 from megamoe import reference
 from megamoe.precision import Precision, precision_of
-from perf.against.baselines import BASELINE_OF, BASELINES, PROCESS_BASELINES
-from perf.arguments import integer, path_name
-from perf.recording.results import Launched
-from perf.running import plan
+from perf.against.baselines import BASELINE_OF
+from perf.arguments import integer, option
+from perf.recording.columns import IDENTIFIES, Launched, column
+from perf.running.contenders import Contender, baseline_of, one_batch
+from perf.running.expected import spread_evenly
+from perf.running.layer import columns_of as columns_of_inputs
+from perf.running.layer import outputs_of
 from perf.running.listing import Listing, title_of, titles
-from perf.running.measure import Contender, Runner, layer_facts, one_batch, outputs_of
+from perf.running.options import Options as AllOptions
+from perf.running.options import csv_option, precision_option
 from perf.running.plan import Plan
-from perf.running.process_runner import ProcessRunner
-from perf.running.processes import Job
-from perf.running.sample import spread_evenly
+from perf.running.processes import ALONE, Job
+from perf.running.runner import Runner
 from perf.running.session import run_plans
 from perf.running.timing import EAGER
-from perf.workload.cases import Case, Inputs, make_inputs, make_rank_inputs, make_weights
+from perf.workload.cases import Case, Inputs, make_weights
 from perf.workload.parts import MEGAMOE
 from perf.workload.routings import may_mask
 
 SUMMARY = "the layer's error against exact arithmetic, beside that of an unfused pipeline"
 
-#: Tokens per rank unless asked otherwise.
-TOKENS = {"cpu": [16], "cuda": [512]}
 #: Tokens per rank that are compared: float64 slots of Pro take 0.3 MB each.
 SAMPLED = 1024
 STORED, ORIGINAL = "stored", "original"
@@ -99,7 +99,7 @@ def max_abs(out: torch.Tensor, exact: torch.Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AccuracyRow(Launched):
     """Errors of one implementation against one exact answer, over the tokens of all ranks.
 
@@ -109,12 +109,12 @@ class AccuracyRow(Launched):
 
     seed: int
     spread: int
-    impl: str
+    impl: str = column(IDENTIFIES)
     exact: str
     error_rel: float
     calc_diff: float
     max_abs: float
-    ratio: float | str = ""
+    ratio: float | None = None
     config: str = ""
 
 
@@ -155,7 +155,7 @@ class Errors:
         return f"{place}: {', '.join(over)}" if over else ""
 
     def row(self, where: dict[str, object]) -> AccuracyRow:
-        """The result row, measured at `where` (`results.environment`)."""
+        """The result row, measured at `where` (`environment`)."""
         return AccuracyRow(
             **where,
             **self.case.columns,
@@ -166,121 +166,83 @@ class Errors:
             error_rel=self.relative,
             calc_diff=self.calc_diff,
             max_abs=self.max_abs,
-            ratio="" if self.ratio is None else self.ratio,
+            ratio=self.ratio,
             config=self.config,
         )
 
 
-def unfused(plan: Plan, table: dict, weights: reference.Weights, **ranks) -> Contender:
-    """The plan's unfused pipeline, made by a class of `table`, over the layer's own weights."""
-    case = plan.case
-    name = BASELINE_OF[case.precision]
-    scales = weights[2:] if case.recipe.scaled else ()
-    masked = may_mask(case.routing)
-    layer = table[name](*weights[:2], **ranks, masked=masked, scales=scales)
-    emulated = plan.emulated and case.recipe.scaled
-    config = f"{layer.config} products=float32" if emulated else layer.config
-    return Contender(name, one_batch(layer), EAGER, layer.max_error, config)
-
-
 class AccuracyRunner(Runner):
-    """Every rank in this process; `points` are `Errors`."""
+    """`points` are `Errors` of the layer and of the unfused pipeline."""
 
     def make_contenders(self) -> list[Contender]:
-        return [unfused(self.plan, BASELINES, self.weights)]
+        """The unfused pipeline, over the layer's own weights."""
+        plan, case = self.plan, self.plan.case
+        name = BASELINE_OF[case.precision]
+        scales = self.weights[2:] if case.recipe.scaled else ()
+        masked = may_mask(case.routing)
+        layer = baseline_of(self.job, name, *self.weights[:2], masked=masked, scales=scales)
+        emulated = plan.emulated and case.recipe.scaled
+        config = f"{layer.config} products=float32" if emulated else layer.config
+        return [Contender(name, one_batch(layer), EAGER, layer.max_error, config)]
 
     def points(self, tokens: int) -> Iterator[Errors]:
-        case = self.plan.case.with_tokens(tokens)
-        experts = range(case.model.num_experts)
-        return errors_of(self, case, make_inputs(case, self.plan.device), experts)
+        case, device = self.plan.case.with_tokens(tokens), self.plan.device
+        inputs, [pipeline] = self.inputs_of(case), self.contenders
+        sample = spread_evenly(SAMPLED, tokens, device)
 
+        def sampled(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            return self.job.gather(torch.cat([part[sample] for part in parts]))
 
-class AccuracyProcessRunner(ProcessRunner):
-    """One rank of a job; `points` are collective and equal on all ranks."""
+        mine = sampled(outputs_of(self.moe, inputs))
+        self.moe.synchronize()
+        theirs = sampled(pipeline.prepare(inputs)())
+        tokens = Inputs(*map(sampled, columns_of_inputs(inputs)))
 
-    def make_contenders(self) -> list[Contender]:
-        return [unfused(self.plan, PROCESS_BASELINES, self.weights, num_ranks=self.job.size)]
+        def stored(expert: int) -> reference.Weights | None:
+            held = self.experts
+            return self.weights.of(expert - held.start) if expert in held else None
 
-    def points(self, tokens: int) -> Iterator[Errors]:
-        case = self.plan.case.with_tokens(tokens)
-        inputs = make_rank_inputs(case, self.job.rank, self.plan.device)
-        return errors_of(self, case, [inputs], self.experts, self.job)
+        def original(expert: int) -> reference.Weights | None:
+            if expert not in self.experts:
+                return None
+            drawn = make_weights(case, device, range(expert, expert + 1))
+            return reference.Weights(*(matrix[0] for matrix in drawn))
 
-
-def errors_of(
-    runner: Runner | ProcessRunner,
-    case: Case,
-    inputs: Sequence[Inputs],
-    experts: range,
-    job: Job | None = None,
-) -> Iterator[Errors]:
-    """The layer and the unfused pipeline on the ranks of this process, which holds `experts`."""
-    device = runner.plan.device
-    sample = spread_evenly(SAMPLED, case.tokens, device)
-
-    def sampled(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        rows = torch.cat([part[sample] for part in parts])
-        return job.gather(rows) if job else rows
-
-    [pipeline] = runner.contenders
-    mine = sampled(outputs_of(runner.moe, inputs))
-    runner.moe.synchronize()
-    theirs = sampled(pipeline.prepare(inputs)())
-    tokens = Inputs(
-        sampled([i.x for i in inputs]),
-        sampled([i.topk_idx for i in inputs]),
-        sampled([i.topk_weights for i in inputs]),
-    )
-
-    def stored(expert: int) -> reference.Weights | None:
-        return runner.weights.of(expert - experts.start) if expert in experts else None
-
-    def original(expert: int) -> reference.Weights | None:
-        if expert not in experts:
-            return None
-        drawn = make_weights(case, device, range(expert, expert + 1))
-        return reference.Weights(*(matrix[0] for matrix in drawn))
-
-    sources = {STORED: (stored, case.recipe)}
-    if case.recipe.scaled:
-        sources[ORIGINAL] = original, precision_of("bf16")
-    config = layer_facts(runner.moe)["config"]
-    for name, (weights_of, recipe) in sources.items():
-        exact = exact_output(tokens, weights_of, recipe, job)
-        relative = reference.relative_error(theirs, exact)
-        if name == STORED and not case.spread:  # wide scales may not fit spread magnitudes
-            pipeline.refuse(relative, case.tokens)
-        for impl, out, beside, text in (
-            (MEGAMOE, mine, relative, config),
-            (pipeline.impl, theirs, None, pipeline.config),
-        ):
-            yield Errors(
-                case=case,
-                impl=impl,
-                exact=name,
-                relative=reference.relative_error(out, exact),
-                calc_diff=calc_diff(out, exact),
-                max_abs=max_abs(out, exact),
-                unfused=beside,
-                config=text,
-            )
+        sources = {STORED: (stored, case.recipe)}
+        if case.recipe.scaled:
+            sources[ORIGINAL] = original, precision_of("bf16")
+        for name, (weights_of, recipe) in sources.items():
+            exact = exact_output(tokens, weights_of, recipe, self.job)
+            relative = reference.relative_error(theirs, exact)
+            if name == STORED and not case.spread:  # wide scales may not fit spread magnitudes
+                pipeline.refuse(relative, case.tokens)
+            for contender, out, beside in ((self.layer, mine, relative), (pipeline, theirs, None)):
+                yield Errors(
+                    case=case,
+                    impl=contender.impl,
+                    exact=name,
+                    relative=reference.relative_error(out, exact),
+                    calc_diff=calc_diff(out, exact),
+                    max_abs=max_abs(out, exact),
+                    unfused=beside,
+                    config=contender.config,
+                )
 
 
 def exact_output(
     tokens: Inputs,
     weights_of: Callable[[int], reference.Weights | None],
     recipe: Precision,
-    job: Job | None = None,
+    job: Job = ALONE,
 ) -> torch.Tensor:
-    """[T, H] float64 without any rounding behind the recipe's of the tokens. With a job collective,
-    each rank over the experts that `weights_of` gives it (`reference.slot_rows`).
+    """[T, H] float64 without any rounding behind the recipe's of the tokens; collective, each rank
+    over the experts that `weights_of` gives it (`reference.slot_rows`).
     """
     rows = reference.input_rows(tokens.x, None, recipe)
     slots = reference.slot_rows(
         rows, tokens.topk_idx, tokens.topk_weights, weights_of, recipe, rounding=False
     )
-    if job:
-        slots = job.sum_over_ranks(slots)
+    slots = job.sum_over_ranks(slots)
     return reference.combine(slots, tokens.topk_idx, slots.dtype)
 
 
@@ -311,28 +273,26 @@ def heading(plan: Plan, gpu: str, columns) -> str:
     return "\n".join([*lines, titles(columns)])
 
 
+@dataclass(frozen=True)
+class Options(AllOptions):
+    default_tokens = {"cpu": (16,), "cuda": (512,)}
+    precision: tuple[str, ...] = precision_option("fp8_block")
+    verify: bool = True
+    mode: str = EAGER
+    reps: int = 1
+    spread: int = option(
+        "let blocks of 128 columns of tokens and hidden rows differ by up to 2^BITS in magnitude, "
+        "which the weights make up for: 128-wide scales lose nothing, wider ones do from about 16",
+        default=0,
+        type=integer(0, 24),
+        metavar="BITS",
+    )
+    csv: str | None = csv_option("append a row per line that is printed")
+
+
 LISTING = Listing(AccuracyRow, columns_of, heading)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    tokens = "; ".join(f"{','.join(map(str, TOKENS[name]))} on {name}" for name in TOKENS)
-    plan.add_launch_options(parser, tokens, precision="fp8_block", verify=False)
-    parser.add_argument(
-        "--spread",
-        type=integer(0, 24),
-        default=0,
-        metavar="BITS",
-        help="let blocks of 128 columns of tokens and hidden rows differ by up to 2^BITS in "
-        "magnitude, which the weights make up for: 128-wide scales lose nothing, wider ones do "
-        "from about 16 (default: 0)",
-    )
-    parser.add_argument(
-        "--csv", type=path_name, metavar="PATH", help="append a row per line that is printed"
-    )
-    parser.set_defaults(mode=EAGER, reps=1, ceilings=None, verify=True)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Compute and print errors: 0, 1 if the layer is above a bound; otherwise as `sweep`."""
-    args.tokens = args.tokens or TOKENS[args.device]
-    return run_plans(args, AccuracyRunner, AccuracyProcessRunner, listing=LISTING)
+    return run_plans(options, AccuracyRunner, listing=LISTING)

@@ -7,21 +7,24 @@ torchrun all GPUs are measured at once, the slowest counts, and NVLink comes on 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from perf.against.ceilings import STORED, CeilingRow, load
-from perf.arguments import integer, one_of, path_name
-from perf.recording.results import ResultsFile, environment
+from perf.arguments import integer, one_of, option
+from perf.recording.environment import environment
+from perf.recording.files import ResultsFile
 from perf.running import probes
+from perf.running.options import csv_option
 from perf.running.probes import Probe
-from perf.running.processes import Job, joined, place_of
-from perf.running.timing import Times, measure
+from perf.running.processes import ALONE, Job, joined, place_of
+from perf.running.runner import measure_together
+from perf.running.timing import Times
 
 SUMMARY = "measure GEMM, memory, launch and NVLink ceilings on the GPUs here and store them"
 EPILOG = "With torchrun all GPUs are measured at once, and NVLink and a barrier on top."
@@ -52,52 +55,43 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
-def measured(device: torch.device, reps: int, job: Job | None = None) -> Iterator[CeilingRow]:
+def measured(device: torch.device, reps: int, job: Job = ALONE) -> Iterator[CeilingRow]:
     """Every ceiling of this machine, as it is measured; collective with a job. A probe that this
     torch does not have is named on stderr and left out.
     """
     where = environment(device)
-    size = job.size if job else 1
 
     def times_of(probe: Probe) -> Times:
-        align = job.align if job else None
-        times, _ = measure(probe.call, device, probe.mode, reps, align=align)
-        return Times(tuple(job.max_over_ranks(times.us))) if job else times
+        return measure_together(job, probe.call, device, probe.mode, reps)[0]
 
     for make in probes.ONE_GPU:
         try:
             probe = make(device)
             times = times_of(probe)
         except (RuntimeError, AttributeError) as error:
-            if job and not isinstance(error, AttributeError):
+            if not job.alone and not isinstance(error, AttributeError):
                 raise  # other ranks may be waiting: all end together
             print(f"{make.__name__} is left out: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
-        yield row_of(probe, times, size, where)
+        yield row_of(probe, times, job.size, where)
         del probe
         torch.cuda.empty_cache()
-    if job:
+    if not job.alone:
         for probe in probes.nvlink(job):
-            yield row_of(probe, times_of(probe), size, where)
+            yield row_of(probe, times_of(probe), job.size, where)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
+@dataclass(frozen=True)
+class Options:
+    device: str | None = option(
+        "cuda measures, cpu shows what is stored (default: cuda where there is a GPU)",
         type=one_of(("cuda", "cpu")),
         metavar="NAME",
-        help="cuda measures, cpu shows what is stored (default: cuda where there is a GPU)",
     )
-    parser.add_argument(
-        "--csv",
-        type=path_name,
-        default=str(STORED),
-        metavar="PATH",
-        help="where rows are stored (default: perf/results/ceilings.csv)",
+    csv: str = csv_option(
+        "where rows are stored (default: perf/results/ceilings.csv)", default=str(STORED)
     )
-    parser.add_argument(
-        "--reps", type=integer(1, 10_000), default=20, metavar="N", help="timed calls (default: 20)"
-    )
+    reps: int = option("timed calls", default=20, type=integer(1, 10_000), metavar="N")
 
 
 def show(path: Path) -> int:
@@ -111,18 +105,15 @@ def show(path: Path) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Measure, print and store every ceiling, or show the stored ones without a GPU; 0."""
-    if args.device == "cpu" or not torch.cuda.is_available():
-        why = "as asked" if args.device == "cpu" else "torch sees no GPU"
+    if options.device == "cpu" or not torch.cuda.is_available():
+        why = "as asked" if options.device == "cpu" else "torch sees no GPU"
         print(f"nothing is measured on a CPU ({why})")
-        return show(Path(args.csv))
-    place = place_of(os.environ)
-    file = ResultsFile(args.csv, CeilingRow)
-    if place is None:
-        return keep(file, measured(torch.device("cuda"), args.reps))
-    with joined(place) as job:
-        rows = measured(job.device, args.reps, job)
+        return show(Path(options.csv))
+    file = ResultsFile(options.csv, CeilingRow)
+    with joined(place_of(os.environ)) as job:
+        rows = measured(torch.device("cuda"), options.reps, job)
         return keep(file if job.rank == 0 else None, rows)
 
 

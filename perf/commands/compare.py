@@ -22,7 +22,6 @@ than ERROR_FACTOR times the larger of A's and ROUNDING; the larger error of seve
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ from math import hypot, inf, isinf, isnan, nan
 from pathlib import Path
 from statistics import median
 
-from perf.arguments import path_name, percent
-from perf.recording.results import EMULATION, KEY, load
+from perf.arguments import option, path_name, percent
+from perf.recording.columns import KEY
+from perf.recording.environment import EMULATION
+from perf.recording.files import load
 
 SUMMARY = "join two result files and flag what got slower beyond noise, or wrong (exit status 1)"
 
@@ -194,28 +195,28 @@ def _range(timing: Timing) -> str:
     return f"{low:+.1%}..{high:+.1%}"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", type=path_name, metavar="A.csv", help="rows to compare with")
-    parser.add_argument("after", type=path_name, metavar="B.csv", help="rows to judge")
-    parser.add_argument(
-        "--threshold",
+@dataclass(frozen=True)
+class Options:
+    before: str = option("rows to compare with", "before", type=path_name, metavar="A.csv")
+    after: str = option("rows to judge", "after", type=path_name, metavar="B.csv")
+    threshold: float | None = option(
+        f"least difference that counts (default: {100 * FLOOR:g}; a CPU's times are judged only if "
+        "this is given); the rows' own spread may ask for more",
         type=percent,
         metavar="PERCENT",
-        help=f"least difference that counts (default: {100 * FLOOR:g}; a CPU's times "
-        "are judged only if this is given); the rows' own spread may ask for more",
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Print the comparison: 0 if nothing got slower beyond noise, or wrong, else 1; ValueError for
     files that cannot be compared.
     """
-    (before, commits_a), (after, commits_b) = map(measurements, (args.before, args.after))
-    pairs = pairs_of(before, after, args.threshold)
+    (before, commits_a), (after, commits_b) = map(measurements, (options.before, options.after))
+    pairs = pairs_of(before, after, options.threshold)
     if not pairs:
-        raise ValueError(f"{args.before} and {args.after} have no measurement in common")
-    print(f"A: {args.before}, commit {', '.join(commits_a)}")
-    print(f"B: {args.after}, commit {', '.join(commits_b)}")
+        raise ValueError(f"{options.before} and {options.after} have no measurement in common")
+    print(f"A: {options.before}, commit {', '.join(commits_a)}")
+    print(f"B: {options.after}, commit {', '.join(commits_b)}")
     print(table(pairs))
     for name, mine, other in (("A", before, after), ("B", after, before)):
         only = [key for key in mine if key not in other]

@@ -8,27 +8,26 @@ wider than a phone; `--pictures` writes them as files too.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from perf.against.peers import PEERS, load_peers
-from perf.arguments import check_no_results, check_writable, path_name
-from perf.drawing.curves import (
-    Curve,
-    Group,
-    groups_of,
-    is_known,
-    memory_of,
-    name_of,
-    shape_of,
+from perf.arguments import check_no_results, check_writable, option, path_name
+from perf.drawing.curves import Curve, Group, groups_of, is_known, memory_of, name_of, shape_of
+from perf.drawing.plots import (
+    Picture,
+    Styles,
+    draw_group,
+    draw_memory,
+    draw_panels,
+    draw_phases,
+    styles_of,
 )
-from perf.drawing.plots import Picture, draw_group, draw_memory, draw_panels, draw_phases
-from perf.recording.results import load, result_files
-from perf.tracing.phases import COLUMNS as PHASE_COLUMNS
+from perf.recording.files import load, result_files
 from perf.tracing.phases import PhaseRow, sections_of
 
 SUMMARY = "draw result files as one self-contained HTML page"
@@ -169,12 +168,12 @@ def phase_table(launches: dict[int, dict[str, float]]) -> str:
     return html_table(titles, {"": [*rows, launch]})
 
 
-def html_group(group: Group) -> str:
+def html_group(group: Group, styles: Styles) -> str:
     """The section of a group: panels, their legend, the points."""
     parts = [f'<section id="{group.slug}"><h2>{escape(group.title)}</h2>']
     if not any(curve.tflops for curve in group.curves):
         parts.append("<p>Times of a CPU that executes the kernel's PTX: no GPU figures.</p>")
-    panels = "".join(html_picture(svg, group.title) for svg in draw_panels(group))
+    panels = "".join(html_picture(svg, group.title) for svg in draw_panels(group, styles))
     parts.append(f'<div class="row">{panels}</div>')
     parts.append(html_details("The figures", html_table(ROW_TITLES, group_rows(group))))
     return "".join([*parts, "</section>"])
@@ -218,6 +217,7 @@ def page_of(
     frame, launches, groups: Sequence[Group], memory: dict, pictures: dict[str, Picture]
 ) -> str:
     """The whole page, of result rows and recorded launches; `pictures` of phases and memory."""
+    styles = styles_of(groups)
     links = {group.slug: group.title for group in groups}
     links |= {"phases": "Where the time goes", "memory": "Memory", "environment": "Environment"}
     items = "".join(
@@ -229,7 +229,7 @@ def page_of(
         "Of a point measured several times the latest counts. Peers (dotted) are other "
         "implementations' published or re-measured figures.</p>",
         f"<nav><ul>{items}</ul></nav>",
-        *map(html_group, groups),
+        *(html_group(group, styles) for group in groups),
         html_phases(sections_of(launches), pictures),
         html_memory(memory, pictures),
         '<section id="environment"><h2>Environment</h2>',
@@ -244,36 +244,40 @@ def page_of(
     )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    def add(*names: str, **kwargs) -> None:
-        parser.add_argument(*names, type=path_name, **kwargs)
-
-    add("files", nargs="+", metavar="CSV", help="result files, or directories")
-    add("-o", "--output", default="report.html", metavar="FILE", help="default: report.html")
-    add("--pictures", metavar="DIR", help="write every picture as PNG and SVG too")
-    add(
-        "--peers",
-        metavar="CSV",
+@dataclass(frozen=True)
+class Options:
+    files: Sequence[str] = option(
+        "result files, or directories", "files", nargs="+", type=path_name, metavar="CSV"
+    )
+    output: str = option(
+        "the page", "-o", "--output", default="report.html", type=path_name, metavar="FILE"
+    )
+    pictures: str | None = option(
+        "write every picture as PNG and SVG too", type=path_name, metavar="DIR"
+    )
+    peers: str = option(
+        "figures of other implementations (default: perf/results/peers.csv)",
         default=str(PEERS),
-        help="figures of other implementations (default: perf/results/peers.csv)",
+        type=path_name,
+        metavar="CSV",
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Write the page and the pictures; 0. ValueError for files that cannot be drawn or written."""
-    check_no_results("--output", args.output, read=[*args.files, args.peers])
-    check_writable("--output", args.output, parents=True)
-    if args.pictures:
-        check_writable("--pictures", args.pictures, parents=True, directory=True)
-    rows, others = result_files(args.files)
-    recorded, others = result_files(others, PHASE_COLUMNS)
+    check_no_results("--output", options.output, read=[*options.files, options.peers])
+    check_writable("--output", options.output, parents=True)
+    if options.pictures:
+        check_writable("--pictures", options.pictures, parents=True, directory=True)
+    rows, others = result_files(options.files)
+    recorded, others = result_files(others, PhaseRow)
     if others:
         names = ", ".join(path.name for path in others)
         print(f"left out, no result rows: {names}", file=sys.stderr)
     frame = load(*rows) if rows else ()
     if not len(frame):
-        raise ValueError(f"no result rows in {' '.join(args.files)}")
-    groups = groups_of(frame, load_peers(args.peers))
+        raise ValueError(f"no result rows in {' '.join(options.files)}")
+    groups = groups_of(frame, load_peers(options.peers))
     launches = load(*recorded, kind=PhaseRow)
     memory = memory_sections(groups)
     pictures = {
@@ -282,13 +286,13 @@ def run(args: argparse.Namespace) -> int:
         for slug, (title, parts) in sections.items()
     }
     page = page_of(frame, launches, groups, memory, pictures)
-    output = Path(args.output)
+    output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
-    if args.pictures:
-        directory = Path(args.pictures)
+    if options.pictures:
+        directory = Path(options.pictures)
         directory.mkdir(parents=True, exist_ok=True)
-        pictures |= {group.slug: draw_group(group) for group in groups}
+        pictures |= {group.slug: draw_group(group, styles_of(groups)) for group in groups}
         for slug, formats in pictures.items():
             for suffix, data in formats.items():
                 (directory / f"{slug}.{suffix}").write_bytes(data)

@@ -11,14 +11,10 @@ at a time; an interrupt keeps what is finished. Rows with a cold L2 say so in `m
 
 from __future__ import annotations
 
-import argparse
-
-from perf.running.measure import Runner
-from perf.running.plan import add_options
-from perf.running.process_runner import ProcessRunner
+from perf.running.options import SweepOptions as Options
 from perf.running.session import run_plans
 
-__all__ = ["SUMMARY", "add_options", "run"]
+__all__ = ["SUMMARY", "Options", "run"]
 
 SUMMARY = "time one model over token counts and check every output (default: on the CPU)"
 EPILOG = (
@@ -28,8 +24,6 @@ EPILOG = (
 )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the sweep: 0, 1 after a wrong output or whatever ended it, 130 after an interrupt. Under
-    torchrun a rank that failed does not return; its process ends with the status.
-    """
-    return run_plans(args, Runner, ProcessRunner)
+def run(options: Options) -> int:
+    """Run the sweep; the exit status (`run_plans`)."""
+    return run_plans(options)

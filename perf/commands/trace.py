@@ -10,12 +10,11 @@ same kernel runs on the CPU; its times are counted in instructions.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,27 +22,16 @@ import torch
 import megamoe
 from megamoe.config import select
 from megamoe.faults import MegaMoEError
-from perf.arguments import check_no_results, check_writable, path_name
-from perf.recording.results import ResultsFile, environment
-from perf.running.measure import (
-    Runner,
-    largest_error,
-    layer_bound,
-    oracle,
-    out_of_memory,
-    outputs_of,
-)
-from perf.running.plan import (
-    Plan,
-    add_launch_options,
-    add_list_configs,
-    check_here,
-    list_configs,
-    plan_of,
-)
-from perf.running.process_runner import ProcessRunner
-from perf.running.processes import Job, joined, place_of
-from perf.running.sample import sample_of
+from perf.arguments import check_no_results, check_writable, option, path_name
+from perf.recording.environment import environment
+from perf.recording.files import ResultsFile
+from perf.running.layer import layer_bound, outputs_of
+from perf.running.machine import check_here
+from perf.running.options import Options as AllOptions
+from perf.running.options import list_configs_option
+from perf.running.plan import Plan, plan_of, write_configs
+from perf.running.processes import ALONE, Job, joined, out_of_memory, place_of
+from perf.running.runner import Runner
 from perf.running.timing import EAGER, HEAD_START_CYCLES
 from perf.tracing.phases import PhaseRow, phases_of
 from perf.tracing.timeline import (
@@ -58,7 +46,7 @@ from perf.tracing.timeline import (
     sm_clock_mhz,
     summary,
 )
-from perf.workload.cases import Inputs, make_inputs, make_rank_inputs
+from perf.workload.cases import Inputs
 from perf.workload.routings import label_of
 from workspace.layout import layout_of
 
@@ -69,88 +57,71 @@ EPILOG = (
     "after a wrong output or a failed launch."
 )
 
-#: Tokens per rank unless asked otherwise.
-TOKENS = {"cpu": [4], "cuda": [512]}
 #: Fields of the kernel that records.
 TRACED = {"trace": True}
 FAILED = 1
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    tokens = "; ".join(f"{','.join(map(str, TOKENS[name]))} on {name}" for name in TOKENS)
-    add_launch_options(parser, tokens=tokens)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("trace.json"),
-        metavar="PATH",
-        help="the file, which is overwritten (default: trace.json)",
+@dataclass(frozen=True)
+class Options(AllOptions):
+    """A single launch is recorded."""
+
+    default_tokens = {"cpu": (4,), "cuda": (512,)}
+    mode: str = EAGER
+    reps: int = 1
+    out: Path = option(
+        "the file, which is overwritten", default=Path("trace.json"), type=Path, metavar="PATH"
     )
-    add_list_configs(parser)
-    parser.add_argument(
-        "--phases",
-        type=path_name,
-        metavar="CSV",
-        help="append a row: where the time of the launch went, on a GPU",
+    list_configs: Path | None = list_configs_option()
+    phases: str | None = option(
+        "append a row: where the time of the launch went, on a GPU", type=path_name, metavar="CSV"
     )
-    parser.set_defaults(mode=EAGER, reps=1, ceilings=None)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Launch, write the file, print what took how long: 0, or 1 after a wrong output or a failed
     launch; ValueError for more than one launch or a path that cannot be written.
     """
-    args.tokens = args.tokens or TOKENS[args.device]
-    for option, values in (("--tokens", args.tokens), ("--precision", args.precision)):
+    for name, values in (("--tokens", options.counts), ("--precision", options.precision)):
         if len(values) > 1:
-            raise ValueError(f"{option} {','.join(map(str, values))}: one launch has one of them")
-    if args.list_configs:
-        return list_configs(args, [TRACED])
-    check_no_results("--out", args.out, read=[args.phases] if args.phases else [])
-    check_writable("--out", args.out)
-    if args.phases and args.device == "cpu":
-        raise ValueError(f"--phases {args.phases}: a CPU has an order of steps, no times")
-    phases = ResultsFile(args.phases, PhaseRow) if args.phases else None
-    args.kernel_options = TRACED
+            raise ValueError(f"{name} {','.join(map(str, values))}: one launch has one of them")
+    if options.list_configs:
+        return write_configs(options, [TRACED])
+    check_no_results("--out", options.out, read=[options.phases] if options.phases else [])
+    check_writable("--out", options.out)
+    if options.phases and options.device == "cpu":
+        raise ValueError(f"--phases {options.phases}: a CPU has an order of steps, no times")
+    phases = ResultsFile(options.phases, PhaseRow) if options.phases else None
     place = place_of(os.environ)
-    plan = plan_of(args, place)
+    plan = plan_of(options, place, kernel_options=TRACED)
     check_here([plan])
-    if place is None:
-        return record(plan, args.out, phases)
     with joined(place) as job:
-        return record(plan, args.out, phases, job)
+        return record(plan, options.out, phases, job)
 
 
-def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job | None = None) -> int:
-    """Launch, gather and write; the exit status. Collective with a job."""
+def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job = ALONE) -> int:
+    """Launch, gather and write; the exit status. Collective."""
     try:
-        runner = ProcessRunner(plan, job) if job else Runner(plan)
-        if job:
-            inputs = [make_rank_inputs(plan.case, job.rank, plan.device)]
-        else:
-            inputs = make_inputs(plan.case, plan.device)
+        runner = Runner(plan, job)
+        inputs = runner.inputs_of(plan.case)
         traces, outputs = launch(runner.moe, plan, inputs, job)
-        error = error_of(runner, plan, inputs, outputs, job)
+        error = error_of(runner, inputs, outputs)
     except (RuntimeError, MemoryError) as failure:
         if not isinstance(failure, MegaMoEError) and not out_of_memory(failure):
             raise
         what = "launch failed" if isinstance(failure, MegaMoEError) else "out of memory"
-        message = f"{what}: {failure}".partition("\n")[0]
-        if job:
-            job.abort(message, FAILED)
-        print(message, file=sys.stderr)
-        return FAILED
-    if job is None or job.rank == 0:
+        return job.abort(f"{what}: {failure}".partition("\n")[0], FAILED)
+    if job.rank == 0:
         write(plan, traces, error, out, phases)
     bound = layer_bound(plan.case.recipe)
     return FAILED if error is not None and not error <= bound else 0
 
 
 def launch(
-    moe: megamoe.MegaMoE, plan: Plan, inputs: Sequence[Inputs], job: Job | None = None
+    moe: megamoe.MegaMoE, plan: Plan, inputs: Sequence[Inputs], job: Job = ALONE
 ) -> tuple[list[CtaTrace], list[torch.Tensor]]:
-    """(what every CTA recorded, outputs) of a launch, on GPUs after others; with a job, records of
-    all ranks on every rank, outputs of this one.
+    """(what every CTA recorded, outputs) of a launch, on GPUs after others; records of all ranks on
+    every rank, outputs of this one's. Collective.
     """
     views = [moe.workspace.regions(rank) for rank in moe.local_ranks]
     names = [name for name in ("trace", "tile_trace") if name in views[0]]
@@ -162,14 +133,11 @@ def launch(
             view[name].zero_()
     if not plan.emulated:
         torch.cuda._sleep(HEAD_START_CYCLES)  # the host queues every launch before the first begins
-    if job:
-        job.align()
+    job.align()
     outputs = outputs_of(moe, inputs)
     moe.synchronize()
 
-    regions = {name: torch.stack([view[name] for view in views]) for name in names}
-    if job:
-        regions = {name: job.gather(region) for name, region in regions.items()}
+    regions = {name: job.gather(torch.stack([view[name] for view in views])) for name in names}
     marks, tiles = regions["trace"].cpu(), regions.get("tile_trace")
     traces = [
         trace
@@ -185,20 +153,11 @@ def launch(
 
 
 def error_of(
-    runner: Runner | ProcessRunner,
-    plan: Plan,
-    inputs: Sequence[Inputs],
-    outputs: Sequence[torch.Tensor],
-    job: Job | None,
+    runner: Runner, inputs: Sequence[Inputs], outputs: Sequence[torch.Tensor]
 ) -> float | None:
     """The largest relative error of a rank; None if nobody asked."""
-    if not plan.verify:
-        return None
-    precision = plan.case.precision
-    if job is None:
-        return largest_error(outputs, oracle(inputs, runner.weights, precision))
-    sample = sample_of(job, inputs[0], runner.weights, precision)
-    return job.max_over_ranks([sample.error(outputs[0])])[0]
+    expected = runner.expected_of(inputs)
+    return expected.error(outputs) if expected else None
 
 
 def write(

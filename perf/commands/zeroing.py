@@ -14,22 +14,17 @@ Both variants are checked against the oracle. Ratios are to the layer as it is, 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 import megamoe
-from perf.running import plan
-from perf.running.measure import (
-    Contender,
-    Point,
-    Runner,
-    layer_bound,
-    medians_of,
-    outputs_of,
-)
-from perf.running.process_runner import ProcessRunner
+from perf.running.contenders import Contender, layer_contender
+from perf.running.layer import outputs_of
+from perf.running.options import TimedOptions
+from perf.running.points import Point, medians_of
+from perf.running.runner import Runner
 from perf.running.session import run_table
 from perf.workload.cases import Inputs
 from perf.workload.parts import MEGAMOE
@@ -43,8 +38,6 @@ EPILOG = (
 )
 
 FULL_ZEROING, SEPARATE_SUM = f"{MEGAMOE}+full_zeroing", f"{MEGAMOE}+separate_sum"
-#: Tokens per rank unless asked otherwise.
-TOKENS = {"cpu": [4, 16], "cuda": [4096, 8192, 16384, 32768]}
 
 
 def zeroed_spans(workspace: Workspace) -> list[torch.Tensor]:
@@ -64,11 +57,11 @@ def contenders_of(
 ) -> list[Contender]:
     """The layer with each of the two habits; `meet` lets all ranks of a job begin together."""
     workspace = moe.workspace
-    spans, bound = zeroed_spans(workspace), layer_bound(moe.config.recipe)
+    spans = zeroed_spans(workspace)
     num_bytes = sum(span.nbytes for span in spans) // len(workspace.local_ranks)
 
-    def zeroing(inputs: Sequence[Inputs]) -> Callable[[], list[torch.Tensor]]:
-        def call() -> list[torch.Tensor]:
+    def zeroing(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
+        def call() -> Sequence[torch.Tensor]:
             for span in spans:
                 span.zero_()
             meet()
@@ -76,34 +69,27 @@ def contenders_of(
 
         return call
 
-    def summing(inputs: Sequence[Inputs]) -> Callable[[], list[torch.Tensor]]:
+    def summing(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
         slots = [
             workspace.regions(rank)["combine_output"][: i.x.shape[0]]
             for rank, i in zip(workspace.local_ranks, inputs, strict=True)
         ]
 
-        def call() -> list[torch.Tensor]:
+        def call() -> Sequence[torch.Tensor]:
             outputs_of(moe, inputs)
             return [sum_of_slots(slots_TKH) for slots_TKH in slots]
 
         return call
 
+    layer = layer_contender(moe, mode)
+    config = f"zeroed_bytes={num_bytes}"
     return [
-        Contender(FULL_ZEROING, zeroing, mode, bound, f"zeroed_bytes={num_bytes}", moe.synchronize),
-        Contender(SEPARATE_SUM, summing, mode, bound, check=moe.synchronize),
+        replace(layer, impl=FULL_ZEROING, prepare=zeroing, config=config),
+        replace(layer, impl=SEPARATE_SUM, prepare=summing, config=""),
     ]
 
 
 class ZeroingRunner(Runner):
-    """Every rank of the job in this process."""
-
-    def make_contenders(self) -> list[Contender]:
-        return contenders_of(self.moe, self.plan.mode)
-
-
-class ZeroingProcessRunner(ProcessRunner):
-    """One rank of a job."""
-
     def make_contenders(self) -> list[Contender]:
         return contenders_of(self.moe, self.plan.mode, self.job.align)
 
@@ -128,19 +114,18 @@ def table(points: Iterable[Point]) -> str:
     return "\n".join(lines)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    tokens = "; ".join(f"{','.join(map(str, TOKENS[name]))} on {name}" for name in TOKENS)
-    plan.add_options(parser, beside=False, tokens=tokens)
+@dataclass(frozen=True)
+class Options(TimedOptions):
+    default_tokens = {"cpu": (4, 16), "cuda": (4096, 8192, 16384, 32768)}
 
 
-def run(args: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Measure, print ratios; the exit status of `sweep`. ValueError for a routing that masks slots:
     a masked slot holds what an earlier launch left there, which a plain sum would add.
     """
-    if may_mask(args.routing):
+    if may_mask(options.routing):
         raise ValueError(
-            f"--routing {args.routing} masks slots, which a plain sum cannot leave out"
+            f"--routing {options.routing} masks slots, which a plain sum cannot leave out"
         )
-    args.tokens = args.tokens or TOKENS[args.device]
     title = "time as a multiple of the layer's:"
-    return run_table(args, ZeroingRunner, ZeroingProcessRunner, title, table)
+    return run_table(options, ZeroingRunner, title, table)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from perf.recording.results import KEY
+from perf.recording.columns import KEY
 from perf.running.timing import GRAPH, is_cold
 from perf.workload.cases import MODELS, Model
 from perf.workload.parts import MEGAMOE, PART_NAMES
@@ -55,6 +55,12 @@ class Curve:
     @property
     def label(self) -> str:
         return f"{self.name}, {self.precision}"
+
+    @property
+    def series(self) -> tuple[str, str]:
+        """What has one colour throughout a report: implementation and precision in any mode."""
+        name = self.name if self.peer else self.name.partition(" (")[0]
+        return name, self.precision
 
     def faces(self, other: Curve) -> bool:
         """Whether this is ours and `other` another's, so alike that their times compare."""
@@ -108,7 +114,7 @@ class Group:
 
 
 def groups_of(frame, peers=None) -> list[Group]:
-    """The groups of result rows (`results.load`), in the order of first appearance."""
+    """The groups of result rows (`files.load`), in the order of first appearance."""
     latest = frame.sort_values("date", kind="stable").drop_duplicates(list(KEY), keep="last")
     return [
         _group(dict(zip(GROUP, key, strict=True)), rows, peers)

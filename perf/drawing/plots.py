@@ -7,8 +7,9 @@ Ito, which remain distinct for colour-blind readers.
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import partial
 
@@ -28,6 +29,8 @@ PAGE_WIDTH = 3.6
 #: {"svg": ..., "png": ...}
 Picture = dict[str, bytes]
 Styled = list[tuple[Curve, dict]]
+#: By series.
+Styles = dict[tuple[str, str], dict]
 
 STYLE = {
     "font.size": 10,
@@ -78,21 +81,34 @@ def _token_axis(axis, group: Group) -> None:
     axis.set_xlabel("tokens per rank")
 
 
-def _styles(group: Group) -> Styled:
-    """Every drawn curve with its colour, marker and line."""
-    mine = iter(zip(OUR_COLOURS * 3, OUR_MARKERS * 3, strict=True))
-    rest = iter([(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(64)])
-    styled = []
-    for curve in group.drawn:
-        colour, marker = next(mine if curve.ours else rest)
-        style = {"color": colour, "marker": marker, "markersize": 5, "label": curve.label}
-        if curve.peer:
-            style |= {"linestyle": ":", "markerfacecolor": "white"}
-        style["linewidth"] = 2.2 if curve.ours else 1.3
-        styled.append((curve, style))
-    for bound, line in zip(group.bounds, BOUND_STYLES * 3, strict=False):
-        styled.append((bound, {"color": "black", "linestyle": line, "label": bound.label}))
-    return styled
+def styles_of(groups: Iterable[Group]) -> Styles:
+    """Colour, marker and line of every series of a report."""
+    styles: Styles = {}
+    mine, rest, lines = itertools.count(), itertools.count(), itertools.count()
+    for group in groups:
+        for curve in group.drawn:
+            if curve.series in styles:
+                continue
+            n, colours, markers = next(rest), COLOURS, MARKERS
+            if curve.ours:
+                n, colours, markers = next(mine), OUR_COLOURS, OUR_MARKERS
+            style = {"color": colours[n % len(colours)], "marker": markers[n % len(markers)]}
+            if curve.peer:
+                style |= {"linestyle": ":", "markerfacecolor": "white"}
+            styles[curve.series] = style | {"linewidth": 2.2 if curve.ours else 1.3}
+        for bound in group.bounds:
+            if bound.series not in styles:
+                line = BOUND_STYLES[next(lines) % len(BOUND_STYLES)]
+                styles[bound.series] = {"color": "black", "linestyle": line}
+    return styles
+
+
+def _styled(group: Group, styles: Styles) -> Styled:
+    """Every drawn curve and bound with its style and label."""
+    curves = (*group.drawn, *group.bounds)
+    return [
+        (curve, {"markersize": 5, "label": curve.label} | styles[curve.series]) for curve in curves
+    ]
 
 
 def _handles(styled: Styled) -> list:
@@ -150,9 +166,9 @@ def _draw_legend(title: str, styled: Styled, axis) -> None:
     )  # fmt: skip
 
 
-def draw_group(group: Group) -> Picture:
+def draw_group(group: Group, styles: Styles) -> Picture:
     """Time, TFLOP/s and speed-up over tokens side by side."""
-    panels, styled = _panels(group), _styles(group)
+    panels, styled = _panels(group), _styled(group, styles)
     size = (4.8 * len(panels) + 3, 4.6)
     with _subplots(1, len(panels), figsize=size, squeeze=False) as (figure, axes):
         for axis, panel in zip(axes[0], panels, strict=True):
@@ -162,9 +178,9 @@ def draw_group(group: Group) -> Picture:
         return _files(figure, group.slug)
 
 
-def draw_panels(group: Group) -> list[bytes]:
+def draw_panels(group: Group, styles: Styles) -> list[bytes]:
     """The same as SVG that fit a phone: the panels, then the legend in up to three parts."""
-    styled, pictures = _styles(group), []
+    styled, pictures = _styled(group, styles), []
 
     def add(height: float, draw: Callable) -> None:
         with _subplots(figsize=(PAGE_WIDTH, height)) as (figure, axis):

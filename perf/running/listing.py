@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from perf.against import deepep
-from perf.recording.results import Row
-from perf.running.measure import Point
+from perf.recording.columns import Row
 from perf.running.plan import Plan
+from perf.running.points import Point
 from perf.workload.cases import Case
 from perf.workload.parts import STAGING
 from perf.workload.routings import label_of
@@ -18,9 +18,9 @@ def _error(point: Point) -> str:
     return "-" if point.error is None else f"{point.error:.2e}"
 
 
-def _bounded(text: Callable[[Point], str]) -> Callable[[Point], str]:
-    """The text of a point that has a roofline."""
-    return lambda point: text(point) if point.roofline else "-"
+def _of(name: str, text: Callable[[Point], str]) -> Callable[[Point], str]:
+    """The text of a point that has this."""
+    return lambda point: text(point) if getattr(point, name) else "-"
 
 
 def _held(point: Point) -> str:
@@ -42,10 +42,10 @@ GPU_COLUMNS = (
     ("us min", 9, lambda p: f"{p.times.us_min:.1f}"),
     ("median", 9, lambda p: f"{p.times.us_median:.1f}"),
     ("p95", 9, lambda p: f"{p.times.us_p95:.1f}"),
-    ("TFLOP/s/GPU", 11, _bounded(lambda p: f"{p.work.tflops(p.times.us_median):.1f}")),
-    ("roofline us", 11, _bounded(lambda p: f"{p.roofline.us:.1f}")),
-    ("bound", 6, _bounded(lambda p: p.roofline.bound)),
-    ("share", 5, _bounded(lambda p: f"{p.roofline.share(p.times.us_median):.2f}")),
+    ("TFLOP/s/GPU", 11, _of("work", lambda p: f"{p.work.tflops(p.times.us_median):.1f}")),
+    ("roofline us", 11, _of("roofline", lambda p: f"{p.roofline.us:.1f}")),
+    ("bound", 6, _of("roofline", lambda p: p.roofline.bound)),
+    ("share", 5, _of("roofline", lambda p: f"{p.roofline.share(p.times.us_median):.2f}")),
     ("max error", 9, _error),
 )
 
@@ -85,6 +85,8 @@ def heading(plan: Plan, gpu: str, columns) -> str:
             lines.append(f"{deepep.NAME}: eager, counts read by the host, torch between them")
     else:
         lines.append(f"{gpu}, which holds {case.ranks_per_gpu} rank(s)")
+    if not (plan.emulated or plan.ceilings):
+        lines.append(f"ceilings of {gpu} are not known, so there is no roofline: see --ceilings")
     if plan.staging and not plan.stages:
         lines.append(f"nothing is copied before the launch, so there are no rows of {STAGING}")
     return "\n".join([*lines, titles(columns)])

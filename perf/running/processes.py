@@ -1,4 +1,5 @@
-"""One process per GPU, started by torchrun: who this process is, and what all of them do together.
+"""One process, or one per GPU started by torchrun: who this process is, and what all of them do
+together.
 
 The environment is read once, by `place_of`; `joined` forms the job. An error ends this process at
 once, without waiting for the others (`Job.abort`): they may sit in a collective that this process
@@ -31,6 +32,12 @@ ONE_LINE = (ValueError, OSError, KernelError)
 LAST_WORDS_S = 2.0
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or the host has no memory left; for the host's torch has no class of error."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
 @dataclass(frozen=True)
 class Place:
     """Which process of a torchrun job this is."""
@@ -53,9 +60,36 @@ def place_of(environ: Mapping[str, str]) -> Place | None:
 
 
 class Job:
-    """This process among all of an initialised process group; every method but `abort` is
-    collective.
+    """The job of a single process, which holds every rank; see `ProcessJob`."""
+
+    alone, rank, size = True, 0, 1
+
+    def align(self) -> None:
+        pass
+
+    def max_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
+        return values
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def abort(self, message: str, status: int) -> int:
+        print(message, file=sys.stderr)
+        return status
+
+
+ALONE = Job()
+
+
+class ProcessJob(Job):
+    """This process among all of an initialised process group, with one rank of the layer each;
+    every method but `abort` is collective.
     """
+
+    alone = False
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -96,16 +130,19 @@ class Job:
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[Job]:
-    """The job over NCCL, each process on the GPU of its local rank. Whoever leaves with an
-    exception ends its process: status 2 for one of ONE_LINE, else 1.
+def joined(place: Place | None) -> Iterator[Job]:
+    """The job over NCCL, each process on the GPU of its local rank; ALONE without a place. Whoever
+    leaves a job with an exception ends its process: status 2 for one of ONE_LINE, else 1.
     """
+    if place is None:
+        yield ALONE
+        return
     for name, value in NO_MULTICAST.items():
         os.environ.setdefault(name, value)
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    job = Job(device)
+    job = ProcessJob(device)
     try:
         job.align()  # the first collective sets up connections
         torch.cuda.synchronize()

@@ -4,54 +4,52 @@ and kept point by point.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from megamoe.faults import MegaMoEError
-from perf.recording.results import ResultsFile, environment
+from perf.recording.environment import environment
+from perf.recording.files import ResultsFile
+from perf.running.contenders import WrongResult
 from perf.running.listing import SWEEP, Listing
-from perf.running.measure import Point, Runner, WrongResult, out_of_memory
-from perf.running.plan import Plan, check_here, plans_of
-from perf.running.process_runner import ProcessRunner
-from perf.running.processes import Job, joined, place_of
+from perf.running.machine import check_here
+from perf.running.options import Options
+from perf.running.plan import Plan, plans_of
+from perf.running.points import Point
+from perf.running.processes import ALONE, Job, joined, out_of_memory, place_of
 from perf.running.progress import Progress
+from perf.running.runner import Runner
 
 FAILED, INTERRUPTED = 1, 130
 
 
 def run_plans(
-    args: argparse.Namespace,
-    one: type[Runner],
-    many: type[ProcessRunner],
+    options: Options,
+    runner: type[Runner] = Runner,
     seen: Callable[[Point], object] = lambda point: None,
     listing: Listing = SWEEP,
 ) -> int:
-    """Measure every plan of `args` by a runner for this process alone, or for one of a job; `seen`
-    gets each point in the process that prints. Points have `problem` and `row`, as `Point` has.
+    """Measure every plan of `options`: 0, 1 after a wrong output or whatever ended it, 130 after an
+    interrupt. Under torchrun a rank that failed does not return; its process ends with the status.
+    `seen` gets each point in the process that prints. Points have `problem` and `row`, as `Point`
+    has.
     """
     place = place_of(os.environ)
-    plans = plans_of(args, place)
+    plans = plans_of(options, place)
     check_here(plans)
-    file = ResultsFile(args.csv, listing.kind) if args.csv else None
-    if place is None:
-        return measure_all(plans, file, one, seen=seen, listing=listing)
+    file = ResultsFile(options.csv, listing.kind) if options.csv else None
     with joined(place) as job:
-        return measure_all(plans, file, lambda plan: many(plan, job), job, seen, listing)
+        return measure_all(plans, file, runner, job, seen, listing)
 
 
 def run_table(
-    args: argparse.Namespace,
-    one: type[Runner],
-    many: type[ProcessRunner],
-    title: str,
-    table: Callable[[Sequence[Point]], str],
+    options: Options, runner: type[Runner], title: str, table: Callable[[Sequence[Point]], str]
 ) -> int:
     """`run_plans`, then a table of what was measured, under its title; the exit status."""
     points: list[Point] = []
-    status = run_plans(args, one, many, points.append)
+    status = run_plans(options, runner, points.append)
     if points:
         print(title)
         print(table(points))
@@ -61,13 +59,13 @@ def run_table(
 def measure_all(
     plans: Sequence[Plan],
     file: ResultsFile | None,
-    make_runner: Callable[[Plan], Runner | ProcessRunner],
-    job: Job | None = None,
+    make_runner: Callable[[Plan, Job], Runner] = Runner,
+    job: Job = ALONE,
     seen: Callable[[Point], object] = lambda point: None,
     listing: Listing = SWEEP,
 ) -> int:
     """Measure, print and keep every point; the exit status. `seen` gets each printed point."""
-    speaks = job is None or job.rank == 0
+    speaks = job.rank == 0
     status, finished = 0, 0
     progress = Progress(sum(len(plan.tokens) for plan in plans) if speaks else 0)
 
@@ -77,17 +75,14 @@ def measure_all(
 
     def stop(message: str, status: int = FAILED) -> int:
         progress.clear()
-        if job:
-            job.abort(message, status)
-        print(message, file=sys.stderr)
-        return status
+        return job.abort(message, status)
 
     try:
         for plan in plans:
             where = environment(plan.device) if speaks else {}
             runner = None  # gives back the memory of the last plan
             place = plan.case.precision
-            runner = make_runner(plan)
+            runner = make_runner(plan, job)
             impls = [contender.impl for contender in runner.contenders]
             columns = listing.columns(plan, impls)
             if speaks:

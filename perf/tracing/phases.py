@@ -8,9 +8,9 @@ products and FC2 sends its results from the epilogue: neither has a phase of its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from perf.recording.results import KEY, Launched
+from perf.recording.columns import KEY, TIME, Launched, column, columns_of
 from perf.tracing.timeline import BARRIER, COMBINE, COUNT, EPILOGUE, PHASE_NAMES, Slice
 
 #: Field and name of each phase; the wait between tiles is what the others leave of the launch.
@@ -27,21 +27,18 @@ TILE_FIELDS = dict(zip(PHASE_NAMES.values(), ("fc1_us", "fc2_us"), strict=True))
 FIELDS = {COUNT: "count_us", BARRIER: "barrier_us", COMBINE: "combine_us", **TILE_FIELDS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PhaseRow(Launched):
     """One recorded launch: microseconds of every phase."""
 
-    launch_us: float
-    count_us: float
-    fc1_us: float
-    fc2_us: float
-    epilogue_us: float
-    wait_us: float
-    barrier_us: float
-    combine_us: float
-
-
-COLUMNS = tuple(field.name for field in fields(PhaseRow))
+    launch_us: float = column(TIME)
+    count_us: float = column(TIME)
+    fc1_us: float = column(TIME)
+    fc2_us: float = column(TIME)
+    epilogue_us: float = column(TIME)
+    wait_us: float = column(TIME)
+    barrier_us: float = column(TIME)
+    combine_us: float = column(TIME)
 
 
 def phases_of(ctas: Iterable[Iterable[Slice]], per_us: int) -> dict[str, float]:
@@ -66,10 +63,10 @@ def phases_of(ctas: Iterable[Iterable[Slice]], per_us: int) -> dict[str, float]:
 
 
 def sections_of(frame) -> dict[str, tuple[str, dict[int, dict[str, float]]]]:
-    """{slug: (title, {tokens: {phase: microseconds}})} of rows (`results.load`), the latest of
+    """{slug: (title, {tokens: {phase: microseconds}})} of rows (`files.load`), the latest of
     each launch.
     """
-    what = [name for name in KEY if name in COLUMNS]
+    what = [name for name in KEY if name in columns_of(PhaseRow)]
     latest = frame.sort_values("date", kind="stable").drop_duplicates(what, keep="last")
     key = [name for name in what if name != "tokens"]
     sections = {}

@@ -97,7 +97,7 @@ class Case:
 
     @property
     def columns(self) -> dict[str, object]:
-        """The columns of a row that say what ran (`results.Launched`)."""
+        """The columns of a row that say what ran (`recording.columns.Launched`)."""
         return {
             "num_ranks": self.num_ranks,
             "ranks_per_gpu": self.ranks_per_gpu,

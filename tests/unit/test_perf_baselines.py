@@ -14,7 +14,10 @@ from megamoe.precision import PRECISIONS
 from perf.against import experts
 from perf.against.baselines import BASELINES, TorchBf16, TorchFp8
 from perf.against.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
-from perf.running.measure import baseline_contenders, largest_error, layer_bound, oracle
+from perf.running.contenders import baseline_contenders
+from perf.running.expected import expected_of
+from perf.running.layer import layer_bound
+from perf.running.processes import ALONE
 from perf.running.timing import EAGER, GRAPH, Times, measure
 from perf.workload.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
 from perf.workload.routings import ROUTINGS
@@ -204,22 +207,22 @@ def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, 
     weights = make_layer_weights(case)
     scaled = case.recipe.scaled
     plan = SimpleNamespace(case=case, baselines=(), mode=EAGER, device=torch.device("cpu"))
-    made = []
+    made, every = [], range(case.model.num_experts)
     monkeypatch.setattr(
-        "perf.running.measure.make_weights", lambda *a: made.append(a) or make_weights(*a)
+        "perf.running.contenders.make_weights", lambda *a: made.append(a) or make_weights(*a)
     )
-    assert baseline_contenders(plan, BASELINES, weights) == [] and not made
+    assert baseline_contenders(plan, ALONE, weights, every) == [] and not made
 
     plan.baselines = ("torch_bf16", "torch_fp8")
-    contenders = baseline_contenders(plan, BASELINES, weights)
+    contenders = baseline_contenders(plan, ALONE, weights, every)
     assert len(made) == scaled
     assert [contender.impl for contender in contenders] == list(plan.baselines)
     bounds = [contender.max_error for contender in contenders]
     assert bounds == pytest.approx([0.102, 0.1414] if scaled else [0.02, 0.1], rel=1e-3)
     inputs = make_inputs(case)
-    expected = oracle(inputs, weights, precision)
+    expected = expected_of(ALONE, inputs, weights, precision)
     for contender in contenders:
-        contender.refuse(largest_error(contender.prepare(inputs)(), expected), case.tokens)
+        contender.refuse(expected.error(contender.prepare(inputs)()), case.tokens)
 
 
 def test_the_layer_in_fp8_may_differ_by_flipped_codes_only():

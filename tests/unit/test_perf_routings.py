@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from perf.against.roofline import work_of
-from perf.recording.results import environment
-from perf.running.measure import Point
+from perf.recording.environment import environment
+from perf.running.points import Point
 from perf.running.timing import EAGER, Times
 from perf.workload import routings
 from perf.workload.cases import MODELS, Case, make_inputs

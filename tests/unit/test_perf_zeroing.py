@@ -18,11 +18,13 @@ from perf.commands.zeroing import (
     sum_of_slots,
     zeroed_spans,
 )
-from perf.recording.results import load
-from perf.running.measure import Point, layer_arguments
+from perf.recording.files import load
+from perf.running.layer import outputs_of
+from perf.running.points import Point
 from perf.running.timing import EAGER, Times
 from perf.workload.cases import MODELS, Case, make_inputs, make_weights
 from perf.workload.parts import MEGAMOE
+from tests.unit.perf_helpers import error_line
 from workspace.layout import BARRIER
 
 CASE = Case(MODELS["emulated"], num_ranks=2, tokens=5)
@@ -63,7 +65,7 @@ def test_all_but_the_barrier_header_is_zeroed(layer):
 
 def test_both_variants_give_the_layers_output(layer):
     inputs = make_inputs(CASE)
-    expected = [y.clone() for y in layer(*layer_arguments(inputs))]
+    expected = [y.clone() for y in outputs_of(layer, inputs)]
     events = []
 
     def meet():
@@ -78,7 +80,7 @@ def test_both_variants_give_the_layers_output(layer):
         for mine, wanted in zip(sums, expected, strict=True):
             assert mine.shape == wanted.shape and mine.dtype == wanted.dtype
             assert reference.relative_error(mine, wanted) < 4e-3
-        layer(*layer_arguments(make_inputs(CASE.with_tokens(8))))
+        outputs_of(layer, make_inputs(CASE.with_tokens(8)))
     assert events == [True, True]  # met once a call, when everything was zero
     assert (zero.impl, add.impl) == (FULL_ZEROING, SEPARATE_SUM)
     spans = zeroed_spans(layer.workspace)
@@ -130,7 +132,4 @@ def test_the_command_on_the_emulator(precision, tmp_path, capsys):
     ],
 )
 def test_wrong_arguments_are_one_line(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["zeroing", *argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+    assert message in error_line(["zeroing", *argv], capsys)
