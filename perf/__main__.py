@@ -9,8 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf.arguments import Parser, add_options, nearest
-from perf.arguments import options_of as typed
+from perf.arguments import Parser, add_options, nearest, read_options
 from perf.commands import (
     ablation,
     accuracy,
@@ -24,17 +23,10 @@ from perf.commands import (
 )
 from perf.running.processes import ONE_LINE
 
-#: A new command is a new row.
+#: By name. A new command is one more module.
 COMMANDS = {
-    "sweep": sweep,
-    "compare": compare,
-    "report": report,
-    "ceilings": ceilings,
-    "accuracy": accuracy,
-    "zeroing": zeroing,
-    "ablation": ablation,
-    "trace": trace,
-    "publish": publish,
+    module.__name__.rpartition(".")[2]: module
+    for module in (sweep, compare, report, ceilings, accuracy, zeroing, ablation, trace, publish)
 }
 
 
@@ -53,7 +45,7 @@ def parser() -> Parser:
 def options_of(argv: Sequence[str]) -> object:
     """The options of the command that `argv` names."""
     args = parser().parse_args(argv)
-    return typed(COMMANDS[args.command].Options, args)
+    return read_options(COMMANDS[args.command].Options, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = top.parse_args(argv)
     command = COMMANDS[args.command]
     try:
-        return command.run(typed(command.Options, args))
+        return command.run(read_options(command.Options, args))
     except ONE_LINE as error:
         args.fail(str(error))
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import Field, field, fields
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         parser.add_argument(*flags, default=one.default, help=text, **how)
 
 
-def options_of(kind: type, args: argparse.Namespace) -> object:
+def read_options(kind: type, args: argparse.Namespace) -> object:
     """`kind` with what the command line says."""
     declared = [one.name for one in fields(kind) if one.metadata]
     return kind(**{name: getattr(args, name) for name in declared})
@@ -133,24 +133,22 @@ def path_name(text: str) -> str:
     return text
 
 
-def one_of(choices: Iterable[str]) -> Callable[[str], str]:
+def one_of(choices: Collection[str]) -> Callable[[str], str]:
     """Option type: one of these names."""
-    names = list(choices)
 
     def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is not valid; {nearest(text, names)}")
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; {nearest(text, choices)}")
         return text
 
     return parse
 
 
-def names(choices: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+def names(choices: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     """Option type: a comma-separated list of these names, in which `-` may stand for `_`; without
     repeats.
     """
-    known = list(choices)
-    name = one_of(known)
+    name = one_of(choices)
 
     def parse(text: str) -> tuple[str, ...]:
         return tuple(

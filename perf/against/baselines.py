@@ -18,8 +18,8 @@ from perf.against import deepep
 from perf.against.experts import Bf16Experts, Fp8Experts, Packed
 
 
-class LocalTorch:
-    """The layer over weights in checkpoint layout, w13 [E, 2I, H] gate then up and w2 [E, H, I].
+class _Torch:
+    """The layer over weights in checkpoint layout, w13 [e, 2I, H] gate then up and w2 [e, H, I].
 
     `scales`: of w13 and w2, if they are quantised already (`megamoe.reference.Weights`); FP8 only.
     `masked` says whether topk_idx may hold -1; without masks a few small launches are saved.
@@ -29,24 +29,40 @@ class LocalTorch:
     """
 
     arithmetic: type = Bf16Experts
-    quantised = False
+    capturable = quantised = False
 
     def __init__(
         self,
-        w13_E2IH: torch.Tensor,
-        w2_EHI: torch.Tensor,
+        w13_e2IH: torch.Tensor,
+        w2_eHI: torch.Tensor,
+        num_ranks: int = 1,
         masked: bool = True,
         scales: tuple[torch.Tensor, ...] = (),
     ):
-        self.multiply = self.arithmetic(w13_E2IH, w2_EHI, *scales)
-        self.capturable, self.config = self.multiply.capturable, self.multiply.config
-        self.max_error = self.multiply.max_error
-        self.masked = masked
-        self.experts = torch.arange(w13_E2IH.shape[0], dtype=torch.int32, device=w13_E2IH.device)
+        self.multiply = self.arithmetic(w13_e2IH, w2_eHI, *scales)
+        self.config, self.max_error = self.multiply.config, self.multiply.max_error
+        self.num_ranks, self.local, self.masked = num_ranks, w13_e2IH.shape[0], masked
+        self.num_experts = num_ranks * self.local
+        self.experts = torch.arange(self.num_experts, dtype=torch.int32, device=w13_e2IH.device)
+        #: Local expert of every count that arrives: by source rank, then by expert.
+        self.expert_of_count = self.experts % self.local
+
+    def _sorted(self, topk_idx_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(ids of the slots by expert, their slots, last position + 1 of each expert [E])."""
+        ids_R = topk_idx_TK.flatten().to(torch.int32)
+        if self.masked:  # masked slots sort behind the last expert and belong to none
+            ids_R = ids_R.masked_fill(ids_R < 0, self.num_experts)
+        sorted_R, slot_R = torch.sort(ids_R)
+        ends_E = torch.searchsorted(sorted_R, self.experts, right=True, out_int32=True)
+        return sorted_R, slot_R, ends_E
+
+
+class TorchBf16(_Torch):
+    """The whole layer, in one process."""
 
     @property
-    def num_experts(self) -> int:
-        return self.experts.numel()
+    def capturable(self) -> bool:
+        return self.multiply.capturable
 
     def __call__(
         self, x_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
@@ -55,12 +71,7 @@ class LocalTorch:
         num_tokens, top_k = topk_idx_TK.shape
         if num_tokens == 0:
             return torch.empty_like(x_TH)
-        ids_R = topk_idx_TK.flatten().to(torch.int32)
-        if self.masked:  # masked slots sort behind the last expert and belong to no group
-            ids_R = ids_R.masked_fill(ids_R < 0, self.num_experts)
-        sorted_R, slot_R = torch.sort(ids_R)
-        offsets_E = torch.searchsorted(sorted_R, self.experts, right=True, out_int32=True)
-
+        sorted_R, slot_R, offsets_E = self._sorted(topk_idx_TK)
         rows = _select(self.multiply.pack(x_TH), slot_R // top_k)
         weights_R = topk_weights_TK.flatten().index_select(0, slot_R)
         out_RH = self.multiply(rows, offsets_E, weights_R)
@@ -75,43 +86,17 @@ class LocalTorch:
         return slots_TKH.sum(dim=1)  # accumulated in float32, rounded once
 
 
-class ExchangedTorch:
+class ExchangedTorchBf16(_Torch):
     """The layer of one rank over the weights of its own experts, e of E; collective over the
     default process group. Row counts, rows (their scales apart) and results travel in all-to-alls.
-    Scales and attributes as `LocalTorch`.
     """
-
-    arithmetic: type = Bf16Experts
-    capturable = False
-    quantised = False
-
-    def __init__(
-        self,
-        w13_E2IH: torch.Tensor,
-        w2_EHI: torch.Tensor,
-        num_ranks: int,
-        masked: bool = True,
-        scales: tuple[torch.Tensor, ...] = (),
-    ):
-        self.multiply = self.arithmetic(w13_E2IH, w2_EHI, *scales)
-        self.config, self.max_error = self.multiply.config, self.multiply.max_error
-        self.num_ranks, self.local = num_ranks, w13_E2IH.shape[0]
-        self.num_experts = num_ranks * self.local
-        self.masked = masked
-        self.experts = torch.arange(self.num_experts, dtype=torch.int32, device=w13_E2IH.device)
-        #: Local expert of every count that arrives: by source rank, then by expert.
-        self.expert_of_count = self.experts % self.local
 
     def __call__(
         self, x_TH: torch.Tensor, topk_idx_TK: torch.Tensor, topk_weights_TK: torch.Tensor
     ) -> torch.Tensor:
         """[T, H] bf16: a new tensor."""
         num_tokens, top_k = topk_idx_TK.shape
-        ids_R = topk_idx_TK.flatten().to(torch.int32)
-        if self.masked:  # masked slots sort behind the last expert and go nowhere
-            ids_R = ids_R.masked_fill(ids_R < 0, self.num_experts)
-        sorted_R, slot_R = torch.sort(ids_R)
-        ends_E = torch.searchsorted(sorted_R, self.experts, right=True, out_int32=True)
+        _, slot_R, ends_E = self._sorted(topk_idx_TK)
         to_WE = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).view(self.num_ranks, self.local)
         from_WE = torch.empty_like(to_WE)
         dist.all_to_all_single(from_WE, to_WE)
@@ -153,19 +138,11 @@ def _exchange(rows_RH: torch.Tensor, sent: list[int], received: list[int]) -> to
     return arrived_RH
 
 
-class TorchBf16(LocalTorch):
-    pass
-
-
-class ExchangedTorchBf16(ExchangedTorch):
-    pass
-
-
-class TorchFp8(LocalTorch):
+class TorchFp8(TorchBf16):
     arithmetic = Fp8Experts
 
 
-class ExchangedTorchFp8(ExchangedTorch):
+class ExchangedTorchFp8(ExchangedTorchBf16):
     arithmetic = Fp8Experts
 
 

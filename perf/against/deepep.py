@@ -46,7 +46,7 @@ def check_available(precision: str, processes: bool, verify: bool) -> None:
 
 class DeepEpDeepGemm:
     """The layer of one rank over the quantised weights of its own experts, which are not copied;
-    collective over the default process group. Attributes as `perf.against.baselines.LocalTorch`.
+    collective over the default process group. Attributes as other `baselines`.
 
     scales: of w13 and w2, as in `megamoe.reference.Weights`. clamp: of SwiGLU. Masks cost nothing
     extra here: in received tokens the slots of other ranks are masked anyway.

@@ -24,9 +24,9 @@ import torch
 import megamoe
 from megamoe import reference
 from megamoe.config import COMBINE, GEMMS
+from perf.running.checks import check_here
 from perf.running.contenders import Contender, layer_contender
 from perf.running.layer import layer_of
-from perf.running.machine import check_here
 from perf.running.options import DEFAULTS, TimedOptions, list_configs_option
 from perf.running.plan import Plan, plans_of, write_configs
 from perf.running.points import Point, medians_of

@@ -127,7 +127,7 @@ class Errors:
     case: Case
     impl: str
     exact: str
-    relative: float
+    error_rel: float
     calc_diff: float
     max_abs: float
     unfused: float | None = None
@@ -137,7 +137,7 @@ class Errors:
     def ratio(self) -> float | None:
         if self.unfused is None:
             return None
-        return self.relative / self.unfused if self.unfused else (inf if self.relative else 1.0)
+        return self.error_rel / self.unfused if self.unfused else (inf if self.error_rel else 1.0)
 
     @property
     def problem(self) -> str:
@@ -146,7 +146,7 @@ class Errors:
             return ""
         bounds = BOUNDS[self.case.precision]
         found = (
-            ("relative L2", self.relative, bounds.relative),
+            ("relative L2", self.error_rel, bounds.relative),
             ("calc_diff", self.calc_diff, bounds.calc_diff),
             ("ratio to the unfused pipeline", self.ratio, bounds.ratio),
         )
@@ -156,19 +156,10 @@ class Errors:
 
     def row(self, where: dict[str, object]) -> AccuracyRow:
         """The result row, measured at `where` (`environment`)."""
-        return AccuracyRow(
-            **where,
-            **self.case.columns,
-            seed=self.case.seed,
-            spread=self.case.spread,
-            impl=self.impl,
-            exact=self.exact,
-            error_rel=self.relative,
-            calc_diff=self.calc_diff,
-            max_abs=self.max_abs,
-            ratio=self.ratio,
-            config=self.config,
-        )
+        names = ("impl", "exact", "error_rel", "calc_diff", "max_abs", "ratio", "config")
+        found = {name: getattr(self, name) for name in names}
+        seeds = {"seed": self.case.seed, "spread": self.case.spread}
+        return AccuracyRow(**where, **self.case.columns, **seeds, **found)
 
 
 class AccuracyRunner(Runner):
@@ -221,7 +212,7 @@ class AccuracyRunner(Runner):
                     case=case,
                     impl=contender.impl,
                     exact=name,
-                    relative=reference.relative_error(out, exact),
+                    error_rel=reference.relative_error(out, exact),
                     calc_diff=calc_diff(out, exact),
                     max_abs=max_abs(out, exact),
                     unfused=beside,
@@ -252,7 +243,7 @@ def columns_of(plan: Plan, impls: Sequence[str]):
         ("tokens/rank", 11, lambda e: f"{e.case.tokens}"),
         ("impl", max(map(len, (MEGAMOE, *impls))), lambda e: e.impl),
         ("exact from", 10, lambda e: e.exact),
-        ("relative L2", 11, lambda e: f"{e.relative:.3e}"),
+        ("relative L2", 11, lambda e: f"{e.error_rel:.3e}"),
         ("calc_diff", 9, lambda e: f"{e.calc_diff:.2e}"),
         ("max abs", 9, lambda e: f"{e.max_abs:.2e}"),
         ("x unfused", 9, lambda e: "" if e.ratio is None else f"{e.ratio:.3f}"),

@@ -1,7 +1,7 @@
 """The command `ceilings`: measure what this machine's GPUs do at their best, and keep it.
 
 Every ceiling (`probes`) is a row of a CSV file with the columns of its environment. `sweep
---ceilings FILE` draws its roofline from such rows instead of the defaults of `roofline`. With
+--ceilings FILE` draws its roofline from such rows instead of those that `roofline` has. With
 torchrun all GPUs are measured at once, the slowest counts, and NVLink comes on top.
 """
 
@@ -38,9 +38,7 @@ def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, object])
         dtype=probe.dtype,
         value=probe.value(times.us_median),
         unit=probe.unit,
-        us_min=times.us_min,
-        us_median=times.us_median,
-        us_p95=times.us_p95,
+        **times.columns,
     )
 
 

@@ -1,12 +1,11 @@
 """The command `publish`: the measurements that are published, in one go on a GPU machine.
 
-Each step is one sweep, or another command, in its own process with a
-time limit, so that a hang, a crash or a lost CUDA context costs that step only. A step appends its
-rows, one at a time and with token counts ascending, to the file of its table, DIR/<table>.csv:
-sweeps of one precision and one number of GPUs share a file unless they name another. The most
-wanted figures come first. On a machine of several GPUs the steps are those with a process per GPU:
-those of the largest number of GPUs that it has, then those of fewer; else the steps of one GPU.
-Exit status: 1 if any step failed.
+Each step is one sweep, or another command, in its own process with a time limit, so that a hang, a
+crash or a lost CUDA context costs that step only. A step appends its rows, one at a time and with
+token counts ascending, to the file of its table, DIR/<table>.csv: sweeps of one GPU, precision and
+number of GPUs share a file unless they name another. The most wanted figures come first. On a
+machine of several GPUs the steps are those with a process per GPU: those of the largest number of
+GPUs that it has, then those of fewer; else the steps of one GPU.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from perf.arguments import (
     integer,
     names,
     option,
-    options_of,
     path_name,
+    read_options,
 )
 from perf.recording.environment import REPOSITORY
 from perf.running.options import Options as Launched
@@ -229,7 +228,7 @@ def configs_of(steps: Sequence[Step]) -> list[dict]:
     parser, configs = Parser(), []
     add_options(parser, Launched)
     for step in steps:
-        launched = options_of(Launched, parser.parse_known_args(step.arguments)[0])
+        launched = read_options(Launched, parser.parse_known_args(step.arguments)[0])
         kernels = ABLATION_KERNELS if step.command == ABLATION else ({},)
         configs += [c for c in kernels_of(launched, step.gpus, kernels) if c not in configs]
     return configs

@@ -25,8 +25,8 @@ from megamoe.faults import MegaMoEError
 from perf.arguments import check_no_results, check_writable, option, path_name
 from perf.recording.environment import environment
 from perf.recording.files import ResultsFile
+from perf.running.checks import check_here
 from perf.running.layer import layer_bound, outputs_of
-from perf.running.machine import check_here
 from perf.running.options import Options as AllOptions
 from perf.running.options import list_configs_option
 from perf.running.plan import Plan, plan_of, write_configs

@@ -154,19 +154,9 @@ def _curves(rows) -> list[Curve]:
             part = same[same["mode"] == mode]
             us, tflops = _column(part, "us_median"), _column(part, "tflops")
             name = f"{impl} ({mode})" if mode != GRAPH else impl
-            cold, alone = is_cold(mode), impl in PART_NAMES
-            curves.append(
-                Curve(
-                    name,
-                    precision,
-                    us,
-                    tflops,
-                    ours=impl == MEGAMOE,
-                    drawn=place == 0 and not alone,
-                    cold=cold,
-                    part=alone,
-                )
-            )
+            alone = impl in PART_NAMES
+            facts = {"ours": impl == MEGAMOE, "drawn": place == 0 and not alone, "part": alone}
+            curves.append(Curve(name, precision, us, tflops, cold=is_cold(mode), **facts))
     return curves
 
 

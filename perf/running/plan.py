@@ -1,7 +1,7 @@
 """The frozen plans that options become, one per precision.
 
 A plan has every default filled in and is legal: `plans_of` looks at every configuration before any
-of them runs. Neighbours: `machine` says whether it can run here, `runner` runs it.
+of them runs. Neighbours: `checks` says whether it can run here, `runner` runs it.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from typing import TextIO
 from megamoe.faults import MegaMoEError
 from perf.recording.environment import environment
 from perf.recording.files import ResultsFile
+from perf.running.checks import check_here
 from perf.running.contenders import WrongResult
 from perf.running.listing import SWEEP, Listing
-from perf.running.machine import check_here
 from perf.running.options import Options
 from perf.running.plan import Plan, plans_of
 from perf.running.points import Point

@@ -81,6 +81,11 @@ class Times:
         """The smallest repetition that at least 95 % of the repetitions do not exceed."""
         return sorted(self.us)[-(-95 * len(self.us) // 100) - 1]
 
+    @property
+    def columns(self) -> dict[str, float]:
+        """The columns of a row."""
+        return {name: getattr(self, name) for name in ("us_min", "us_median", "us_p95")}
+
 
 def _time_cpu(
     call: Callable[[], object], repetitions: int, align: Callable[[], object] | None

@@ -15,8 +15,8 @@ from perf.against.roofline import Work
 from perf.commands import ablation
 from perf.commands.ablation import AblationRunner, fill_pool, fill_slots
 from perf.recording.environment import environment
+from perf.running.checks import check_here
 from perf.running.layer import layer_of
-from perf.running.machine import check_here
 from perf.running.plan import plan_of
 from perf.running.points import Point
 from perf.running.timing import EAGER, Times
@@ -136,19 +136,6 @@ def test_room_and_kernels_of_all_parts_are_checked(monkeypatch):
     assert [plan.kernel_options for plan in checked] == [{"only": part} for part in PARTS]
     assert {plan.workspace_bytes for plan in checked} == {4 * whole.workspace_bytes}
     check_here(checked)  # the emulator needs nothing
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "an ablation needs --device cuda"),
-        (["--baseline", "torch_bf16"], "unknown argument --baseline"),
-        (["--list-configs", "/nowhere/a.json"], "--list-configs /nowhere/a.json cannot be"),
-        (["--tokens", "x"], "'x' is not an integer"),
-    ],
-)
-def test_wrong_arguments_are_one_line(argv, message, capsys):
-    assert message in error_line(["ablation", *argv], capsys)
 
 
 def test_without_a_gpu_it_says_so(capsys):

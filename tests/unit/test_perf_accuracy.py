@@ -249,20 +249,6 @@ def test_a_wrong_pipeline_is_nothing_to_compare_with(one_thread, monkeypatch, ca
     assert "torch_fp8 is wrong at 16 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--spread", "99"], "99 must be in 0..24"),
-        (["--precision", "fp4"], "'fp4' is not valid"),
-        (["--baseline", "torch_fp8"], "unknown argument --baseline"),
-        (["--no-verify"], "unknown argument --no-verify"),
-        (["--hidden-size", "100"], "hidden_size=100"),
-    ],
-)
-def test_wrong_arguments_are_one_line(argv, message, capsys):
-    assert message in error_line(["accuracy", *argv], capsys)
-
-
 def test_processes_need_gpus(monkeypatch, capsys):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)

@@ -219,9 +219,8 @@ def test_a_ceiling_that_is_none_is_named(value, tmp_path, capsys):
     path = write(tmp_path / "c.csv", row("gemm", "bfloat16", value))
     with pytest.raises(ValueError, match=f"{path}, line 2: value '?{value}'? is no "):
         ceilings_of(path, GPU, 4)
-    assert f"{path}, line 2: value " in error_line(
-        ["ceilings", "--device", "cpu", "--csv", path], capsys
-    )
+    argv = ["ceilings", "--device", "cpu", "--csv", path]
+    assert f"{path}, line 2: value " in error_line(argv, capsys, silent=False)
 
 
 def test_a_cut_row_of_ceilings_is_named(tmp_path):
@@ -273,4 +272,5 @@ def test_a_sweep_takes_ceilings_from_a_file(tmp_path, monkeypatch):
 )
 def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("a,b\n")
-    assert message in error_line([word.format(rows=tmp_path / "rows.csv") for word in argv], capsys)
+    argv = [word.format(rows=tmp_path / "rows.csv") for word in argv]
+    assert message in error_line(argv, capsys, silent=False)

@@ -27,8 +27,8 @@ from perf.arguments import check_writable, nearest, token_counts
 from perf.commands import publish
 from perf.recording.files import ResultsFile, load
 from perf.running import listing, session
+from perf.running.checks import check_here
 from perf.running.contenders import staging_contenders
-from perf.running.machine import check_here
 from perf.running.options import DEFAULTS
 from perf.running.plan import Plan, plan_of
 from perf.running.points import Point
@@ -119,6 +119,21 @@ def fake(monkeypatch):
         (["sweep", "--num-experts", "12"], ["num_experts=12", "num_ranks=8"]),
         (["sweep", "--num-experts", "2", "--ranks", "1"], ["top_k=4", "num_experts=2"]),
         (["sweep", "--num-experts", "8", "--experts-per-gpu", "8"], ["exclude each other"]),
+        (["accuracy", "--spread", "99"], ["99 must be in 0..24"]),
+        (["accuracy", "--precision", "fp4"], ["'fp4' is not valid"]),
+        (["accuracy", "--baseline", "torch_fp8"], ["unknown argument --baseline"]),
+        (["accuracy", "--no-verify"], ["unknown argument --no-verify"]),
+        (["accuracy", "--hidden-size", "100"], ["hidden_size=100"]),
+        (["zeroing", "--routing", "masked:0.2"], ["masks slots"]),
+        (["zeroing", "--baseline", "torch_bf16"], ["unknown argument --baseline"]),
+        (["zeroing", "--tokens", "x"], ["'x' is not an integer"]),
+        (["ablation"], ["an ablation needs --device cuda"]),
+        (["ablation", "--baseline", "torch_bf16"], ["unknown argument --baseline"]),
+        (
+            ["ablation", "--list-configs", "/nowhere/a.json"],
+            ["--list-configs /nowhere/a.json cannot be"],
+        ),
+        (["ablation", "--tokens", "x"], ["'x' is not an integer"]),
     ],
 )
 def test_bad_arguments_end_in_one_line(argv, expected, capsys, fake):

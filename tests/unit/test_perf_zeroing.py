@@ -24,7 +24,6 @@ from perf.running.points import Point
 from perf.running.timing import EAGER, Times
 from perf.workload.cases import MODELS, Case, make_inputs, make_weights
 from perf.workload.parts import MEGAMOE
-from tests.unit.perf_helpers import error_line
 from workspace.layout import BARRIER
 
 CASE = Case(MODELS["emulated"], num_ranks=2, tokens=5)
@@ -121,15 +120,3 @@ def test_the_command_on_the_emulator(precision, tmp_path, capsys):
     # Titles stand over their columns, whatever the names of implementations.
     title, *lines = out.splitlines()[2:6]
     assert {len(line) for line in (title, *lines)} == {len(title)}
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--routing", "masked:0.2"], "masks slots"),
-        (["--baseline", "torch_bf16"], "unknown argument --baseline"),
-        (["--tokens", "x"], "'x' is not an integer"),
-    ],
-)
-def test_wrong_arguments_are_one_line(argv, message, capsys):
-    assert message in error_line(["zeroing", *argv], capsys)
