@@ -1,7 +1,7 @@
 """The command line, `python -m perf <command> ...`.
 
-A command is a module with SUMMARY, `add_options(parser)` and `run(args) -> exit status`. It may
-have EPILOG, which ends its help, and KERNELS, the options of the kernels that it launches.
+A command is a module with SUMMARY, the dataclass `Options` (`arguments.option`) and `run(options)`,
+which returns the exit status. It may have EPILOG, which ends its help.
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from perf import ablation, accuracy, ceilings, compare, report, sweep, trace, zeroing
-from perf.options import Parser, nearest
-from perf.processes import ONE_LINE
+from perf.arguments import Parser, add_options, nearest, read_options
+from perf.commands import (
+    ablation,
+    accuracy,
+    ceilings,
+    compare,
+    publish,
+    report,
+    sweep,
+    trace,
+    zeroing,
+)
+from perf.running.processes import ONE_LINE
 
-#: A new command is a new row.
+#: By name. A new command is one more module.
 COMMANDS = {
-    "sweep": sweep,
-    "compare": compare,
-    "report": report,
-    "ceilings": ceilings,
-    "accuracy": accuracy,
-    "zeroing": zeroing,
-    "ablation": ablation,
-    "trace": trace,
+    module.__name__.rpartition(".")[2]: module
+    for module in (sweep, compare, report, ceilings, accuracy, zeroing, ablation, trace, publish)
 }
 
 
@@ -33,9 +37,15 @@ def parser() -> Parser:
     for name, module in COMMANDS.items():
         texts = {"description": module.SUMMARY, "epilog": getattr(module, "EPILOG", None)}
         command = commands.add_parser(name, help=module.SUMMARY, **texts)
-        module.add_options(command)
-        command.set_defaults(run=module.run, fail=command.error)
+        add_options(command, module.Options)
+        command.set_defaults(fail=command.error)
     return top
+
+
+def options_of(argv: Sequence[str]) -> object:
+    """The options of the command that `argv` names."""
+    args = parser().parse_args(argv)
+    return read_options(COMMANDS[args.command].Options, args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         top.error(f"{argv[0]!r} is not a command; {nearest(argv[0], COMMANDS)}")
     args = top.parse_args(argv)
+    command = COMMANDS[args.command]
     try:
-        return args.run(args)
+        return command.run(read_options(command.Options, args))
     except ONE_LINE as error:
         args.fail(str(error))
     except KeyboardInterrupt:

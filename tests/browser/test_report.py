@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from perf.__main__ import main
-from perf.results import REPOSITORY
+from perf.recording.environment import REPOSITORY
 from tests.browser import chromium
 
 WINDOWS = {"desktop": (1280, 900), "phone": (390, 844)}

@@ -7,7 +7,7 @@ import torch
 
 from megamoe import reference
 from megamoe.config import COMBINE, DISPATCH, GEMMS
-from perf.ablation import FILL
+from perf.commands.ablation import FILL
 from tests.gpu.configs import ALONE
 from tests.gpu.harness import assert_at_rest, forward, inputs_of, make_moe, poison, quantized
 from workspace.layout import COUNTER, RESET_KINDS

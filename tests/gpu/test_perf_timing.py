@@ -1,4 +1,4 @@
-"""What `perf.timing` reports is how long the kernel ran, by the clock of torch's profiler."""
+"""What `perf.running.timing` reports is how long the kernel ran, by the clock of the profiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from perf.timing import MODES, measure
+from perf.running.timing import MODES, measure
 from tests.gpu.harness import inputs_of, shared_moe
 
 pytestmark = pytest.mark.gpu

@@ -10,23 +10,26 @@ import torch
 import megamoe
 from megamoe import compile, reference
 from megamoe.precision import PRECISIONS
-from perf import ablation
-from perf.__main__ import main, parser
-from perf.ablation import PARTS, AblationRunner, contenders_of, fill_pool, fill_slots
-from perf.cases import MODELS, Case
-from perf.measure import MEGAMOE, PART_NAMES, STAGING, Point, layer_of, part_name
-from perf.plan import check_here, plan_of
-from perf.results import environment
-from perf.roofline import Work
-from perf.timing import EAGER, Times
-from tests.unit.test_perf_cli import error_line
+from perf.__main__ import main, options_of
+from perf.against.roofline import Work
+from perf.commands import ablation
+from perf.commands.ablation import AblationRunner, fill_pool, fill_slots
+from perf.recording.environment import environment
+from perf.running.checks import check_here
+from perf.running.layer import layer_of
+from perf.running.plan import plan_of
+from perf.running.points import Point
+from perf.running.timing import EAGER, Times
+from perf.workload.cases import MODELS, Case
+from perf.workload.parts import ABLATION_KERNELS, MEGAMOE, PART_NAMES, PARTS, STAGING, part_name
+from tests.unit.perf_helpers import error_line
 
 RANKS = 2
 
 
 def plan_for(*options: str):
     small = ["--tokens", "3", "--ranks", str(RANKS), "--num-experts", "8", "--reps", "2"]
-    return plan_of(parser().parse_args(["ablation", *small, *options]))
+    return plan_of(options_of(["ablation", *small, *options]))
 
 
 @pytest.fixture
@@ -44,14 +47,14 @@ def made(monkeypatch, one_thread):
 
 def test_every_part_is_timed_with_a_workspace_of_its_own(made):
     runner = AblationRunner(plan_for())
-    assert made == list(ablation.KERNELS)
+    assert made == list(ABLATION_KERNELS)
     points = list(runner.points(3))
     assert [point.impl for point in points] == [MEGAMOE, *map(part_name, PARTS)]
     assert points[0].error is not None and not any(point.problem for point in points)
     assert {part_name(part) for part in PARTS} | {STAGING} == set(PART_NAMES)
     for point in points[1:]:
         row = point.row(environment("cpu"))
-        assert row.error_rel == row.roofline_us == row.tflops == "" and row.us_median > 0
+        assert row.error_rel is row.roofline_us is row.tflops is None and row.us_median > 0
         assert "num_stages=" in row.config and len(point.times.us) == 2
     layers = {id(moe.workspace): moe for moe in map(layer_in, runner.contenders)}
     assert len(layers) == 3 and id(runner.moe.workspace) not in layers
@@ -60,7 +63,7 @@ def test_every_part_is_timed_with_a_workspace_of_its_own(made):
 
 def layer_in(contender) -> megamoe.MegaMoE:
     """The layer that a contender calls."""
-    return contender.prepare([]).args[0]
+    return contender.prepare([]).func
 
 
 def test_a_process_makes_its_parts_in_its_group(made, monkeypatch):
@@ -69,15 +72,16 @@ def test_a_process_makes_its_parts_in_its_group(made, monkeypatch):
     monkeypatch.setattr(
         ablation,
         "layer_of",
-        lambda plan, **ranks: given.append((plan.kernel_options, ranks)) or runner.moe,
+        lambda plan, job: given.append((plan.kernel_options, job)) or runner.moe,
     )
-    contenders_of(runner, group="all")
-    assert given == [({"only": part}, {"group": "all"}) for part in PARTS]
+    runner.job = "job"
+    runner.make_contenders()
+    assert given == [({"only": part}, "job") for part in PARTS]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_pool_and_slots_hold_normal_numbers(precision, one_thread):
-    moe = layer_of(plan_for("--precision", precision), world=RANKS)
+    moe = layer_of(plan_for("--precision", precision))
     fill_pool(moe)
     fill_slots(moe)
     for rank in moe.local_ranks:
@@ -126,25 +130,12 @@ def test_what_to_build_is_listed_without_a_gpu(tmp_path):
 
 def test_room_and_kernels_of_all_parts_are_checked(monkeypatch):
     checked = []
-    monkeypatch.setattr(ablation.plan, "check_here", lambda plans: checked.extend(plans))
+    monkeypatch.setattr(ablation, "check_here", lambda plans: checked.extend(plans))
     whole = plan_for()
     ablation.check_memory_and_kernels([whole])
     assert [plan.kernel_options for plan in checked] == [{"only": part} for part in PARTS]
     assert {plan.workspace_bytes for plan in checked} == {4 * whole.workspace_bytes}
     check_here(checked)  # the emulator needs nothing
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "an ablation needs --device cuda"),
-        (["--baseline", "torch_bf16"], "unknown argument --baseline"),
-        (["--list-configs", "/nowhere/a.json"], "--list-configs /nowhere/a.json cannot be"),
-        (["--tokens", "x"], "'x' is not an integer"),
-    ],
-)
-def test_wrong_arguments_are_one_line(argv, message, capsys):
-    assert message in error_line(["ablation", *argv], capsys)
 
 
 def test_without_a_gpu_it_says_so(capsys):

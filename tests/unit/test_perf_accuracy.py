@@ -13,18 +13,12 @@ import megamoe
 from megamoe import reference
 from megamoe.precision import PRECISIONS, WHOLE_ROW, e4m3
 from perf.__main__ import main
-from perf.accuracy import (
-    BOUNDS,
-    ORIGINAL,
-    STORED,
-    AccuracyRow,
-    Errors,
-    calc_diff,
-    max_abs,
-)
-from perf.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
-from perf.measure import MEGAMOE
-from perf.results import EMULATION, Launched
+from perf.commands.accuracy import BOUNDS, ORIGINAL, STORED, AccuracyRow, Errors, calc_diff, max_abs
+from perf.recording.columns import Launched
+from perf.recording.environment import EMULATION
+from perf.workload.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
+from perf.workload.parts import MEGAMOE
+from tests.unit.perf_helpers import error_line
 
 FEW = ["--ranks", "2", "--num-experts", "4", "--top-k", "2", "--tokens", "16"]
 
@@ -172,9 +166,7 @@ def test_rows_say_what_was_compared_where(one_thread, tmp_path, capsys):
     title, *lines = [line for line in capsys.readouterr().out.splitlines() if "  " in line][:5]
     assert {len(line) for line in lines} == {len(title)}
     # Another header is refused before anything runs.
-    with pytest.raises(SystemExit):
-        main(["sweep", "--csv", str(path)])
-    assert "another header" in capsys.readouterr().err
+    assert "another header" in error_line(["sweep", "--csv", str(path)], capsys)
 
 
 def break_scale(monkeypatch):
@@ -252,26 +244,9 @@ def test_wide_hidden_scales_show_only_where_magnitudes_spread(one_thread, monkey
 
 
 def test_a_wrong_pipeline_is_nothing_to_compare_with(one_thread, monkeypatch, capsys):
-    monkeypatch.setattr("perf.experts.Fp8Experts.max_error", 0.01)
+    monkeypatch.setattr("perf.against.experts.Fp8Experts.max_error", 0.01)
     assert main(["accuracy", *FEW]) == 1
     assert "torch_fp8 is wrong at 16 tokens" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--spread", "99"], "99 must be in 0..24"),
-        (["--precision", "fp4"], "'fp4' is not valid"),
-        (["--baseline", "torch_fp8"], "unknown argument --baseline"),
-        (["--no-verify"], "unknown argument --no-verify"),
-        (["--hidden-size", "100"], "hidden_size=100"),
-    ],
-)
-def test_wrong_arguments_are_one_line(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["accuracy", *argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
 
 
 def test_processes_need_gpus(monkeypatch, capsys):

@@ -11,13 +11,16 @@ import torch
 from megamoe import reference
 from megamoe.faults import MegaMoEError
 from megamoe.precision import PRECISIONS
-from perf import experts
-from perf.baselines import BASELINES, TorchBf16, TorchFp8
-from perf.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
-from perf.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
-from perf.measure import baseline_contenders, largest_error, layer_bound, oracle
-from perf.routings import ROUTINGS
-from perf.timing import EAGER, GRAPH, Times, measure
+from perf.against import experts
+from perf.against.baselines import BASELINES, TorchBf16, TorchFp8
+from perf.against.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
+from perf.running.contenders import baseline_contenders
+from perf.running.expected import expected_of
+from perf.running.layer import layer_bound
+from perf.running.processes import ALONE
+from perf.running.timing import EAGER, GRAPH, Times, measure
+from perf.workload.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
+from perf.workload.routings import ROUTINGS
 
 #: A few bf16 roundings (2^-9 each) of independent signs.
 BOUND = 8e-3
@@ -204,20 +207,22 @@ def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, 
     weights = make_layer_weights(case)
     scaled = case.recipe.tokens.has_scales
     plan = SimpleNamespace(case=case, baselines=(), mode=EAGER, device=torch.device("cpu"))
-    made = []
-    monkeypatch.setattr("perf.measure.make_weights", lambda *a: made.append(a) or make_weights(*a))
-    assert baseline_contenders(plan, BASELINES, weights) == [] and not made
+    made, every = [], range(case.model.num_experts)
+    monkeypatch.setattr(
+        "perf.running.contenders.make_weights", lambda *a: made.append(a) or make_weights(*a)
+    )
+    assert baseline_contenders(plan, ALONE, weights, every) == [] and not made
 
     plan.baselines = ("torch_bf16", "torch_fp8")
-    contenders = baseline_contenders(plan, BASELINES, weights)
+    contenders = baseline_contenders(plan, ALONE, weights, every)
     assert len(made) == scaled
     assert [contender.impl for contender in contenders] == list(plan.baselines)
     bounds = [contender.max_error for contender in contenders]
     assert bounds == pytest.approx([0.102, 0.1414] if scaled else [0.02, 0.1], rel=1e-3)
     inputs = make_inputs(case)
-    expected = oracle(inputs, weights, precision)
+    expected = expected_of(ALONE, inputs, weights, precision)
     for contender in contenders:
-        contender.refuse(largest_error(contender.prepare(inputs)(), expected), case.tokens)
+        contender.refuse(expected.error(contender.prepare(inputs)()), case.tokens)
 
 
 def test_the_layer_in_fp8_may_differ_by_flipped_codes_only():

@@ -9,8 +9,8 @@ import torch
 
 from megamoe import quantize_weights, reference
 from megamoe.config import supports
-from perf.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
-from perf.routings import ROUTINGS
+from perf.workload.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
+from perf.workload.routings import ROUTINGS
 
 EMULATED = MODELS["emulated"]
 

@@ -7,14 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from perf import ceilings, probes
-from perf.__main__ import main, parser
-from perf.ceilings import CeilingRow, ceilings_of, keep, load, measured
-from perf.plan import plan_of
-from perf.probes import GBPS, GEMM, TFLOPS, US, Probe
-from perf.results import ResultsFile
-from perf.roofline import DEFAULTS, Ceilings, Work, roofline_of
-from perf.timing import EAGER, GRAPH, Times
+from perf.__main__ import main, options_of
+from perf.against.ceilings import CeilingRow, ceilings_of, load
+from perf.against.roofline import H200, Ceilings, Work, roofline_of
+from perf.commands.ceilings import keep, measured
+from perf.recording.files import ResultsFile
+from perf.running import probes, runner
+from perf.running.listing import heading
+from perf.running.plan import plan_of
+from perf.running.probes import GBPS, GEMM, TFLOPS, US, Probe
+from perf.running.timing import EAGER, GRAPH, Times
+from tests.unit.perf_helpers import error_line, pretend_gpu
 
 GPU = "NVIDIA H200"
 STORED = {
@@ -158,7 +161,7 @@ def test_what_is_measured_becomes_rows(tmp_path, monkeypatch, capsys):
         raise AttributeError("torch has no such thing\nmore")
 
     monkeypatch.setattr(probes, "ONE_GPU", (make, absent))
-    monkeypatch.setattr(ceilings, "measure", lambda *a, **k: (Times((1000.0, 2000.0)), None))
+    monkeypatch.setattr(runner, "measure", lambda *a, **k: (Times((1000.0, 2000.0)), None))
     path = tmp_path / "ceilings.csv"
     assert keep(ResultsFile(path, CeilingRow), measured(torch.device("cpu"), 3)) == 0
     frame = load(path)
@@ -202,7 +205,7 @@ def test_the_latest_rows_of_this_gpu_count(tmp_path):
 def test_memory_of_another_number_of_gpus_will_do_but_not_nvlink(tmp_path):
     path = stored(tmp_path / "c.csv")
     alone = ceilings_of(path, GPU, 1)
-    assert alone.hbm_tbps == 4.3 and alone.nvlink_gbps == DEFAULTS.nvlink_gbps
+    assert alone.hbm_tbps == 4.3 and alone.nvlink_gbps == H200.nvlink_gbps
     write(path, row("hbm_copy", "", 4500.0, num_ranks=1))
     assert ceilings_of(path, GPU, 1).hbm_tbps == 4.5 and ceilings_of(path, GPU, 4).hbm_tbps == 4.3
     with pytest.raises(ValueError, match="has no nvlink_pull of 2 x NVIDIA H200"):
@@ -216,9 +219,8 @@ def test_a_ceiling_that_is_none_is_named(value, tmp_path, capsys):
     path = write(tmp_path / "c.csv", row("gemm", "bfloat16", value))
     with pytest.raises(ValueError, match=f"{path}, line 2: value '?{value}'? is no "):
         ceilings_of(path, GPU, 4)
-    with pytest.raises(SystemExit):
-        main(["ceilings", "--device", "cpu", "--csv", path])
-    assert f"{path}, line 2: value " in capsys.readouterr().err
+    argv = ["ceilings", "--device", "cpu", "--csv", path]
+    assert f"{path}, line 2: value " in error_line(argv, capsys, silent=False)
 
 
 def test_a_cut_row_of_ceilings_is_named(tmp_path):
@@ -231,8 +233,8 @@ def test_a_cut_row_of_ceilings_is_named(tmp_path):
 
 def test_the_roofline_follows_dtype_and_ceilings():
     work = Work((10**12,), (0,), (0,))
-    assert roofline_of(work).us == pytest.approx(1e6 / 780)
-    assert roofline_of(work, dtype="float8_e4m3fn").us == pytest.approx(1e6 / 1490)
+    assert roofline_of(work, H200).us == pytest.approx(1e6 / 780)
+    assert roofline_of(work, H200, "float8_e4m3fn").us == pytest.approx(1e6 / 1490)
     own = Ceilings({"bfloat16": 500.0}, 1.0, 100.0)
     assert roofline_of(work, own).us == pytest.approx(2000)
     assert roofline_of(Work((0,), (10**9,), (0,)), own).us == pytest.approx(1000)
@@ -241,16 +243,23 @@ def test_the_roofline_follows_dtype_and_ceilings():
 
 
 def test_a_sweep_takes_ceilings_from_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    pretend_gpu(monkeypatch)
     path = stored(tmp_path / "c.csv", num_ranks=1)
     sweep = ["sweep", "--device", "cuda"]
-    plan = plan_of(parser().parse_args([*sweep, "--ceilings", path]))
+    plan = plan_of(options_of([*sweep, "--ceilings", path]))
     work = Work((7 * 10**11,), (0,), (0,))
     assert plan.roofline_of(work).us == pytest.approx(1000)
-    plan = plan_of(parser().parse_args(sweep))
+    plan = plan_of(options_of(sweep))
     assert plan.roofline_of(work).us == pytest.approx(7e5 / 780)
-    assert plan_of(parser().parse_args(["sweep"])).roofline_of(work) is None
+    read = Work((0,), (3 * 10**9,), (0,))
+    assert plan.roofline_of(read).us == pytest.approx(3000 / 4.3)
+    pretend_gpu(monkeypatch, "NVIDIA H100 80GB HBM3")
+    assert plan_of(options_of(sweep)).roofline_of(read).us == pytest.approx(1000)
+    pretend_gpu(monkeypatch, "NVIDIA H20")
+    plan = plan_of(options_of(sweep))
+    assert plan.roofline_of(read) is None
+    assert "ceilings of NVIDIA H20 are not known" in heading(plan, "NVIDIA H20", ())
+    assert plan_of(options_of(["sweep"])).roofline_of(work) is None
 
 
 @pytest.mark.parametrize(
@@ -263,7 +272,5 @@ def test_a_sweep_takes_ceilings_from_a_file(tmp_path, monkeypatch):
 )
 def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
     (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(SystemExit) as stop:
-        main([word.format(rows=tmp_path / "rows.csv") for word in argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+    argv = [word.format(rows=tmp_path / "rows.csv") for word in argv]
+    assert message in error_line(argv, capsys, silent=False)

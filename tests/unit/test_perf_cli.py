@@ -20,17 +20,22 @@ from megamoe import compile, dsl, reference
 from megamoe.backends import GpuBackend
 from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
-from megamoe.precision import PRECISIONS, Operand
-from perf import plan, publish, sweep
-from perf.__main__ import COMMANDS, main, parser
-from perf.baselines import TorchBf16
-from perf.cases import Model, make_rank_inputs
-from perf.measure import Point, Runner, staging_contenders
-from perf.options import check_writable, nearest, token_counts
-from perf.plan import plan_of
-from perf.progress import Progress
-from perf.results import ResultsFile, load
-from perf.timing import COLD, EAGER, GRAPH, Times, measure
+from megamoe.precision import PRECISIONS, Operand, precision_of
+from perf.__main__ import COMMANDS, main, options_of
+from perf.against.baselines import TorchBf16
+from perf.arguments import check_writable, nearest, token_counts
+from perf.commands import publish
+from perf.recording.files import ResultsFile, load
+from perf.running import listing, session
+from perf.running.checks import check_here
+from perf.running.contenders import staging_contenders
+from perf.running.options import DEFAULTS
+from perf.running.plan import Plan, plan_of
+from perf.running.points import Point
+from perf.running.progress import Progress
+from perf.running.timing import COLD, EAGER, GRAPH, Times, measure
+from perf.workload.cases import Model, make_rank_inputs
+from tests.unit.perf_helpers import error_line, pretend_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -49,6 +54,7 @@ class FakeMoE:
         self.kernel_config = KernelConfig()
         self.num_sms = 5 if arguments["num_sms"] is None else arguments["num_sms"]
         self.nvlink_bytes = 4096
+        self.config = SimpleNamespace(recipe=precision_of(arguments["precision"]))
         self.made.append(self)
 
     def load_weights(self, w13, w2, *scales):
@@ -75,16 +81,6 @@ def fake(monkeypatch):
     cls = type("Fake", (FakeMoE,), {"made": made})
     monkeypatch.setattr(megamoe, "MegaMoE", cls, raising=False)
     return cls
-
-
-def error_line(argv: list[str], capsys) -> str:
-    """The one line that `argv` fails with."""
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1, captured.err
-    return captured.err
 
 
 @pytest.mark.parametrize(
@@ -123,6 +119,21 @@ def error_line(argv: list[str], capsys) -> str:
         (["sweep", "--num-experts", "12"], ["num_experts=12", "num_ranks=8"]),
         (["sweep", "--num-experts", "2", "--ranks", "1"], ["top_k=4", "num_experts=2"]),
         (["sweep", "--num-experts", "8", "--experts-per-gpu", "8"], ["exclude each other"]),
+        (["accuracy", "--spread", "99"], ["99 must be in 0..24"]),
+        (["accuracy", "--precision", "fp4"], ["'fp4' is not valid"]),
+        (["accuracy", "--baseline", "torch_fp8"], ["unknown argument --baseline"]),
+        (["accuracy", "--no-verify"], ["unknown argument --no-verify"]),
+        (["accuracy", "--hidden-size", "100"], ["hidden_size=100"]),
+        (["zeroing", "--routing", "masked:0.2"], ["masks slots"]),
+        (["zeroing", "--baseline", "torch_bf16"], ["unknown argument --baseline"]),
+        (["zeroing", "--tokens", "x"], ["'x' is not an integer"]),
+        (["ablation"], ["an ablation needs --device cuda"]),
+        (["ablation", "--baseline", "torch_bf16"], ["unknown argument --baseline"]),
+        (
+            ["ablation", "--list-configs", "/nowhere/a.json"],
+            ["--list-configs /nowhere/a.json cannot be"],
+        ),
+        (["ablation", "--tokens", "x"], ["'x' is not an integer"]),
     ],
 )
 def test_bad_arguments_end_in_one_line(argv, expected, capsys, fake):
@@ -210,8 +221,8 @@ def test_nearest():
     assert nearest("?", ["a", "b"]) == "choose from a, b"
 
 
-def plan_for(*argv: str) -> plan.Plan:
-    return plan_of(parser().parse_args(["sweep", *argv]))
+def plan_for(*argv: str) -> Plan:
+    return plan_of(options_of(["sweep", *argv]))
 
 
 def test_defaults_emulate_a_small_layer_at_ep8():
@@ -276,7 +287,7 @@ def test_what_is_lacking_ends_the_sweep_in_one_line(fake, capsys, monkeypatch):
     def lack(plans):
         raise ValueError(f"{len(plans)} plan(s), no memory")
 
-    monkeypatch.setattr(sweep, "check_here", lack)
+    monkeypatch.setattr(session, "check_here", lack)
     assert "1 plan(s), no memory" in error_line(["sweep"], capsys)
     assert fake.made == []
 
@@ -327,31 +338,31 @@ def gpu_of(gigabytes: int) -> SimpleNamespace:
 
 
 def test_what_the_machine_lacks_is_said_before_anything_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu_of(16))
     monkeypatch.setattr(dsl, "HAVE_DSL", True)
     cuda = ("--device", "cuda", "--model", "v3")
-    plan.check_here([plan_for(*cuda, "--num-experts", "32")])
+    check_here([plan_for(*cuda, "--num-experts", "32")])
     with pytest.raises(ValueError, match=r"needs at least \d+ GiB on a GPU, GPU has 16"):
-        plan.check_here([plan_for(*cuda)])
+        check_here([plan_for(*cuda)])
     few = (*cuda, "--num-experts", "32")
     with pytest.raises(ValueError, match=r"--num-sms 60 x 2 rank\(s\) is more than the 100 SMs"):
-        plan.check_here([plan_for(*few, "--ranks", "2", "--num-sms", "60")])
+        check_here([plan_for(*few, "--ranks", "2", "--num-sms", "60")])
     monkeypatch.setattr(dsl, "HAVE_DSL", False)
     monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path))
     wanted = plan_for(*few, "--kernel-dir", str(tmp_path / "kernels"))
     with pytest.raises(ValueError, match="--kernel-dir .*kernels has no megamoe-bf16-.*.so"):
-        plan.check_here([wanted])
+        check_here([wanted])
     anywhere = plan_for(*few)
     with pytest.raises(ValueError, match=f"^{tmp_path} has no .* with python -m megamoe.compile"):
-        plan.check_here([anywhere])
+        check_here([anywhere])
     config = wanted.case.config(wanted.max_tokens)
     (tmp_path / f"{compile.kernel_name(config, select(config))}.so").touch()
-    plan.check_here([wanted, anywhere])
+    check_here([wanted, anywhere])
 
 
 def test_cuda_options(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_gpu(monkeypatch)
     cuda = plan_for("--device", "cuda", "--ranks", "4", "--experts-per-gpu", "32", "--no-verify")
     assert cuda.mode == GRAPH and cuda.case.model.name == "v3" and not cuda.verify
     assert cuda.case.model.num_experts == 32
@@ -392,16 +403,16 @@ def test_every_row_of_a_cold_sweep_says_so(fake, capsys, monkeypatch, tmp_path):
     """On a CPU, with a flush that is not there."""
     flushed = []
 
-    def measured(*arguments, flush):
+    def measured(*arguments, flush, align):
         flushed.append(flush)
         return measure(*arguments)
 
-    monkeypatch.setattr("perf.measure.flush_of", lambda l2, device: l2)
-    monkeypatch.setattr("perf.measure.measure", measured)
+    monkeypatch.setattr("perf.running.runner.flush_of", lambda l2, device: l2)
+    monkeypatch.setattr("perf.running.runner.measure", measured)
     path = tmp_path / "rows.csv"
     warm = plan_for(*SMALL[1:], "--baseline", "torch_bf16")
     cold = dataclasses.replace(warm, l2=COLD)
-    assert sweep.measure_all([cold, warm], ResultsFile(path), Runner) == 0
+    assert session.measure_all([cold, warm], ResultsFile(path)) == 0
     assert flushed == ["cold"] * 4 + ["warm"] * 4
     assert load(path)["mode"].tolist() == ["eager-cold"] * 4 + ["eager"] * 4
     assert ", eager-cold, 2 timed call(s)" in capsys.readouterr().out
@@ -445,7 +456,7 @@ def test_rows_of_staging(capsys, tmp_path):
     out = capsys.readouterr().out
     assert out.count("nothing is copied before the launch") == 1
     point = Point(plan_for().case, GRAPH, "megamoe_staging", Times((7.0,)), None, None, None)
-    cells = [text(point) for _, _, text in sweep.GPU_COLUMNS]
+    cells = [text(point) for _, _, text in listing.GPU_COLUMNS]
     assert cells == ["1", "megamoe_staging", "7.0", "7.0", "7.0", *"-----"]
 
 
@@ -575,15 +586,15 @@ def test_every_command_has_help(command, capsys):
 
 
 def test_every_published_step_is_a_valid_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_gpu(monkeypatch)
     for step in publish.STEPS:
         reps = 1 if step.command == "accuracy" else 3
         command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
         assert command[1:4] == ["-m", "perf", step.command]
-        args = parser().parse_args(command[3:])
+        args = options_of(command[3:])
         measured = plan_of(args)
         assert measured.device.type == "cuda" and measured.reps == reps
-        assert args.csv == str(tmp_path / step.file)
+        assert args.csv == str(tmp_path / step.file("h200"))
 
 
 def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
@@ -599,11 +610,11 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     directory = tmp_path / "new"
-    assert publish.main([str(directory), "--only", "smoke,tiny,v3_one"]) == 1
+    assert main(["publish", str(directory), "--only", "smoke,tiny,v3_one"]) == 1
     assert list(limits) == ["smoke", "v3_one", "tiny"] and directory.is_dir()
     summary = capsys.readouterr().out.splitlines()[-3:]
     assert summary == ["smoke: stopped after 120 s", "v3_one: ok", "tiny: exit status 3"]
-    assert publish.main([str(directory), "--only", "v3_one"]) == 0
+    assert main(["publish", str(directory), "--only", "v3_one"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -622,10 +633,7 @@ def test_wrong_arguments_of_publish_are_one_line(
     option, value, message, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(publish, "run_step", lambda *step: "ok")
-    with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path / "new"), option, value])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+    assert message in error_line(["publish", str(tmp_path / "new"), option, value], capsys)
     assert not (tmp_path / "new").exists()
 
 
@@ -634,8 +642,8 @@ def test_options_are_passed_on_to_the_steps_that_have_them(monkeypatch, tmp_path
     monkeypatch.setattr(publish, "run_step", lambda command, *limits: given.append(command) or "ok")
     only = "pro_errors,pro_one,pro_ablation_fp8,zeroing"
     options = ["--only", only, "--reps", "7", "--num-sms", "9", "--kernel-dir", "d"]
-    assert publish.main([str(tmp_path), *options]) == 0
-    by_command = {args.command: args for args in (parser().parse_args(c[3:]) for c in given)}
+    assert main(["publish", str(tmp_path), *options]) == 0
+    by_command = {words[3]: options_of(words[3:]) for words in given}
     assert {name: args.reps for name, args in by_command.items()} == {
         "sweep": 7, "accuracy": 1, "ablation": 7, "zeroing": 7}  # fmt: skip
     assert {(args.num_sms, args.kernel_dir) for args in by_command.values()} == {(9, "d")}
@@ -645,18 +653,16 @@ def test_options_are_passed_on_to_the_steps_that_have_them(monkeypatch, tmp_path
 def test_a_directory_that_cannot_be_made_is_one_line(options, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "run_step", None)
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path / "file"), *options])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "file is no directory" in err
+    assert "file is no directory" in error_line(
+        ["publish", str(tmp_path / "file"), *options], capsys
+    )
 
 
 def test_a_list_that_cannot_be_written_is_one_line(capsys, tmp_path):
     (tmp_path / "configs.json").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        publish.main([str(tmp_path), "--list-configs", "--only", "smoke"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "configs.json" in err
+    assert "configs.json" in error_line(
+        ["publish", str(tmp_path), "--list-configs", "--only", "smoke"], capsys
+    )
 
 
 def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:
@@ -687,7 +693,7 @@ def test_the_emulator_sweep_as_a_user_runs_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "CPU emulation" in done.stdout
     rows = load(path)
-    assert rows.tokens.tolist() == list(plan.DEFAULTS["cpu"].tokens)
+    assert rows.tokens.tolist() == list(DEFAULTS["cpu"].tokens)
     assert (rows.num_ranks == 8).all() and (rows.impl == "megamoe").all()
     assert (rows.error_rel < 8e-3).all()
     assert (rows.reset_bytes > 0).all() and (rows.reset_bytes < rows.workspace_bytes / 10).all()

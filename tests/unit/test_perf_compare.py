@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from perf.__main__ import main
-from perf.compare import KEY, Pair, Timing, measurements, pairs_of
-from perf.results import COLUMNS, EMULATION, ResultsFile, load
-from perf.timing import COLD, GRAPH, Times, mode_label
+from perf.commands.compare import KEY, Pair, Timing, measurements, pairs_of
+from perf.recording.columns import COLUMNS
+from perf.recording.environment import EMULATION
+from perf.recording.files import ResultsFile, load
+from perf.running.timing import COLD, GRAPH, Times, mode_label
+from tests.unit.perf_helpers import error_line
 from tests.unit.test_perf_results import row_of
 
 MEASURED = Path(__file__).resolve().parents[1] / "data" / "h200_bf16_ep4.csv"
@@ -229,8 +232,4 @@ def test_wrong_arguments_are_one_line_and_status_2(argv, message, tmp_path, caps
     }
     Path(paths["empty"]).write_text(",".join(COLUMNS) + "\n")
     Path(paths["other"]).write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", *(word.format(**paths) for word in argv)])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and captured.out == ""
-    assert captured.err.count("\n") == 1 and message in captured.err
+    assert message in error_line(["compare", *(word.format(**paths) for word in argv)], capsys)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megamoe import reference
-from perf import deepep, sweep
-from perf.__main__ import main
-from perf.cases import Case, Model, make_layer_weights, make_rank_inputs
-from perf.experts import MAX_FP8_ERROR, dequantise
-from perf.measure import baseline_contenders
-from perf.process_runner import PROCESS_BASELINES
-from perf.timing import EAGER
+from perf.against import deepep
+from perf.against.experts import MAX_FP8_ERROR, dequantise
+from perf.running import session
+from perf.running.contenders import baseline_contenders
+from perf.running.timing import EAGER
+from perf.workload.cases import Case, Model, make_layer_weights, make_rank_inputs
+from tests.unit.perf_helpers import error_line, pretend_gpu
 
 FP8 = torch.float8_e4m3fn
 EXPERTS, TOP_K, HIDDEN = 6, 3, 256
@@ -150,9 +150,10 @@ def test_weights_are_not_copied(fakes):
 def test_the_contender_takes_the_quantised_weights_alone(fakes, monkeypatch):
     case = case_of(tokens=9, routing="masked")
     weights = make_layer_weights(case)
+    job = SimpleNamespace(alone=False, size=1)
     plan = SimpleNamespace(case=case, baselines=(deepep.NAME,), mode="graph", device="cpu")
-    monkeypatch.setattr("perf.measure.make_weights", None)
-    (contender,) = baseline_contenders(plan, PROCESS_BASELINES, weights, num_ranks=1)
+    monkeypatch.setattr("perf.running.contenders.make_weights", None)
+    (contender,) = baseline_contenders(plan, job, weights, range(0))
     assert (contender.impl, contender.mode) == (deepep.NAME, EAGER)
     assert contender.max_error == MAX_FP8_ERROR
     inputs = make_rank_inputs(case, 0)
@@ -184,20 +185,16 @@ def test_a_missing_module_is_a_line_before_anything_starts(
     name, missing, fakes, monkeypatch, capsys
 ):
     monkeypatch.setitem(sys.modules, missing, None)  # importing it raises ImportError
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(sweep, "joined", None)
+    pretend_gpu(monkeypatch, count=2)
+    monkeypatch.setattr(session, "joined", None)
     for variable, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(variable, value)
-    with pytest.raises(SystemExit) as stop:
-        main(["sweep", "--device", "cuda", "--precision", "fp8_block", "--baseline", name])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert f"needs the module {missing}:" in error
+    assert f"needs the module {missing}:" in error_line(
+        ["sweep", "--device", "cuda", "--precision", "fp8_block", "--baseline", name], capsys
+    )
 
 
 def test_without_torchrun_the_command_says_so(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["sweep", "--precision", "fp8_block", "--baseline", "deepep-deepgemm"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "torchrun" in error
+    assert "torchrun" in error_line(
+        ["sweep", "--precision", "fp8_block", "--baseline", "deepep-deepgemm"], capsys
+    )

@@ -21,11 +21,22 @@ from megamoe import reference
 from megamoe.compile import KernelNotFound
 from megamoe.config import KernelConfig
 from megamoe.faults import LaunchTimeout
+from megamoe.precision import precision_of
 from megamoe.reference import Weights
-from perf import accuracy, processes, timing
-from perf.__main__ import main, parser
-from perf.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
-from perf.cases import (
+from perf.__main__ import main, options_of
+from perf.against.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchFp8
+from perf.against.roofline import work_of
+from perf.commands import accuracy
+from perf.recording.files import ResultsFile, load
+from perf.running import processes, timing
+from perf.running.expected import sample_of
+from perf.running.listing import SWEEP, Listing, heading
+from perf.running.plan import plan_of
+from perf.running.processes import Place, ProcessJob, place_of
+from perf.running.runner import Runner
+from perf.running.session import measure_all
+from perf.running.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
+from perf.workload.cases import (
     MODELS,
     Case,
     make_inputs,
@@ -33,15 +44,7 @@ from perf.cases import (
     make_rank_inputs,
     make_weights,
 )
-from perf.measure import Runner
-from perf.plan import plan_of
-from perf.process_runner import ProcessRunner
-from perf.processes import Job, Place, place_of
-from perf.results import ResultsFile, load
-from perf.roofline import work_of
-from perf.sample import sample_of
-from perf.sweep import SWEEP, Listing, heading, measure_all
-from perf.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
+from tests.unit.perf_helpers import error_line, pretend_gpu
 
 RANKS, TOKENS, MOST = 2, 37, 16
 FP8_RECIPES = ("fp8_block", "fp8_channel")
@@ -62,6 +65,10 @@ def fields(inputs) -> tuple[torch.Tensor, ...]:
     return inputs.x, inputs.topk_idx, inputs.topk_weights
 
 
+def config_of(arguments) -> SimpleNamespace:
+    return SimpleNamespace(recipe=precision_of(arguments["precision"]))
+
+
 class FakeMoE:
     """The exchanged baseline behind the layer's interface."""
 
@@ -72,6 +79,7 @@ class FakeMoE:
         assert arguments["max_tokens_per_rank"] == 9
         self.workspace = SimpleNamespace(reset_bytes=1024, total_bytes=65536)
         self.kernel_config, self.num_sms = KernelConfig(), 5
+        self.config, self.nvlink_bytes = config_of(arguments), None
         self.local_ranks, self.buffer = [dist.get_rank()], torch.zeros(9, arguments["hidden_size"])
 
     def input_buffer(self, rank):
@@ -91,19 +99,19 @@ class FakeMoE:
         pass
 
 
-def command(job: Job, runner: type, listing: Listing, csv: Path, argv: list[str]):
+def command(job: ProcessJob, runner: type, listing: Listing, csv: Path, argv: list[str]):
     """Status and standard output of a command with a process per rank."""
-    plan = plan_of(parser().parse_args([*argv, "--ranks", "2", "--csv", str(csv)]))
+    plan = plan_of(options_of([*argv, "--ranks", "2", "--csv", str(csv)]))
     plan = dataclasses.replace(plan, case=dataclasses.replace(plan.case, ranks_per_gpu=1))
     file, out = ResultsFile(csv, listing.kind), io.StringIO()
     with contextlib.redirect_stdout(out):
-        status = measure_all([plan], file, lambda p: runner(p, job), job, listing=listing)
+        status = measure_all([plan], file, runner, job, listing=listing)
     return status, out.getvalue()
 
 
-def sweep(job: Job, csv: Path) -> tuple[int, str]:
+def sweep(job: ProcessJob, csv: Path) -> tuple[int, str]:
     argv = ["sweep", "--tokens", "2,9", "--reps", "3", "--baseline", "torch_bf16", "--staging"]
-    return command(job, ProcessRunner, SWEEP, csv, argv)
+    return command(job, Runner, SWEEP, csv, argv)
 
 
 def work(rank: int, directory: Path) -> None:
@@ -112,7 +120,7 @@ def work(rank: int, directory: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=RANKS
     )
-    job = Job(torch.device("cpu"))
+    job = ProcessJob(torch.device("cpu"))
     job.align()
     found = {
         "max": job.max_over_ranks([rank, -rank, float("inf") if rank else 0.5]),
@@ -138,9 +146,9 @@ def work(rank: int, directory: Path) -> None:
     found["sweep"] = sweep(job, directory / "rows.csv")
     argv = ["accuracy", "--tokens", "9"]
     listing, csv = accuracy.LISTING, directory / "errors.csv"
-    found["accuracy"] = command(job, accuracy.AccuracyProcessRunner, listing, csv, argv)
-    count = SimpleNamespace(job=job)
-    found["work"] = ProcessRunner._work(count, case_of(), make_rank_inputs(case_of(), rank))
+    found["accuracy"] = command(job, accuracy.AccuracyRunner, listing, csv, argv)
+    count = SimpleNamespace(job=job, plan=SimpleNamespace(device="cpu"))
+    found["work"] = Runner._work(count, case_of(), [make_rank_inputs(case_of(), rank)])
     FakeMoE.scale = 1.05
     found["wrong"] = sweep(job, directory / "wrong.csv")
     torch.save(found, directory / f"{rank}.pt")
@@ -265,21 +273,16 @@ def test_place():
     ],
 )
 def test_bad_arguments_under_torchrun_are_one_line(argv, expected, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    pretend_gpu(monkeypatch, count=4)
     for name, value in torchrun().items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as stop:
-        main(["sweep", *argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and expected in err
+    assert expected in error_line(["sweep", *argv], capsys)
 
 
 def test_plan_under_torchrun(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    pretend_gpu(monkeypatch, count=4)
     argv = ["sweep", "--device", "cuda", "--model", "pro", "--tokens", "1,8", "--graph"]
-    args = parser().parse_args([*argv, "--experts-per-gpu", "8", "--baseline", "torch_bf16"])
+    args = options_of([*argv, "--experts-per-gpu", "8", "--baseline", "torch_bf16"])
     plan = plan_of(args, place_of(torchrun(2)))
     assert plan.device == torch.device("cuda:2") and plan.max_tokens == 8
     assert (plan.case.num_ranks, plan.case.ranks_per_gpu, plan.case.num_gpus) == (4, 1, 4)
@@ -335,17 +338,17 @@ def test_a_flush_overwrites_more_than_the_l2_holds(size, monkeypatch):
     assert flush_of(COLD, "cpu")().nbytes == (3 * size if size else 256 << 20)
 
 
-@pytest.mark.parametrize("kind", [Runner, ProcessRunner])
-def test_a_runner_flushes_before_whatever_it_measures(kind, monkeypatch):
-    def measured(*arguments, flush, align=None):
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_runner_flushes_before_whatever_it_measures(alone, monkeypatch):
+    def measured(*arguments, flush, align):
         return Times((1.0,)), (flush, align)
 
-    monkeypatch.setattr(f"{kind.__module__}.measure", measured)
-    job = SimpleNamespace(align="align", max_over_ranks=lambda us: us)
-    plan = plan_of(parser().parse_args(["sweep"]))
+    monkeypatch.setattr("perf.running.runner.measure", measured)
+    job = SimpleNamespace(align="align", max_over_ranks=lambda us: us, alone=alone)
+    plan = plan_of(options_of(["sweep"]))
     runner = SimpleNamespace(plan=plan, flush="flush", job=job)
-    _, passed = kind._measure(runner, None, EAGER, None)
-    assert passed == ("flush", "align" if kind is ProcessRunner else None)
+    _, passed = Runner._measure(runner, None, EAGER, None)
+    assert passed == ("flush", None if alone else "align")
 
 
 @pytest.mark.parametrize(
@@ -365,7 +368,7 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
     def end(status: int) -> None:
         raise Ended(status)
 
-    def fail(plan):
+    def fail(plan, job):
         raise error
 
     monkeypatch.setattr(os, "_exit", end)
@@ -377,9 +380,9 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     job = SimpleNamespace(rank=3, align=lambda: None)
-    job.abort = lambda *arguments: Job.abort(job, *arguments)
-    monkeypatch.setattr(processes, "Job", lambda device: job)
-    plan = plan_of(parser().parse_args(["sweep"]))
+    job.abort = lambda *arguments: ProcessJob.abort(job, *arguments)
+    monkeypatch.setattr(processes, "ProcessJob", lambda device: job)
+    plan = plan_of(options_of(["sweep"]))
     with pytest.raises(Ended) as ended, processes.joined(Place(3, 4, 3)) as joined:
         measure_all([plan], None, fail, joined)
     assert ended.value.args == (status,)

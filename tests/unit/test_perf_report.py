@@ -11,13 +11,19 @@ from pathlib import Path
 import pandas
 import pytest
 
-from perf import report
 from perf.__main__ import main
-from perf.cases import MODELS, Case
-from perf.curves import PEER_COLUMNS, PEERS, groups_of, load_peers, memory_of
-from perf.phases import PHASES, PhaseRow, sections_of
-from perf.report import environment_rows, group_rows, memory_sections
-from perf.results import EMULATION, REPOSITORY, ResultsFile, Row, load
+from perf.against.peers import PEERS, PeerRow, load_peers
+from perf.commands import report
+from perf.drawing import page
+from perf.drawing.curves import groups_of, memory_of
+from perf.drawing.page import environment_rows, group_rows, memory_sections
+from perf.drawing.plots import _styled
+from perf.recording.columns import Row, columns_of
+from perf.recording.environment import EMULATION, REPOSITORY
+from perf.recording.files import ResultsFile, load
+from perf.tracing.phases import PHASES, PhaseRow, sections_of
+from perf.workload.cases import MODELS, Case
+from tests.unit.perf_helpers import error_line
 from tests.unit.test_perf_results import row_of
 
 PRO = dict(model="pro", hidden=7168, intermediate=3072, num_experts=384, top_k=6, num_ranks=4)
@@ -58,7 +64,7 @@ def frame(tmp_path):
 @pytest.fixture
 def peers():
     row = ("other", "NVIDIA H200", 4, "pro", 8, 50.0, "2026-01-01", "bf16")
-    return pandas.DataFrame([row], columns=PEER_COLUMNS)
+    return pandas.DataFrame([row], columns=columns_of(PeerRow))
 
 
 def test_groups_and_their_curves(frame, peers):
@@ -88,10 +94,7 @@ def test_speedups_are_within_a_precision(tmp_path, peers):
     rows = [*ROWS[1:5], pro(8, 60.0, precision="other"), pro(8, 90.0, mode="eager")]
     (group,) = groups_of(load(write(tmp_path / "two.csv", rows)), peers)
     found = {curve.label: ratios for curve, ratios in group.speedups()}
-    assert found == {
-        "torch_bf16 (eager), bf16": {8: 3.0, 64: 1.5},
-        "other, bf16": {8: 0.5},
-    }
+    assert found == {"torch_bf16 (eager), bf16": {8: 3.0, 64: 1.5}, "other, bf16": {8: 0.5}}
     assert [c.label for c in group.curves if not c.drawn] == ["megamoe (eager), bf16"]
 
 
@@ -123,6 +126,28 @@ def test_staging_is_no_contender(tmp_path):
     assert [curve.name for curve in group.drawn] == ["megamoe", "torch"]
     assert [other.name for other, _ in group.speedups()] == ["torch"]
     assert group_rows(group)["megamoe_staging, bf16"] == [("8", "5.0", "", "", "")]
+
+
+def test_a_series_keeps_its_colour(tmp_path, monkeypatch):
+    """Whatever stands beside it in a group, and in whichever mode it ran."""
+    rows = [
+        pro(8, 100.0, precision="fp8_block"), pro(8, 300.0, impl="second"),
+        pro(8, 100.0, num_experts=96), pro(8, 90.0, num_experts=96, precision="fp8_block"),
+        pro(8, 300.0, num_experts=96, impl="first"), pro(8, 300.0, num_experts=96, impl="second"),
+        pro(8, 100.0, num_experts=192, mode="eager"),
+    ]  # fmt: skip
+    drawn_groups: list[tuple] = []
+    monkeypatch.setattr(page, "draw_panels", lambda *drawn: drawn_groups.append(drawn) or [])
+    source = write(tmp_path / "rows.csv", rows)
+    assert main(["report", source, "-o", str(tmp_path / "page.html")]) == 0
+    seen: dict[tuple, set] = {}
+    for drawn in map(_styled, *zip(*drawn_groups, strict=True)):
+        assert len({style["label"] for _, style in drawn}) == len(drawn)
+        for curve, style in drawn:
+            look = style["color"], style.get("marker"), style.get("linestyle")
+            seen.setdefault(curve.series, set()).add(look)
+    assert all(len(looks) == 1 for looks in seen.values())
+    assert len(set.union(*seen.values())) == len(seen)  # and each has its own
 
 
 def test_memory_is_the_region_table():
@@ -308,7 +333,7 @@ def test_wrong_arguments_are_one_line(argv, message, tmp_path, capsys):
     (tmp_path / "none.csv").touch()
     (tmp_path / "binary.csv").write_bytes(b"\x89PNG\xff")
     peer = "other,NVIDIA H200,4,pro,abc,50,2026-01-01,bf16"
-    (tmp_path / "peers.csv").write_text(f"{','.join(PEER_COLUMNS)}\n{peer}\n")
+    (tmp_path / "peers.csv").write_text(f"{','.join(columns_of(PeerRow))}\n{peer}\n")
     out = tmp_path / "page.html"
     with pytest.raises(SystemExit) as stop:
         main(["report", *(word.format(**names) for word in argv), "-o", str(out)])
@@ -323,10 +348,9 @@ def test_results_are_not_overwritten(output, tmp_path, capsys, monkeypatch):
     for name in ("a.csv", "b.csv", "notes"):
         write(tmp_path / name)
     (tmp_path / "link").symlink_to("notes")
-    with pytest.raises(SystemExit) as stop:
-        main(["report", "a.csv", "notes", "-o", output])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "would overwrite results" in err
+    assert "would overwrite results" in error_line(
+        ["report", "a.csv", "notes", "-o", output], capsys
+    )
     assert len(load("a.csv", "b.csv", "notes")) == 3 * len(ROWS)
     assert not (tmp_path / "new.CSV").exists()
 
@@ -337,28 +361,25 @@ def test_what_cannot_be_written_is_refused_before_anything_is_read(
 ):
     monkeypatch.setattr(report, "result_files", None)
     place = write(tmp_path / "rows.csv") + "/a.html"
-    with pytest.raises(SystemExit) as stop:
-        main(["report", str(tmp_path), "-o", str(tmp_path / "page.html"), option, place])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and not (tmp_path / "page.html").exists()
-    assert f"{option} {place} cannot be written: " in err
+    assert f"{option} {place} cannot be written: " in error_line(
+        ["report", str(tmp_path), "-o", str(tmp_path / "page.html"), option, place], capsys
+    )
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_a_page_that_can_no_longer_be_written_is_one_line(tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.html"
     monkeypatch.setattr(report, "page_of", lambda *arguments: page.mkdir() or "text")
-    with pytest.raises(SystemExit) as stop:
-        main(["report", write(tmp_path / "rows.csv"), "-o", str(page)])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and str(page) in err
+    assert str(page) in error_line(
+        ["report", write(tmp_path / "rows.csv"), "-o", str(page)], capsys
+    )
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit) as stop:
-        main(["report", write(tmp_path / "rows.csv"), "-o", str(tmp_path / "page.html")])
-    assert stop.value.code == 2
-    assert "pip install -e '.[report]'" in capsys.readouterr().err
+    assert "pip install -e '.[report]'" in error_line(
+        ["report", write(tmp_path / "rows.csv"), "-o", str(tmp_path / "page.html")], capsys
+    )
 
 
 def test_the_published_files_can_be_drawn():

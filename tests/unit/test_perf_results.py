@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from perf import results
-from perf.results import (
-    COLUMNS,
-    ResultsFile,
-    Row,
-    environment,
-    load,
-    result_files,
-    source_version,
-)
+from perf.against.ceilings import CeilingRow
+from perf.against.peers import PeerRow
+from perf.commands.accuracy import AccuracyRow
+from perf.recording import environment as environments
+from perf.recording.columns import COLUMNS, IDENTIFIES, POSITIVE, Row, column
+from perf.recording.environment import environment, source_version
+from perf.recording.files import ResultsFile, load, result_files
+from perf.tracing.phases import PhaseRow
 
 DOCUMENTED = (
     "date, commit, dirty, gpu, driver, torch, dsl, num_ranks, ranks_per_gpu, model, hidden, "
@@ -248,7 +246,7 @@ def git(directory, *arguments) -> str:
 
 
 def test_version_from_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(environments, "REPOSITORY", tmp_path)
     monkeypatch.delenv("MEGAMOE_COMMIT", raising=False)
     git(tmp_path, "init", "-q")
     (tmp_path / "file").write_text("1")
@@ -265,10 +263,10 @@ def test_version_from_git(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("stated", "version"),
-    [("abc1", ("abc1", 0)), ("abc1-dirty", ("abc1", 1)), ("", ("unknown", ""))],
+    [("abc1", ("abc1", 0)), ("abc1-dirty", ("abc1", 1)), ("", ("unknown", None))],
 )
 def test_version_without_git(tmp_path, monkeypatch, stated, version):
-    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(environments, "REPOSITORY", tmp_path)
     monkeypatch.setenv("MEGAMOE_COMMIT", stated)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert source_version() == version
@@ -279,3 +277,37 @@ def test_environment_fills_its_columns():
     assert list(where) == list(COLUMNS[:7])
     assert where["gpu"] == "cpu emulation" and where["driver"] == ""
     assert where["dsl"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Later(Row):
+    """Rows of a day when more is measured."""
+
+    activation: str = column(IDENTIFIES, default="swiglu", added=True)
+    sm_clock_mhz: float | None = column(POSITIVE, default=None, added=True)
+
+
+def test_files_from_before_a_column_was_added_load_as_they_are(tmp_path):
+    path = tmp_path / "rows.csv"
+    ResultsFile(path).append(row_of())
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"missing \['activation', 'sm_clock_mhz'\]"):
+        ResultsFile(path, Later)  # its rows would lose what they hold
+    new = tmp_path / "new.csv"
+    later = Later(**dataclasses.asdict(row_of()), activation="gelu", sm_clock_mhz=1300.0)
+    ResultsFile(new, Later).append(later)
+    assert result_files([path, new], Later) == ([path, new], [])
+    rows = load(path, new, kind=Later)
+    assert rows.activation.tolist() == ["swiglu", "gelu"] and rows.sm_clock_mhz[1] == 1300
+    assert rows.sm_clock_mhz.isna().tolist() == [True, False] and path.read_text() == before
+    with pytest.raises(ValueError, match=r"unknown \['activation', 'sm_clock_mhz'\]"):
+        load(new)
+
+
+def test_every_published_file_is_of_some_kind():
+    kinds = {"ceilings": CeilingRow, "peers": PeerRow, "phases": PhaseRow, "accuracy": AccuracyRow}
+    files = sorted((environments.REPOSITORY / "perf" / "results").glob("*.csv"))
+    assert len(files) > 10
+    for path in files:
+        if path.stem != "experiments":
+            assert len(load(path, kind=kinds.get(path.stem, Row))), path

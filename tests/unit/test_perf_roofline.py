@@ -7,16 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from perf.cases import MODELS, Case, Model, make_inputs
-from perf.roofline import (
-    BF16_GEMM_TFLOPS,
-    HBM_TBPS,
-    NVLINK_PULL_GBPS,
-    Work,
-    roofline_of,
-    routed_counts,
-    work_of,
-)
+from perf.against.roofline import H200, Work, roofline_of, routed_counts, work_of
+from perf.workload.cases import MODELS, Case, Model, make_inputs
 
 H, I = 256, 128  # noqa: E741
 MODEL = Model("hand", hidden=H, intermediate=I, num_experts=4, top_k=2)
@@ -67,7 +59,7 @@ def test_ranks_that_share_a_gpu_add_up_and_send_nothing():
     assert work.flops == (6 * 6 * H * I,)
     assert work.hbm_bytes == (3 * EXPERT_BYTES + 4 * TOKEN_BYTES,)
     assert work.nvlink_bytes == (0,)
-    assert roofline_of(work).bound != "nvlink"
+    assert roofline_of(work, H200).bound != "nvlink"
 
 
 def test_ranks_are_dealt_to_gpus_in_turn():
@@ -88,8 +80,7 @@ def test_ranks_are_dealt_to_gpus_in_turn():
     ],
 )
 def test_the_slowest_ceiling_on_the_busiest_gpu_bounds(work, bound, us):
-    assert (BF16_GEMM_TFLOPS, HBM_TBPS, NVLINK_PULL_GBPS) == (780, 4.3, 330)
-    roofline = roofline_of(work)
+    roofline = roofline_of(work, H200)
     assert roofline.bound == bound
     assert roofline.us == pytest.approx(us)
     assert roofline.share(2 * us) == pytest.approx(0.5)
@@ -104,13 +95,13 @@ def test_v3_bounds_at_the_ends():
     """One token streams the weights of K experts, 4096 tokens those of all."""
     model = MODELS["v3"]
     one, many = (Case(model, num_ranks=1, tokens=tokens) for tokens in (1, 4096))
-    decode = roofline_of(work_of(one, [i.topk_idx for i in make_inputs(one)]))
+    decode = roofline_of(work_of(one, [i.topk_idx for i in make_inputs(one)]), H200)
     assert decode.bound == "hbm"
     assert decode.us == pytest.approx(8 * 3 * 7168 * 2048 * 2 / 4.3e6, rel=1e-3)
     ids = torch.randint(256, (4096, 8), dtype=torch.int32)
     work = work_of(many, [ids])
     assert work.flops == (6 * 4096 * 8 * 7168 * 2048,)  # 3.7 ms
     # Of 256 experts the weights weigh more than the math of 4096 tokens on one GPU: 5.24 ms.
-    prefill = roofline_of(work)
+    prefill = roofline_of(work, H200)
     assert prefill.bound == "hbm"
     assert prefill.us == pytest.approx(256 * 3 * 7168 * 2048 * 2 / 4.3e6, rel=1e-2)

@@ -8,12 +8,13 @@ import numpy
 import pytest
 import torch
 
-from perf import routings
-from perf.cases import MODELS, Case, make_inputs
-from perf.measure import MEGAMOE, Point
-from perf.results import environment
-from perf.roofline import work_of
-from perf.timing import EAGER, Times
+from perf.against.roofline import work_of
+from perf.recording.environment import environment
+from perf.running.points import Point
+from perf.running.timing import EAGER, Times
+from perf.workload import routings
+from perf.workload.cases import MODELS, Case, make_inputs
+from perf.workload.parts import MEGAMOE
 
 EMULATED = MODELS["emulated"]  # 32 experts, top-4
 

@@ -14,45 +14,43 @@ import pytest
 import torch
 
 from megamoe import compile
-from perf import publish
-from perf.__main__ import parser
-from perf.ablation import PARTS
-from perf.cases import MODELS
-from perf.plan import plan_of
-from perf.processes import place_of
-from perf.results import load
-from perf.timing import GRAPH, mode_label
+from perf.__main__ import main, options_of
+from perf.commands import publish
+from perf.recording.files import load
+from perf.running.options import Options
+from perf.running.plan import plan_of
+from perf.running.processes import place_of
+from perf.running.timing import GRAPH, mode_label
+from perf.workload.cases import MODELS
+from perf.workload.parts import PARTS
+from tests.unit.perf_helpers import pretend_gpu
 
 RANK_1 = {"RANK": "1", "LOCAL_RANK": "1"}
 ROUTINGS = {"skewed": "zipf", "hot_expert": "hot-expert:0.3", "hot_rank": "hot-rank:0.6"}
 
 
 def step_named(name: str) -> publish.Step:
-    [step] = [step for step in (*publish.STEPS, *publish.EP_STEPS) if step.name == name]
-    return step
+    return publish.STEP_OF[name]
 
 
-def arguments_of(name: str) -> argparse.Namespace:
+def arguments_of(name: str) -> Options:
     step = step_named(name)
-    return parser().parse_args([step.command, *step.arguments])
+    return options_of([step.command, *step.arguments])
 
 
 def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_gpu(monkeypatch, count=8)
     assert publish.steps_for(0) == publish.steps_for(1) == list(publish.STEPS)
     for gpus, sizes in {2: [2], 3: [2], 4: [4, 2], 7: [4, 2], 8: [8, 4, 2]}.items():
         steps = publish.steps_for(gpus)
         assert steps == [step for size in sizes for step in publish.EP_STEPS if step.gpus == size]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for step in publish.EP_STEPS:
         reps = 1 if step.command == "accuracy" else 3
         command = publish.command_of(step, tmp_path, ["--reps", "3"] if reps == 3 else [])
         head = f"-m torch.distributed.run --standalone --nproc-per-node {step.gpus} -m perf"
         head += f" {step.command}"
         assert " ".join(command[1:]).startswith(head)
-        plan = plan_of(
-            parser().parse_args(command[8:]), place_of({**RANK_1, "WORLD_SIZE": str(step.gpus)})
-        )
+        plan = plan_of(options_of(command[8:]), place_of({**RANK_1, "WORLD_SIZE": str(step.gpus)}))
         assert plan.reps == reps and plan.case.num_gpus == step.gpus
         config, *parts = publish.configs_of([step])
         only = [part.pop("kernel")["only"] for part in parts]
@@ -70,19 +68,19 @@ def test_steps_with_a_process_per_gpu(tmp_path, monkeypatch):
 
 
 def test_one_gpu_has_the_experts_of_a_rank_at_ep4(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_gpu(monkeypatch)
     found = {step.name: step for step in publish.STEPS if re.search("_one(_fp8)?$", step.name)}
     both = [f"{model}_one{short}" for model in ("pro", "flash", "v3") for short in ("", "_fp8")]
     assert list(found) == [*both, "mimo_one_fp8", "qwen3_one_fp8"]
     for name, step in found.items():
-        plan = plan_of(parser().parse_args([step.command, *step.arguments]))
+        plan = plan_of(options_of([step.command, *step.arguments]))
         model, case = name.partition("_")[0], plan.case
         assert case.num_ranks == 1 and 4 * case.experts_per_rank == MODELS[model].num_experts
         assert (plan.mode, plan.max_tokens, len(plan.tokens)) == (GRAPH, 8192, 9)
 
 
 def test_as_many_experts_on_a_gpu_as_at_ep8():
-    table = [s for s in (*publish.STEPS, *publish.EP_STEPS) if s.file.endswith("of_ep8.csv")]
+    table = [s for s in publish.STEP_OF.values() if s.file("h200").endswith("of_ep8.csv")]
     models = ("pro", "flash", "v3", "mimo")
     places = {"one": 1, "ep2": 2}
     assert [s.name for s in table] == [f"{m}_{p}_of_ep8_fp8" for p in places for m in models]
@@ -115,7 +113,7 @@ def test_steps_measure_again_what_other_files_hold():
         step, args = step_named(name), arguments_of(name)
         [config] = publish.configs_of([step])
         rows = load(publish.REPOSITORY / "perf" / "results" / file)
-        assert step.file == file and rows.tokens.unique().tolist() == args.tokens
+        assert step.file("h200") == file and rows.tokens.unique().tolist() == args.tokens
         for row in rows.itertuples():
             assert row.num_ranks == config["num_ranks"] == step.gpus * row.ranks_per_gpu
             assert (row.model, row.num_experts) == (args.model, config["num_experts"])
@@ -128,10 +126,9 @@ def test_steps_measure_again_what_other_files_hold():
 
 
 def test_steps_have_names_of_their_own_and_count_tokens_upwards():
-    steps = [*publish.STEPS, *publish.EP_STEPS]
-    assert len({step.name for step in steps}) == len(steps)
-    for step in steps:
-        args = parser().parse_args([step.command, *step.arguments])
+    assert len(publish.STEP_OF) == len(publish.STEPS) + len(publish.EP_STEPS)
+    for step in publish.STEP_OF.values():
+        args = options_of([step.command, *step.arguments])
         assert args.tokens == sorted(args.tokens), step.name
         assert args.precision == (step.precision,)
         if step.command == "sweep" and step.baseline:
@@ -140,14 +137,14 @@ def test_steps_have_names_of_their_own_and_count_tokens_upwards():
 
 def test_a_file_holds_one_kind_of_rows():
     files: dict[str, set] = {}
-    for step in [*publish.STEPS, *publish.EP_STEPS]:
-        files.setdefault(step.file, set()).add((step.precision, step.gpus))
+    for step in publish.STEP_OF.values():
+        files.setdefault(step.file("h200"), set()).add((step.precision, step.gpus))
     files.pop("smoke.csv")
     assert files.pop("ablation.csv") == {("fp8_block", 1), ("fp8_block", 2), ("fp8_block", 4)}
     assert files.pop("accuracy.csv") == {
         ("fp8_block", 1), ("fp8_channel", 1), ("bf16", 1), ("fp8_block", 4), ("fp8_block", 8)
     }  # fmt: skip
-    assert {s.file for s in publish.STEPS if s.command == "accuracy"} == {"accuracy.csv"}
+    assert {s.file("h200") for s in publish.STEPS if s.command == "accuracy"} == {"accuracy.csv"}
     assert files.pop("h200_fp8_share_of_ep8.csv") == {("fp8_block", 1), ("fp8_block", 2)}
     assert all(len(kinds) == 1 for kinds in files.values())
     assert {name: kinds.pop() for name, kinds in files.items()} == {
@@ -167,26 +164,40 @@ def test_a_file_holds_one_kind_of_rows():
     }
 
 
+@pytest.mark.parametrize(
+    ("gpu", "word"),
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA GH200 480GB", "gh200")],
+)
+def test_files_are_named_after_the_gpu_that_is_measured(gpu, word, monkeypatch, tmp_path):
+    pretend_gpu(monkeypatch, gpu)
+    files = {
+        "pro_one": f"{word}_bf16_one_gpu", "pro_ep2_fp8": f"{word}_fp8_ep2", "zeroing": "zeroing",
+        "pro_ep2_of_ep8_fp8": f"{word}_fp8_share_of_ep8",
+    }  # fmt: skip
+    for name, file in files.items():
+        assert publish.command_of(step_named(name), tmp_path)[-1] == f"{tmp_path}/{file}.csv"
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_kernels_of_every_step_can_be_listed(gpus, tmp_path):
-    assert publish.main([str(tmp_path), "--list-configs", "--gpus", str(gpus)]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--gpus", str(gpus)]) == 0
     listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
     most = {step.gpus for step in publish.steps_for(gpus)}
     assert {config.num_ranks for config, _ in listed} == most | ({2, 4, 8} if gpus == 1 else set())
 
 
 def test_listing_configs_needs_no_gpu(tmp_path):
-    assert publish.main([str(tmp_path), "--list-configs", "--gpus", "4"]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--gpus", "4"]) == 0
     text = (tmp_path / "configs.json").read_text()
     assert '"num_ranks": 4' in text and '"num_ranks": 2' in text and '"num_ranks": 1' not in text
-    assert publish.main([str(tmp_path), "--list-configs", "--only", "pro_ep4"]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--only", "pro_ep4"]) == 0
     assert (tmp_path / "configs.json").read_text().count("num_ranks") == 1
     only = "pro_ep4_fp8_channel,pro_ep4_fp8"
-    assert publish.main([str(tmp_path), "--list-configs", "--only", only]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--only", only]) == 0
     listed = json.loads((tmp_path / "configs.json").read_text())
     assert [config["precision"] for config in listed] == ["fp8_block", "fp8_channel"]
     both = "pro_ep4_fp8,pro_ablation_ep4_fp8"  # which share the kernel of the whole
-    assert publish.main([str(tmp_path), "--list-configs", "--only", both]) == 0
+    assert main(["publish", str(tmp_path), "--list-configs", "--only", both]) == 0
     listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
     assert [kernel.only for _, kernel in listed] == ["", *PARTS]
 

@@ -17,14 +17,25 @@ from megamoe.faults import LaunchTimeout
 from megamoe.launch_shape import Shape
 from megamoe.regions import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES, layout_of
 from megamoe.schedule import PHASE_DONE, PHASE_FC1, PHASE_FC2, advance_walk, start_walk, tile_of
-from perf import timeline, trace
-from perf.__main__ import main, parser
-from perf.cases import MODELS, Case, make_inputs
-from perf.phases import PhaseRow, phases_of
-from perf.plan import plan_of
-from perf.results import ResultsFile, environment, load
-from perf.roofline import routed_counts
-from perf.timeline import CtaTrace, TileTimes, decode, events_of, shifted, shifts_of, slices_of
+from perf.__main__ import main, options_of
+from perf.against.roofline import routed_counts
+from perf.commands import trace
+from perf.recording.environment import environment
+from perf.recording.files import ResultsFile, load
+from perf.running.plan import plan_of
+from perf.tracing import timeline
+from perf.tracing.phases import PhaseRow, phases_of
+from perf.tracing.timeline import (
+    CtaTrace,
+    TileTimes,
+    decode,
+    events_of,
+    shifted,
+    shifts_of,
+    slices_of,
+)
+from perf.workload.cases import MODELS, Case, make_inputs
+from tests.unit.perf_helpers import error_line, pretend_gpu
 from workspace import Workspace
 
 RANKS, EXPERTS, CTAS = 2, 8, 2
@@ -277,11 +288,10 @@ class FakeMoE:
 
 
 def plan_on_gpu(monkeypatch, *options: str):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-    args = parser().parse_args([*SMALL, "--model", "emulated", "--device", "cuda", *options])
-    args.kernel_options = trace.TRACED
-    return plan_of(args)
+    options = options_of([*SMALL, "--model", "emulated", "--device", "cuda", *options])
+    return plan_of(options, kernel_options=trace.TRACED)
 
 
 def test_the_launch_after_the_warm_up_is_recorded(monkeypatch):
@@ -339,7 +349,7 @@ def test_a_wrong_output_is_told_and_fails(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_a_launch_that_fails_is_one_line(error, message, tmp_path, monkeypatch, capsys):
-    def fail(plan):
+    def fail(plan, job):
         raise error
 
     monkeypatch.setattr(trace, "Runner", fail)
@@ -372,10 +382,9 @@ def test_what_to_build_is_listed_without_a_gpu(tmp_path):
 
 def test_a_kernel_that_cannot_be_built_is_not_listed(capsys, tmp_path):
     path = tmp_path / "configs.json"
-    with pytest.raises(SystemExit) as stop:
-        main(["trace", "--num-experts", "2048", "--ranks", "1", "--list-configs", str(path)])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and "num_experts=2048 is too large" in err
+    assert "num_experts=2048 is too large" in error_line(
+        ["trace", "--num-experts", "2048", "--ranks", "1", "--list-configs", str(path)], capsys
+    )
     assert not path.exists()
 
 
@@ -399,7 +408,4 @@ def test_wrong_arguments_are_one_line(argv, message, capsys, tmp_path, monkeypat
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("would run")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(["trace", *argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+    assert message in error_line(["trace", *argv], capsys)

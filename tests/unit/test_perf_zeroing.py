@@ -8,14 +8,22 @@ import torch
 import megamoe
 from megamoe import reference
 from megamoe.precision import PRECISIONS
-from perf import zeroing
 from perf.__main__ import main
-from perf.cases import MODELS, Case, make_inputs, make_weights
-from perf.measure import MEGAMOE, Point, layer_arguments
-from perf.results import load
-from perf.roofline import Work
-from perf.timing import EAGER, Times
-from perf.zeroing import FULL_ZEROING, SEPARATE_SUM, contenders_of, sum_of_slots, zeroed_spans
+from perf.against.roofline import Work
+from perf.commands import zeroing
+from perf.commands.zeroing import (
+    FULL_ZEROING,
+    SEPARATE_SUM,
+    contenders_of,
+    sum_of_slots,
+    zeroed_spans,
+)
+from perf.recording.files import load
+from perf.running.layer import outputs_of
+from perf.running.points import Point
+from perf.running.timing import EAGER, Times
+from perf.workload.cases import MODELS, Case, make_inputs, make_weights
+from perf.workload.parts import MEGAMOE
 from workspace.layout import BARRIER
 
 CASE = Case(MODELS["emulated"], num_ranks=2, tokens=5)
@@ -56,7 +64,7 @@ def test_all_but_the_barrier_header_is_zeroed(layer):
 
 def test_both_variants_give_the_layers_output(layer):
     inputs = make_inputs(CASE)
-    expected = [y.clone() for y in layer(*layer_arguments(inputs))]
+    expected = [y.clone() for y in outputs_of(layer, inputs)]
     events = []
 
     def meet():
@@ -71,7 +79,7 @@ def test_both_variants_give_the_layers_output(layer):
         for mine, wanted in zip(sums, expected, strict=True):
             assert mine.shape == wanted.shape and mine.dtype == wanted.dtype
             assert reference.relative_error(mine, wanted) < 4e-3
-        layer(*layer_arguments(make_inputs(CASE.with_tokens(8))))
+        outputs_of(layer, make_inputs(CASE.with_tokens(8)))
     assert events == [True, True]  # met once a call, when everything was zero
     assert (zero.impl, add.impl) == (FULL_ZEROING, SEPARATE_SUM)
     spans = zeroed_spans(layer.workspace)
@@ -112,18 +120,3 @@ def test_the_command_on_the_emulator(precision, tmp_path, capsys):
     # Titles stand over their columns, whatever the names of implementations.
     title, *lines = out.splitlines()[2:6]
     assert {len(line) for line in (title, *lines)} == {len(title)}
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--routing", "masked:0.2"], "masks slots"),
-        (["--baseline", "torch_bf16"], "unknown argument --baseline"),
-        (["--tokens", "x"], "'x' is not an integer"),
-    ],
-)
-def test_wrong_arguments_are_one_line(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["zeroing", *argv])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err

@@ -1,0 +1,1 @@
+"""What the layer is held against: baselines, the roofline and its ceilings, figures of peers."""

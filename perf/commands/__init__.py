@@ -1,0 +1,1 @@
+"""The commands of `python -m perf`, a module each; none imports another."""

@@ -1,0 +1,1 @@
+"""Result rows as curves, pictures and a page."""

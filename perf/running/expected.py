@@ -1,0 +1,95 @@
+"""What the layer must answer: all tokens where one process holds all experts, else a sample of each
+rank's.
+
+For a sample every rank computes, with the oracle's own stages, the slots that name its experts;
+their sum over the ranks is exact, because only one rank contributes to a slot. The slots of a token
+are then added in slot order by the oracle's `combine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megamoe import reference
+from megamoe.precision import precision_of
+from perf.running.processes import Job
+from perf.workload.cases import Inputs
+
+#: Tokens per rank, spread evenly over all of them.
+SAMPLED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Positions of tokens of a rank, and what the layer must answer there."""
+
+    tokens: torch.Tensor | slice
+    expected: torch.Tensor
+
+    def error(self, output: torch.Tensor) -> float:
+        """Relative error on the sample; inf if any row of `output` is not finite."""
+        if not torch.isfinite(output).all():
+            return float("inf")
+        return reference.relative_error(output[self.tokens], self.expected)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A sample of each rank of this process."""
+
+    job: Job
+    samples: Sequence[Sample]
+
+    def error(self, outputs: Sequence[torch.Tensor]) -> float:
+        """The largest relative error of a rank of the job; collective."""
+        pairs = zip(self.samples, outputs, strict=True)
+        return self.job.max_over_ranks([max(sample.error(output) for sample, output in pairs)])[0]
+
+
+def expected_of(
+    job: Job, inputs: Sequence[Inputs], weights: reference.Weights, precision: str
+) -> Expected:
+    """Collective: the answer to these inputs of the ranks of this process, over the weights of its
+    experts, with true float32 products on the inputs' device.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if not job.alone:
+        return Expected(job, [sample_of(job, *inputs, weights, precision)])
+    whole = [
+        reference.moe_forward(i.x, i.topk_idx, i.topk_weights, *weights, precision=precision)
+        for i in inputs
+    ]
+    return Expected(job, [Sample(slice(None), output) for output in whole])
+
+
+def spread_evenly(most: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Positions of at most `most` of the tokens of a rank."""
+    count = min(most, tokens)
+    return torch.arange(count, device=device) * tokens // max(count, 1)
+
+
+def sample_of(
+    job: Job, inputs: Inputs, weights: reference.Weights, precision: str, most: int = SAMPLED_TOKENS
+) -> Sample:
+    """Collective: this rank's sample. All ranks pass equally many tokens and the weights of their
+    own experts.
+    """
+    recipe, local = precision_of(precision), weights.w13.shape[0]
+    tokens = spread_evenly(most, inputs.x.shape[0], inputs.x.device)
+    count = tokens.numel()
+    x, topk_idx, topk_weights = (
+        job.gather(tensor[tokens]) for tensor in (inputs.x, inputs.topk_idx, inputs.topk_weights)
+    )
+
+    def own(expert: int) -> reference.Weights | None:
+        return weights.of(expert % local) if expert // local == job.rank else None
+
+    rows = reference.input_rows(x, None, recipe)
+    slots = reference.slot_rows(rows, topk_idx, topk_weights, own, recipe)
+    slots = job.sum_over_ranks(slots.float())  # exact, and every backend can add float32
+    mine = slice(job.rank * count, (job.rank + 1) * count)
+    expected = reference.combine(slots[mine], topk_idx[mine])
+    return Sample(tokens, expected.to(getattr(torch, recipe.output)))

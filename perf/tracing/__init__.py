@@ -1,0 +1,1 @@
+"""One launch as a timeline, and where its time went."""
