@@ -13,6 +13,7 @@ import math
 import torch
 
 from megamoe import faults
+from megamoe.budget import budget_of
 from megamoe.compile import CompiledKernel, cache_dir
 from megamoe.faults import Limits
 from megamoe.machine.memory import Region
@@ -147,6 +148,11 @@ class CpuBackend(Backend):
 
         super().__init__(*args, **options)
         self.settings, self.launches, self.prepare = {}, 0, lambda machine: None
+        parts = budget_of(self.layout.config, self.layout.kernel).parts.values()
+        self.shared = [
+            Region(part.name, part.offset, part.num_bytes, part.num_bytes // part.num_items)
+            for part in parts
+        ]
         self._machine, self.machine = Machine, None
 
     def set_weights(self, weights: list[Weights], tables: list[tuple]) -> None:
@@ -164,7 +170,8 @@ class CpuBackend(Backend):
         """Forwards in stream order on every rank, which meet only inside the launches."""
         if self.health.failed:
             self.recover()
-        settings = {"roles": CPU_ROLES, "patient": True, "seed": self.launches} | self.settings
+        settings = {"roles": CPU_ROLES, "shared": self.shared, "patient": True}
+        settings |= {"seed": self.launches} | self.settings
         machine = self.machine = self._machine(cache_dir(), len(self.ranks), **settings)
         all_ys = [
             [self._enqueue(machine, index, *row) for index, row in enumerate(rows)]

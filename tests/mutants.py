@@ -58,13 +58,11 @@ class Mutator:
         self.layer, self.code = layer, code
         self.roles = layer.backend.machine.roles
         inits = [i for i in self._executed() if self._op(i) == "mbarrier_init"]
-        made: Counter = Counter()
         self.barriers = {}
         for index in inits:
-            name = report.text_of(code.origin[index].place).partition("(")[2].partition(" ")[0]
-            name = name.rpartition(".")[2]
-            self.barriers[int(code.seen[index, 0])] = name
-            made[name] += 1
+            address = int(code.seen[index, 0])
+            name = report.shared_name(layer.backend.machine, code, address)
+            self.barriers[address] = name.partition("[")[0]
 
     def _executed(self) -> list[int]:
         return np.flatnonzero(self.code.seen[:, 1]).tolist()

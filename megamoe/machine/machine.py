@@ -20,7 +20,7 @@ import numpy as np
 from megamoe.machine import core, report
 from megamoe.machine.decode import SHARED_BASE, Code
 from megamoe.machine.faults import Deadlock, Fault, Races, StepLimit
-from megamoe.machine.memory import Memory
+from megamoe.machine.memory import Memory, Region
 from megamoe.machine.reference import Reference
 from megamoe.machine.tensormap import TensorMap
 
@@ -78,8 +78,9 @@ def _array(address: int, kind: type, count: int) -> np.ndarray:
 class Machine:
     """directory: where the core is kept. num_ranks: that launch here. checks: follow the order of
     accesses and report races. held_share: percent of releases at which stores that nobody has
-    ordered yet stay unseen; with checks. roles: names of a CTA's warps. patient: a launch in which
-    everybody waits goes on at a later time, so that its own timeouts end it.
+    ordered yet stay unseen; with checks. roles: names of a CTA's warps. shared: parts of its
+    dynamic shared memory. patient: a launch in which everybody waits goes on at a later time, so
+    that its own timeouts end it.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class Machine:
         checks: bool = False,
         held_share: int = 0,
         roles: Sequence[str] = (),
+        shared: Sequence[Region] = (),
         patient: bool = False,
         max_steps: int = 0,
         budget: int = BUDGET,
     ):
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} is not one of {POLICIES}")
-        self.num_ranks, self.roles = num_ranks, tuple(roles)
+        self.num_ranks, self.roles, self.shared = num_ranks, tuple(roles), tuple(shared)
         self.core = core.library(directory)
         self.settings = core.Settings(
             policy=POLICIES.index(policy), delay=LATE_ROUNDS, budget=budget, patient=patient,
@@ -283,6 +285,8 @@ class Machine:
         warp = self.stopped()
         shared = ".shared" in warp.instr.op.partition(".global")[0]
         address = warp.state.address
-        place = f"shared {address}" if shared else self.memory.describe(address)
+        place = self.memory.describe(address)
+        if shared:
+            place = report.shared_place(self, warp.code, address)
         fault = core.FAULTS[warp.state.fault]
         return f"{warp}: {report.where(warp.instr)}: {fault}; last access: {place}"

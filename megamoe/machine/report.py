@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megamoe.machine import core
+from megamoe.machine.decode import SHARED_BASE
 from megamoe.machine.ptx import Instr, Place
 
 
@@ -51,10 +52,28 @@ def where(instr: Instr) -> str:
     return f"{instr.place}{f' in {function}' if function else ''} (PTX {instr.line}: {instr.op})"
 
 
+def shared_name(machine, code, address: int) -> str | None:
+    """A word of dynamic shared memory by the part that it lies in; None if nobody named parts."""
+    offset = address - SHARED_BASE - code.shared_bytes
+    for part in machine.shared:
+        if part.begin <= offset < part.begin + part.num_bytes:
+            row, column = divmod(offset - part.begin, part.row_bytes)
+            return f"{part.name}[{row}]" + (f" byte {column}" if column else "")
+    return None
+
+
+def shared_place(machine, code, address: int) -> str:
+    name = shared_name(machine, code, address)
+    return f"shared {address}" + (f" ({name})" if name else "")
+
+
 def barrier_name(warp, address: int) -> str:
-    """An mbarrier is called by the source of its first argument where it is initialised, and
-    numbered among those that the same line makes: mbarrier_init(pipes.full + stage, ...).
+    """An mbarrier is called by the part of shared memory that it lies in, or else by the source of
+    its first argument where it is initialised, and numbered among those that the same line makes:
+    mbarrier_init(pipes.full + stage, ...).
     """
+    if (name := shared_name(warp.machine, warp.code, address)) is not None:
+        return name
     made = []
     for instr in warp.code.origin:
         if instr.op.startswith("mbarrier.init"):
@@ -121,7 +140,10 @@ def races(machine) -> list[str]:
             where(machine.codes[place >> 20].origin[place & 0xFFFFF])
             for place in (found.where, found.other)
         )
-        place = f"shared {found.address}" if found.space else machine.memory.describe(found.address)
+        if found.space:
+            place = shared_place(machine, machine.codes[found.where >> 20], found.address)
+        else:
+            place = machine.memory.describe(found.address)
         first, second = agent_name(machine, found.agent), agent_name(machine, found.other_agent)
         text = f"{place}: {KINDS[found.kind].format(what='read')}: {one} by {first}"
         if found.kind < 3:

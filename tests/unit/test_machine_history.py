@@ -44,15 +44,17 @@ class Bug(NamedTuple):
 BUGS = {
     "flags of the last CTA on the SM": Bug(
         "sm90/kernel.py", "            flags[FLAG_STOP] = Int32(0)\n", "",
-        "launches(tokens=64)", "Races: shared .*nobody"),
+        "launches(tokens=64)", r"Races: shared \d+ .flags.*nobody"),
     "a warp waits for a phase whose predecessor it has not seen": Bug(
         "sm90/math_warps.py", "pipes.multiplied + number", "pipes.multiplied",
         "launches()", "Deadlock|Races|WrongResult|Fault"),
     "a loop leaves its number where the warpgroup's was": Bug(
-        "sm90/kernel.py", "for number in range_constexpr(config.num_math_warpgroups):\n"
-        "                arch.mbarrier_init(pipes.multiplied + number, 4)",
-        "for warpgroup in range_constexpr(config.num_math_warpgroups):\n"
-        "                arch.mbarrier_init(pipes.multiplied + warpgroup, 4)",
+        "sm90/kernel.py", "for number in range_constexpr(parts[0].num_items):\n"
+        "                    for part in parts:\n"
+        "                        arch.mbarrier_init(smem[part.name] + number, part.arrivals)",
+        "for warpgroup in range_constexpr(parts[0].num_items):\n"
+        "                    for part in parts:\n"
+        "                        arch.mbarrier_init(smem[part.name] + warpgroup, part.arrivals)",
         "launches()", "Deadlock|Races|WrongResult|Fault|StepLimit"),
     "what lane 0 has acquired, for every lane": Bug(
         "report.py", "        arch.sync_warp()  # what lane 0 has acquired comes before what "
@@ -69,13 +71,13 @@ except InvalidExpertError as error:
 """, "AssertionError: .* 3"),
     "a vote that was taken for an order of accesses": Bug(
         "dispatch.py", "        arch.sync_warp()  # a vote orders no accesses: all have read "
-        "before places are taken\n", "", "launches()", "Races: shared"),
+        "before places are taken\n", "", "launches()", r"Races: shared \d+ .received"),
     "a stage given back while lanes read its scales": Bug(
         "sm90/mainloop.py", "                    arch.sync_warp()  # every lane has read its "
-        "scales\n", "", 'launches(precision="fp8_block")', "Races: shared"),
+        "scales\n", "", 'launches(precision="fp8_block")', r"Races: shared \d+ .row_scales"),
     "a flag that is polled and stored plainly": Bug(
         "ptx.py", "st.volatile.shared.b32", "st.shared.b32", "launches(tokens=64)",
-        "Races: shared"),
+        r"Races: shared \d+ .flags"),
     "a clamp that turns NaN into its limit": Bug(
         "ptx.py", "min.NaN.f32", "min.f32", """
 layer = Layer(**RING, clamp=7.0)
