@@ -43,9 +43,14 @@ class Weights(NamedTuple):
     w13_scale: torch.Tensor | None = None
     w2_scale: torch.Tensor | None = None
 
+    @property
+    def present(self) -> list[torch.Tensor]:
+        """The tensors that are there, in order."""
+        return [tensor for tensor in self if tensor is not None]
+
     def of(self, experts: int | slice) -> Weights:
         """The weights of one expert, or of a slice of them; no copy."""
-        return Weights(*(None if field is None else field[experts] for field in self))
+        return Weights._make(None if tensor is None else tensor[experts] for tensor in self)
 
 
 def quantize(values_RC: torch.Tensor, block: int = FP8_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
