@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from perf.drawing.curves import Curve, Group
 
@@ -34,7 +35,7 @@ Styled = list[tuple[Curve, dict]]
 #: By series.
 Styles = dict[tuple[str, str], dict]
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.grid": True,
     "grid.alpha": 0.35,
