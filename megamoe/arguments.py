@@ -28,8 +28,9 @@ def kernel_config_of(config: MoEConfig, options: dict | None) -> KernelConfig:
 
 def is_positive(value: object) -> bool:
     """True for a number above 0 that is finite in float32."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 < value <= torch.finfo(torch.float32).max
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 < value <= torch.finfo(torch.float32).max
 
 
 def check_limits(limits: Limits) -> None:

@@ -16,8 +16,10 @@ from megamoe import faults
 from megamoe.budget import budget_of
 from megamoe.compile import CompiledKernel, cache_dir
 from megamoe.faults import Limits
+from megamoe.health import Health
 from megamoe.machine.memory import Region
 from megamoe.reference import Weights
+from megamoe.regions import LayerLayout
 from megamoe.streams import Streams
 from workspace.layout import DATA, LOCAL, SYMMETRIC, Layout
 from workspace.views import Workspace
@@ -39,7 +41,7 @@ class Backend:
 
     def __init__(
         self,
-        workspace: Workspace,
+        workspace: Workspace[LayerLayout],
         kernel: CompiledKernel,
         num_ctas: int,
         limits: Limits,
@@ -48,7 +50,8 @@ class Backend:
         yields: bool = False,
     ):
         self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
-        self.health, self.limits = workspace.health, limits
+        self.health: Health = workspace.health
+        self.limits = limits
         self.kernel, self.ranks = kernel, workspace.local_ranks
         kernel.to_device(self.device.index or 0)
         views = [workspace.regions(rank) for rank in self.ranks]
@@ -134,6 +137,22 @@ class Backend:
     def recover(self) -> None:
         self.health.recover(self.limits)
 
+    def forward(self, rows: list[tuple]) -> list[torch.Tensor]:
+        """Outputs by rank of this process."""
+        raise NotImplementedError
+
+    def refuse(self, reason: str) -> None:
+        """In place of a forward whose input this rank of several processes refuses."""
+        raise NotImplementedError
+
+    def synchronize(self) -> None:
+        """Wait for all launches; raise what they reported."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Wait for running launches; nothing is launched any more."""
+        raise NotImplementedError
+
 
 class CpuBackend(Backend):
     """Forward by the machine, with all ranks in this process. A launch has ended when `forward`
@@ -199,9 +218,11 @@ class CpuBackend(Backend):
             add(f"{name} of rank {rank}", tensor)
         if scale is not None or not self.quantizes:
             machine.call(functools.partial(self._stage, index, x, scale), rank)
-        self.kernel.launches.on_launch = functools.partial(machine.launch, rank=rank)
+        launches = self.kernel.launches
+        assert launches is not None, "a kernel for a GPU"
+        launches.on_launch = functools.partial(machine.launch, rank=rank)
         self.launch(index, x, idx, weight, y, 0, scale is not None, counts)
-        self.kernel.launches.check()
+        launches.check()
         return y
 
     def synchronize(self) -> None:

@@ -139,13 +139,14 @@ def compile_kernel(
 
     from megamoe.kernels.sm90.kernel import MegaMoEKernel
 
-    fake = {
+    fake: dict[type, object] = {
         ctypes.c_int64: Int64(0), ctypes.c_int32: Int32(0), ctypes.c_float: Float32(0.0),
     }  # fmt: skip
-    host, arguments = (
-        kind(*[fake[c_type] for _, c_type in signature.fields_of(kind)])
-        for kind in (signature.HostArguments, signature.Arguments)
-    )
+
+    def traced(kind: type) -> object:
+        return kind(*[fake[c_type] for _, c_type in signature.fields_of(kind)])
+
+    host, arguments = traced(signature.HostArguments), traced(signature.Arguments)
     # The DSL takes the machine's architecture, or $CUTE_DSL_ARCH at its first import; for another
     # target than those it refuses to export. Its versions are bounded, so its own setting is a safe
     # place to say the target.
@@ -224,7 +225,8 @@ def build_library(make: Callable, out_dir: Path, name: str, facts: dict, cpu: bo
         object_file = scratch / f"{PREFIX}.o"
         object_file.write_bytes(compiled.dump_to_object(PREFIX))
         objects = [str(object_file), _runtime_archive()]
-        suffixes, options = [".so"], ()
+        suffixes: list[str] = [".so"]
+        options: tuple[str, ...] = ()
         if cpu:
             objects, options = [*objects, str(host.RUNTIME_SOURCE)], host.LINK_OPTIONS
             (ptx,) = scratch.glob("*.ptx")
@@ -316,7 +318,7 @@ class Launcher:
         self._packed = (ctypes.c_void_p * len(addresses))(*addresses)
         self._count = ctypes.c_int32(len(addresses))
 
-    def set(self, **arguments: int) -> None:
+    def set(self, **arguments: float) -> None:
         for name, value in arguments.items():
             self.values[name].value = value
 

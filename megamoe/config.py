@@ -255,7 +255,7 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     block_k = 8 * SM90A.stage_row_bytes // recipe.tokens.bits
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
-    blocks = {
+    blocks: dict[str, list] = {
         "tokens": list(weights_of),
         "weights": [weights_of.get(recipe.tokens.scale_block)],
         "hidden": [(1, kernel.block_n // 2)],

@@ -28,7 +28,7 @@ def tracing() -> bool:
     if not HAVE_DSL:
         return False
     try:
-        return _ir.InsertionPoint.current is not None
+        return _ir.InsertionPoint.current is not None  # type: ignore[attr-defined]
     except ValueError:
         return False
 
@@ -47,7 +47,7 @@ def jit(function):
         function.__defaults__,
         function.__closure__,
     )
-    traced = _cute.jit(function) if HAVE_DSL else None
+    traced = _cute.jit(function) if HAVE_DSL else plain
 
     @functools.wraps(function)
     def call(*args):

@@ -29,7 +29,7 @@ class Record(NamedTuple):
     rank: int = 0
     role: int = 0  # its number in ROLES
     region: int = 0  # its number in the region table
-    index: int = 0
+    index: int = 0  # type: ignore[assignment]  # hides tuple.index
     expected: int = 0
     seen: int = 0
     cta: int = 0

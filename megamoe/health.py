@@ -16,6 +16,7 @@ import torch
 
 from megamoe import faults
 from megamoe.group import Group
+from megamoe.regions import LayerLayout
 from workspace.views import Workspace
 
 #: Steps of a recovery, in order.
@@ -28,7 +29,7 @@ class Health:
     group: the processes that share the workspace, or None if all ranks live here.
     """
 
-    def __init__(self, workspace: Workspace, group: Group | None):
+    def __init__(self, workspace: Workspace[LayerLayout], group: Group | None):
         self.workspace, self.group, self.failed = workspace, group, False
         self._recoveries = 0  # the same number on every rank once all are clean
         self._met = 0  # meetings of the current recovery that are behind us
@@ -58,8 +59,8 @@ class Health:
         reasons = self._reasons()
         layout = self.workspace.layout
         records = self.records.tolist()
-        errors = [faults.error_of(record, layout, limits, reasons) for record in records]
-        errors = [error for error in errors if error is not None]
+        found = [faults.error_of(record, layout, limits, reasons) for record in records]
+        errors = [error for error in found if error is not None]
         self.records.zero_()
         worst = max(errors, key=_gravity)
         self.failed = self.failed or isinstance(worst, faults.LaunchFailed)
@@ -69,6 +70,7 @@ class Health:
         """Leave word for the other ranks why this one refuses its input, and count as failed: its
         launch will end theirs.
         """
+        assert self.group is not None, "there is nobody else"
         self.failed = True
         self.group.leave(self._key("refused"), reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from typing import Any
 
 import torch
 
@@ -18,11 +19,11 @@ REQUIRED = 3
 IMPLICIT = "the output"
 
 
-def columns_of(single: bool, *arguments: object) -> list[list]:
+def columns_of(single: bool, *arguments: Any) -> list[list]:
     """The arguments of a forward as lists with one item per rank; `single`: they are plain."""
     if single:
         return [[argument] for argument in arguments]
-    columns = []
+    columns: list[list] = []
     for position, (name, argument) in enumerate(zip(NAMES, arguments, strict=True)):
         if argument is None and position >= REQUIRED:
             argument = [None] * len(columns[0])
@@ -46,9 +47,10 @@ class InputCheck:
         self.output_row_bytes = config.hidden_size * self.output.itemsize
         views = [workspace.regions(rank) for rank in self.ranks]
         self.outputs = [view["layer_output"].data_ptr() for view in views]
-        self.scales = [view.get("input_scale_buffer") for view in views]
+        scaled = config.recipe.tokens.has_scales
+        self.scales = [view["input_scale_buffer"] for view in views if scaled]
 
-    def rows(self, single: bool, *arguments: object) -> list[tuple]:
+    def rows(self, single: bool, *arguments: Any) -> list[tuple]:
         """The arguments of a forward by rank of this process (see NAMES), checked; `single`: they
         are plain. Raises ValueError, naming the argument, unless they are what the layer takes.
         """
@@ -66,7 +68,7 @@ class InputCheck:
         read: list[tuple] = []
         written: list[tuple] = []
         for number, row in enumerate(rows):
-            self._check_rank(number, *row, read, written)
+            self._check_rank(number, read, written, *row)
         self._check_apart(read, [span for span in written if span[0] < span[1]])
         return rows
 
@@ -82,10 +84,11 @@ class InputCheck:
         if address is None:
             label = self._label(name, number)
             check_tensor(label, tensor, shape, dtype, self.device, alignment)
+            raise AssertionError(f"{label} has no address, and nothing is wrong with it")
         return address, address + tensor.nbytes, name, number
 
     def _check_rank(
-        self, number: int, x, idx, weight, scale, out, count, read: list, written: list
+        self, number: int, read: list, written: list, x, idx, weight, scale, out, count
     ) -> None:
         """Check the arguments of one rank; add memory that is read, and that is written."""
         config, place = self.config, self._place
@@ -120,7 +123,7 @@ class InputCheck:
             written.append(place("expert_counts", number, count, local, torch.int32))
             _check_writable(self._label("expert_counts", number), count)
 
-    def _check_scale(self, number: int, x: torch.Tensor, scale: object) -> torch.dtype:
+    def _check_scale(self, number: int, x: torch.Tensor, scale: Any) -> torch.dtype:
         """Check the scales of a quantised x; the dtype that x must have."""
         config, label = self.config, self._label("x_scale", number)
         if not config.recipe.tokens.has_scales:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,7 +108,9 @@ class MegaMoE(ResidentWeights):
         self.limits = Limits(timeout_s, start_timeout_s)
         self.num_sms, self.activation_clamp = num_sms, activation_clamp
         self._kernel_dir, self._kernel_options = kernel_dir, kernel_options
-        self.workspace = self.backend = self._finalizer = None
+        self.workspace: Any = None  # a Workspace, unless the layer is closed or on "meta"
+        self.backend: Backend | None = None
+        self._finalizer: weakref.finalize | None = None
         self._closed, self._meetings = False, 0
         self._number = custom_op.register(self)
         self._begin(device, workspace)
@@ -169,7 +172,7 @@ class MegaMoE(ResidentWeights):
                 raise ValueError("workspace is of a device, and device='meta' is none")
             return None
         if workspace is not None:
-            members = self.group and self.group.members
+            members = self.group.members if self.group else None
             arguments.check_shared(workspace, self.layout, self.device, ranks, members)
         if self.device.type == "cpu":
             if self.group is not None:
@@ -183,7 +186,11 @@ class MegaMoE(ResidentWeights):
 
     def _facts(self, error: Exception | None) -> dict[str, object]:
         """What all ranks of a job must have in common."""
-        facts = {"error": None if error is None else str(error), "gpu": None, "host": None}
+        facts: dict[str, object] = {
+            "error": None if error is None else str(error),
+            "gpu": None,
+            "host": None,
+        }
         if error is None:
             facts |= where(self.device) | arguments.fields_of(self.layout)
             facts["activation_clamp"] = self.activation_clamp
@@ -292,7 +299,7 @@ class MegaMoE(ResidentWeights):
         rank of this process. Other ranks are told of arguments that are refused.
         """
         try:
-            self._running()
+            backend = self._running()
             self._adopt_changes()
             rows = self._inputs.rows(single, *arguments)
         except Exception as error:
@@ -301,7 +308,7 @@ class MegaMoE(ResidentWeights):
             raise
         if self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured = True
-        return self.backend.forward(rows)
+        return backend.forward(rows)
 
     # ---------------------------------------------------------------- failure and end
     def synchronize(self) -> None:

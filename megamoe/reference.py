@@ -43,9 +43,14 @@ class Weights(NamedTuple):
     w13_scale: torch.Tensor | None = None
     w2_scale: torch.Tensor | None = None
 
+    @property
+    def present(self) -> list[torch.Tensor]:
+        """The tensors that are there, in order."""
+        return [tensor for tensor in self if tensor is not None]
+
     def of(self, experts: int | slice) -> Weights:
         """The weights of one expert, or of a slice of them; no copy."""
-        return Weights(*(None if field is None else field[experts] for field in self))
+        return Weights._make(None if tensor is None else tensor[experts] for tensor in self)
 
 
 def quantize(values_RC: torch.Tensor, block: int = FP8_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +144,7 @@ def product(
         for scale in by_block:
             part = part * scale[..., block * scale.shape[-1] // blocks]
         total = part if total is None else total + part
+    assert total is not None, "no block"
     for scale in of_row:
         total = total * scale[..., 0]
     return total
@@ -168,7 +174,11 @@ def relu2(sums_TI: torch.Tensor) -> torch.Tensor:
 
 
 #: The functions of `activation.ACTIVATIONS`, which take their parameters in that order.
-ACTIVATIONS = {"swiglu": swiglu, "gpt_oss": gpt_oss, "relu2": relu2}
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "swiglu": swiglu,
+    "gpt_oss": gpt_oss,
+    "relu2": relu2,
+}
 
 
 class Epilogue(NamedTuple):
@@ -226,8 +236,9 @@ def expert_rows(
     router_R1 = router_R.to(compute).unsqueeze(-1)
 
     def multiply(values, scale, weights, weight_scale):
-        operands = (values, weights, scale, scale_rows(weight_scale, weights.shape[0]))
-        return product(*(None if operand is None else operand.to(compute) for operand in operands))
+        scales = (scale, scale_rows(weight_scale, weights.shape[0]))
+        converted = (None if one is None else one.to(compute) for one in scales)
+        return product(values.to(compute), weights.to(compute), *converted)
 
     sums = multiply(*rows, expert.w13, expert.w13_scale)
     if epilogue.w13_bias is not None:

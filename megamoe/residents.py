@@ -9,10 +9,13 @@ Neighbours: `weights` says what is legal and how tables look, `module` launches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megamoe.arguments import resolve_device
 from megamoe.config import MoEConfig
+from megamoe.precision import Precision
 from megamoe.reference import Weights
 from megamoe.weights import (
     check_weights,
@@ -46,7 +49,7 @@ class ResidentWeights(torch.nn.Module):
         self._addresses: list[int] = []
         self._watched: list[tuple] = []
 
-    def _sizes(self) -> tuple:
+    def _sizes(self) -> tuple[Precision, int, int, int]:
         config = self.config
         return config.recipe, self.num_local_experts, config.hidden_size, config.intermediate_size
 
@@ -129,12 +132,13 @@ class ResidentWeights(torch.nn.Module):
     # ---------------------------------------------------------------- what is held
     def _held(self) -> Weights:
         """The weights that the module has now; ValueError if it has none."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name in self._names:
-            tensor = self._parameters.get(name)
-            found[name] = self._buffers.get(name) if tensor is None else tensor
-            if found[name] is None:
+            tensor: torch.Tensor | None = self._parameters.get(name)
+            tensor = self._buffers.get(name) if tensor is None else tensor
+            if tensor is None:
                 raise ValueError("weights are not loaded: call load_weights(w13, w2) first")
+            found[name] = tensor
         return Weights(**found)
 
     def _holds_any(self) -> bool:
@@ -175,7 +179,7 @@ class ResidentWeights(torch.nn.Module):
             self._lay_out_scales(held)
         self._watched = self._watch(held)
         tensors = [tensor for _, tensor in self.kernel_tensors()]
-        scales = tensors[2:] or [None, None]
+        scales: Sequence[torch.Tensor | None] = tensors[2:] or [None, None]
         local = self.config.experts_per_rank
         parts = [slice(at, at + local) for at in range(0, self.num_local_experts, local)]
         self._read(
@@ -194,8 +198,8 @@ class ResidentWeights(torch.nn.Module):
 
     def _tables(self) -> tuple[torch.Tensor, ...] | None:
         """(w13_tile_scales, w2_tile_scales) where scales are laid out anew."""
-        tables = tuple(self._buffers[name] for name in TABLES)
-        return None if tables[0] is None else tables
+        tables = [table for name in TABLES if (table := self._buffers[name]) is not None]
+        return tuple(tables) or None
 
     def _adopt_changes(self) -> None:
         """Before a launch: take weights that were put elsewhere, and scales that were written as
@@ -234,11 +238,7 @@ class ResidentWeights(torch.nn.Module):
         complete = all(tensor is not None for tensor in given)
         if complete and not self._holds_any():
             if not local_metadata.get("assign_to_params_buffers"):
-                given = [
-                    tensor
-                    for tensor in empty_weights(*self._sizes(), self.device)
-                    if tensor is not None
-                ]
+                given = [*empty_weights(*self._sizes(), self.device).present]
             for name, tensor in zip(self._names, given, strict=True):
                 self._hold(name, tensor)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
@@ -274,4 +274,4 @@ class ResidentWeights(torch.nn.Module):
 
 
 def _places(weights: Weights) -> list[int]:
-    return [tensor.data_ptr() for tensor in weights if tensor is not None]
+    return [tensor.data_ptr() for tensor in weights.present]

@@ -31,7 +31,9 @@ def weight_shapes(
     """(shape, dtype) of every field of `Weights` that the recipe has."""
     matrices = {"w13": (experts, 2 * intermediate, hidden), "w2": (experts, hidden, intermediate)}
     storage = getattr(torch, recipe.weights.storage)
-    expected = {name: (shape, storage) for name, shape in matrices.items()}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: (shape, storage) for name, shape in matrices.items()
+    }
     if recipe.weights.has_scales:
         for name, shape in matrices.items():
             scales = _scale_shape(recipe.weights.scale_block, *shape)
@@ -139,6 +141,7 @@ def write_tile_scales(
     FC1 tile column j: gate, up, gate, up of row blocks j and I/128 + j. FC2 tile column j: row
     blocks 2j, 2j, 2j + 1, 2j + 1; past H the tables keep their 0.
     """
+    assert weights.w13_scale is not None and weights.w2_scale is not None
     gate, up = weights.w13_scale.chunk(2, dim=1)
     w13_tile_scales[..., 0::2] = gate.unsqueeze(-1)
     w13_tile_scales[..., 1::2] = up.unsqueeze(-1)
@@ -167,8 +170,8 @@ def check_weights(
             raise ValueError(
                 f"{name} is missing: precision={precision!r} needs {list(shape)} {dtype}"
             )
-        unquantized = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16
-        if recipe.weights.has_scales and unquantized and dtype != torch.float32:
+        quantized = recipe.weights.has_scales and dtype != torch.float32
+        if quantized and isinstance(tensor, torch.Tensor) and tensor.dtype == torch.bfloat16:
             raise ValueError(
                 f"{name} has dtype {tensor.dtype}, expected {dtype}; "
                 f"megamoe.quantize_weights(w13, w2, {precision!r}) returns weights and scales"

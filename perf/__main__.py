@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command.run(read_options(command.Options, args))
     except ONE_LINE as error:
-        args.fail(str(error))
+        return args.fail(str(error))  # which ends the process
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

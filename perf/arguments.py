@@ -11,8 +11,9 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import Field, field, fields
+from dataclasses import field, fields
 from pathlib import Path
+from typing import Any, NoReturn
 
 MAX_TOKENS = 1 << 20
 
@@ -53,12 +54,12 @@ class Parser(argparse.ArgumentParser):
             command.error(f"unknown argument {option}; {nearest(option, command.option_names)}")
         return parsed
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def option(text: str | Callable[[type], str], *flags: str, default: object = None, **how) -> Field:
+def option(text: str | Callable[[type], str], *flags: str, default: object = None, **how) -> Any:
     """A field of a command's options that its command line has, by default as `--name`; a flag
     without dashes is an argument. text: its help, or what makes it of the class of options. how:
     for argparse. A field that is none, as where a subclass declares it anew, keeps its default.
@@ -66,7 +67,7 @@ def option(text: str | Callable[[type], str], *flags: str, default: object = Non
     return field(default=default, metadata={"text": text, "flags": flags, "how": how})
 
 
-def switches(texts: dict[str, str]) -> Field:
+def switches(texts: dict[str, str]) -> Any:
     """A field that holds the name of the switch that was given, `--name`, of {name: help}."""
     return field(default=None, metadata={"switches": texts})
 
@@ -89,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         parser.add_argument(*flags, default=one.default, help=text, **how)
 
 
-def read_options(kind: type, args: argparse.Namespace) -> object:
+def read_options(kind: type, args: argparse.Namespace) -> Any:
     """`kind` with what the command line says."""
     declared = [one.name for one in fields(kind) if one.metadata]
     return kind(**{name: getattr(args, name) for name in declared})

@@ -11,6 +11,16 @@ import torch
 # Kernels compile for Hopper on any machine; without this the DSL asks the driver.
 os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
+#: Modules of `-m quick`, without their slow tests: what a change breaks first. Of launches on a CPU
+#: only the simplest, whose kernels the cache has after the first time.
+QUICK = frozenset({
+    "test_backends", "test_budget", "test_config", "test_faults", "test_gpu_configs",
+    "test_imports", "test_kernel_names", "test_layout", "test_module", "test_reference",
+    "test_regions", "test_routing", "test_schedule", "test_turns", "test_views", "test_weights",
+    "test_wire", "test_workspace_bytes",
+})  # fmt: skip
+LEFT_OUT = ("gpu", "nightly", "slow")
+
 NO_GPU = "needs a CUDA GPU (sm_90), none is visible"
 NO_DSL = "needs nvidia-cutlass-dsl, which is not installed"
 NO_NIGHT = "takes many minutes; runs with --nightly"
@@ -28,6 +38,13 @@ def pytest_addoption(parser):
     parser.addoption("--nightly", action="store_true", help="run what takes many minutes too")
 
 
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """For `-m quick` other modules are not even imported."""
+    other = collection_path.stem.startswith("test_") and collection_path.stem not in QUICK
+    return True if other and config.option.markexpr == "quick" else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
     missing = {
         "nightly": None if config.getoption("--nightly") else pytest.mark.skip(reason=NO_NIGHT),
@@ -35,6 +52,8 @@ def pytest_collection_modifyitems(config, items):
         "compile": None if have_dsl() else pytest.mark.skip(reason=NO_DSL),
     }
     for item in items:
+        if item.path.stem in QUICK and not any(map(item.get_closest_marker, LEFT_OUT)):
+            item.add_marker("quick")
         for marker, skip in missing.items():
             if skip is not None and item.get_closest_marker(marker):
                 item.add_marker(skip)

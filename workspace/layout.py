@@ -66,7 +66,7 @@ class Region:
 
     @property
     def item_bytes(self) -> int:
-        return int(re.search(r"\d+", self.dtype)[0]) // 8
+        return int(re.findall(r"\d+", self.dtype)[0]) // 8
 
     @property
     def num_bytes(self) -> int:

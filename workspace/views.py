@@ -7,6 +7,7 @@ allocates nothing and a CUDA graph that captured them stays valid for the life o
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -27,7 +28,10 @@ def peer_table(allocation: Allocation, device: torch.device) -> torch.Tensor:
     return torch.tensor(bases, dtype=torch.int64, device=device)
 
 
-class Workspace:
+LayoutT = TypeVar("LayoutT", bound=Layout)
+
+
+class Workspace(Generic[LayoutT]):
     """Memory of all ranks of one process for one layout.
 
     Attributes: `layout`, `allocation`, `device`; `health`, what all users that share it know of its
@@ -36,7 +40,7 @@ class Workspace:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: LayoutT,
         device: torch.device | str = "cpu",
         allocation: Allocation | None = None,
         group=None,
@@ -46,7 +50,7 @@ class Workspace:
         self.device = torch.device(device)
         self.allocation = allocation or allocate(layout, self.device, group)
         self.name = name  # the same on every rank of a job
-        self.health = None
+        self.health: Any = None
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     @property

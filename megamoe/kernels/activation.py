@@ -41,7 +41,7 @@ def swiglu(gates, ups, parameters):
 def gpt_oss(gates, ups, parameters):
     """gate * sigmoid(alpha * gate) * (up + 1)."""
     (alpha,) = parameters
-    activated = silu_pair(*gates, alpha)
+    activated = silu_pair(gates[0], gates[1], alpha)
     return [activated[q] * (ups[q] + 1.0) for q in range(2)]
 
 

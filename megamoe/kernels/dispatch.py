@@ -8,7 +8,7 @@ by bulk copies and publishes each row, all lanes store the rows' scales.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Int16, Int32, Int64, const_expr, range_constexpr
@@ -42,7 +42,7 @@ class PullBuffers(NamedTuple):
 
     rows: cute.Pointer
     scales: cute.Pointer
-    counts: cute.Pointer
+    counts: Any  # a pointer to words
     barriers: cute.Pointer
     piece_bytes: int
     zero_bytes: int

@@ -175,7 +175,8 @@ def silu_pair(x, y, alpha=1.0):
     product cannot overflow.
     """
     slope = -LOG2_E * alpha
-    a, b = (1.0 + cute.math.exp2(arch.fmin(slope * v, 60.0), fastmath=True) for v in (x, y))
+    exp2 = cute.math.exp2  # type: ignore[attr-defined]
+    a, b = (1.0 + exp2(arch.fmin(slope * v, 60.0), fastmath=True) for v in (x, y))
     inverse = arch.rcp_approx(a * b)
     return x * (inverse * b), y * (inverse * a)
 

@@ -198,7 +198,7 @@ def record_tile(launch: Launch, number, phase, pool, column, times: Constexpr):
     if const_expr(launch.shape.kernel.trace):
         if number < TRACE_TILES:
             code = wire.encode_tile(Int64(phase), Int64(pool), Int64(column))
-            words = TileRecord(*times, code)
+            words = TileRecord._make((*times, code))
             row = address(launch, "tile_trace", launch.cta) + Int64(number) * (8 * len(words))
             for word in range_constexpr(len(words)):
                 arch.store(

@@ -158,9 +158,9 @@ def _processor() -> str:
 
 def _generated() -> dict[str, str]:
     """The headers that are made from tables."""
-    numbers = [f"OP_{name} = {number}" for name, number in NUMBER.items()]
+    names = [f"OP_{name} = {number}" for name, number in NUMBER.items()]
     numbers = (
-        f"enum {{ {', '.join(numbers)}, NOBODY = {NOBODY} }};\n#define PARAM_BASE {PARAM_BASE}ull\n"
+        f"enum {{ {', '.join(names)}, NOBODY = {NOBODY} }};\n#define PARAM_BASE {PARAM_BASE}ull\n"
     )
     return {"cases.h": alu.c_cases(), "numbers.h": numbers}
 

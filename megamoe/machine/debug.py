@@ -28,7 +28,9 @@ class Debugger:
     """Stops of a machine that has its launches but does not run yet."""
 
     def __init__(self, machine: Machine):
-        self.machine, self._at, self._watching = machine, {}, None
+        self.machine = machine
+        self._at: dict[str, tuple[Action, int | None]] = {}
+        self._watching: Action | None = None
         machine.on_break = self._stopped
 
     def at(self, place: str, action: Action, warp: int | None = None) -> int:

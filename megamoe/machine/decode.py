@@ -55,9 +55,9 @@ class Unmodelled(NotImplementedError):
 @dataclass
 class Code:
     entry: Entry
-    instructions: np.ndarray = None
-    extra: np.ndarray = None  # int32: lists that instructions refer to
-    constants: np.ndarray = None  # uint32 [n, 32]
+    instructions: np.ndarray = field(init=False)
+    extra: np.ndarray = field(init=False)  # int32: lists that instructions refer to
+    constants: np.ndarray = field(init=False)  # uint32 [n, 32]
     rows: dict[str, int] = field(default_factory=dict)  # by register
     predicates: dict[str, int] = field(default_factory=dict)
     num_rows: int = 0
@@ -182,7 +182,7 @@ class Decoder:
 
     # Instructions
 
-    def emit(self, op, d=0, a=0, b=0, c=0, n=0, x=0, flags=0, guarded=True) -> None:
+    def emit(self, op, d=0, a=0, b=0, c=0, n=0, x=0, flags=0, *, guarded=True) -> None:
         guard = -1
         if guarded and self.instr.guard:
             guard = self.predicate(self.instr.guard)
@@ -264,7 +264,10 @@ class Decoder:
         self.emit("nop")
 
     def parameter(self, words, args) -> None:
-        name, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", args[1]).groups()
+        found = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", args[1])
+        if not found:
+            raise Unmodelled(f"parameter {args[1]}")
+        name, offset = found.groups()
         size = BITS[words[-1]] // 8
         wide = self.bits(args[0], 32) == 64
         if size != (8 if wide else 4):
@@ -275,9 +278,9 @@ class Decoder:
 
     def shuffle(self, words, args) -> None:
         d, _, valid = args[0].partition("|")
-        rows = [self.row(text, "u32") for text in args[1:5]]
+        a, b, c, members = (self.row(text, "u32") for text in args[1:5])
         valid = self.predicate(valid) if valid and valid != "_" else -1
-        self.emit(f"shfl_{words[2]}", self.row(d, "u32"), *rows[:3], n=valid, x=rows[3])
+        self.emit(f"shfl_{words[2]}", self.row(d, "u32"), a, b, c, n=valid, x=members)
 
     def vote(self, words, args) -> None:
         ballot = words[2] == "ballot"
@@ -403,7 +406,7 @@ class Decoder:
             return self.emit("stores_wait", n=int(args[0], 0))
         if words[3] == "tensor":
             found = re.fullmatch(r"\[([%\w@]+),\s*\{(.*)\}\]", args[1])
-            if words[6] != "global" or not words[5].startswith("shared::"):
+            if not found or words[6] != "global" or not words[5].startswith("shared::"):
                 raise Unmodelled("a tensor copy from shared memory")
             at = [self.row(text.strip(), "s32") for text in found[2].split(",")]
             x = [self.row(found[1], "u64"), len(at), *at, *self.place(args[2])]
@@ -439,7 +442,7 @@ class Decoder:
         branches = np.flatnonzero(made["op"] == NUMBER["bra"])
         made["x"][branches] = [starts[target] for target in made["x"][branches]]
         joins = post_dominators(made)
-        for branch in branches:
+        for branch in branches.tolist():
             made["n"][branch] = joins[branch]
         self._touching(made)
         code.instructions, code.extra = made, np.array([*self.extra, 0], np.int32)
@@ -513,6 +516,6 @@ def post_dominators(made: np.ndarray) -> dict[int, int]:
                         new = found[new]
                     else:
                         other = found[other]
-            if found.get(node) != new:
+            if new is not None and found.get(node) != new:
                 found[node], changed = new, True
     return {i: found.get(i, last) for i in range(last) if op[i] == NUMBER["bra"]}

@@ -58,6 +58,7 @@ class Launches:
             parameters = bytearray(code.entry.param_bytes)
             for number, (offset, size) in enumerate(code.entry.params.values()):
                 parameters[offset : offset + size] = ctypes.string_at(arguments[number], size)
+            assert self.on_launch is not None, "nobody takes launches"
             self.on_launch(code, grid[0], bytes(parameters), shared)
         except BaseException as error:  # it must not cross C
             self._error = error

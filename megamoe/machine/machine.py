@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from megamoe.machine.memory import Memory, Region
 from megamoe.machine.reference import Reference
 from megamoe.machine.tensormap import TensorMap
 
+#: Code, CTAs, bytes of the parameters and of dynamic shared memory.
+Launch = tuple[Code, int, bytes, int]
 POLICIES = ("eager", "late", "tardy", "random")
 LATE_ROUNDS = 8  # that a late copy takes
 BUDGET = 1000
@@ -71,7 +74,7 @@ class Warp:
         return _array(self.block.shared, ctypes.c_uint8, self.machine.shared_end)
 
 
-def _array(address: int, kind: type, count: int) -> np.ndarray:
+def _array(address: int, kind: type[ctypes.c_uint32 | ctypes.c_uint8], count: int) -> np.ndarray:
     return np.ctypeslib.as_array((kind * count).from_address(address))
 
 
@@ -100,7 +103,7 @@ class Machine:
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} is not one of {POLICIES}")
         self.num_ranks, self.roles, self.shared = num_ranks, tuple(roles), tuple(shared)
-        self.core = core.library(directory)
+        self.core: Any = core.library(directory)  # None without a C compiler
         self.settings = core.Settings(
             policy=POLICIES.index(policy), delay=LATE_ROUNDS, budget=budget, patient=patient,
             ordered=checks, held_share=held_share, num_ranks=num_ranks, seed=seed,
@@ -111,8 +114,8 @@ class Machine:
         self.shared_end = 0
         self.on_break: Callable[[Warp], None] | None = None
         self.watched = 0, 0
-        self._streams: list[list] = [[] for _ in range(num_ranks)]
-        self.c = None
+        self._streams: list[list[Launch | Callable[[], None]]] = [[] for _ in range(num_ranks)]
+        self.c: Any = None  # points to the core's `CMachine`
         self._kept: list = []
 
     # What is to be done
@@ -233,8 +236,9 @@ class Machine:
         """Do what the hosts do that come first in their streams."""
         for rank, stream in enumerate(self._streams):
             if self.core.host_first(self.c, rank):
-                next(item for item in stream if not isinstance(item, tuple))()
-                stream.remove(next(item for item in stream if not isinstance(item, tuple)))
+                first = next(item for item in stream if not isinstance(item, tuple))
+                first()
+                stream.remove(first)
                 self.core.host_done(self.c, rank)
 
     # What it is at

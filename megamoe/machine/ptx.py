@@ -81,11 +81,19 @@ def parse(text: str) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
 
 
+def matched(found: re.Match[str] | None, what: str) -> re.Match[str]:
+    """The match; SyntaxFault where there is none."""
+    if found is None:
+        raise SyntaxFault(f"not understood: {what!r}")
+    return found
+
+
 class Reader:
     """Reads the entry that begins at `start`."""
 
     def __init__(self, text: str, start: int, files: dict[str, str]):
-        head = re.compile(r"[^(]*\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)").match(text, start)
+        signature = re.compile(r"[^(]*\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)")
+        head = matched(signature.match(text, start), "entry")
         threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head[3])
         self.entry = Entry(head[1], int(threads[1]) if threads else 0)
         self.files, self.place = files, Place()
@@ -97,9 +105,8 @@ class Reader:
     def _signature(self, text: str) -> None:
         offset = 0
         for item in filter(str.strip, text.split(",")):
-            found = re.search(
-                r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?", item
-            )
+            parameter = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?"
+            found = matched(re.search(parameter, item), item)
             size = BITS[found[2]] // 8
             alignment = int(found[1] or size)
             offset = -(-offset // alignment) * alignment
@@ -168,7 +175,8 @@ class Reader:
         def resolve(name: str) -> str:
             return next((scope[name] for scope in reversed(scopes) if name in scope), name)
 
-        guard, op, rest = re.fullmatch(r"(?:@(!?[%\w$]+)\s+)?(\S+)\s*(.*)", text, re.S).groups()
+        found = re.fullmatch(r"(?:@(!?[%\w$]+)\s+)?(\S+)\s*(.*)", text, re.S)
+        guard, op, rest = matched(found, text).groups()
         if op.startswith("bra"):  # the label of a scope may follow
             args = [rest if rest.startswith("$") else rest + scopes[-1][""]]
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -71,12 +72,14 @@ class Warp:
         self.instructions = code.instructions.tolist()
         self.rows = np.zeros((code.num_rows, 32), np.uint32)
         self.predicates = [0, ALL] + [0] * (code.num_predicates - 2)
-        special = (32 * index + LANES, cta.index, cta.grid, code.entry.threads, LANES, index)
+        special: tuple[np.ndarray | int, ...] = (
+            32 * index + LANES, cta.index, cta.grid, code.entry.threads, LANES, index,
+        )  # fmt: skip
         for row, value in zip((code.rows[name] for name in SPECIAL), special, strict=True):
             self.rows[row] = value
         self.pc, self.rejoin, self.mask = 0, -1, ALL
         self.stack: list[tuple[int, int, int]] = []
-        self.waits = None  # (barrier, parity), or the list of a named barrier
+        self.waits: Any = None  # (barrier, parity), or the list of a named barrier
         self.ended = False
         self.pending: list = []
 
@@ -332,17 +335,18 @@ class Warp:
         barrier.settle()
 
     def do_load_bulk(self, active, lanes, d, a, b, c, n, x):
-        *source, size, row, wide, offset = self.code.extra[x : x + 7].tolist()
+        begin, far, shift, size, row, wide, offset = self.code.extra[x : x + 7].tolist()
         for lane in lanes:
             num_bytes = self.value(size, lane)
-            data = self.machine.memory.at(self.place(*source, lane), num_bytes).tobytes()
+            source = self.place(begin, far, shift, lane)
+            data = self.machine.memory.at(source, num_bytes).tobytes()
             self.store(SHARED, self.place(a, b, n, lane), data)
             self._complete(lane, row, wide, offset, num_bytes)
 
     def do_store_bulk(self, active, lanes, d, a, b, c, n, x):
-        *source, size = self.code.extra[x : x + 4].tolist()
+        row, wide, offset, size = self.code.extra[x : x + 4].tolist()
         for lane in lanes:
-            start = self.place(*source, lane)
+            start = self.place(row, wide, offset, lane)
             data = self.cta.shared[start : start + self.value(size, lane)].tobytes()
             self.store(0, self.place(a, b, n, lane), data)
 

@@ -31,7 +31,7 @@ def _functions(path: str) -> list[tuple[int, int, str]]:
         return []
     kinds = ast.FunctionDef, ast.AsyncFunctionDef
     found = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    return sorted((node.lineno, node.end_lineno, node.name) for node in found)
+    return sorted((node.lineno, node.end_lineno or node.lineno, node.name) for node in found)
 
 
 def text_of(place: Place) -> str:

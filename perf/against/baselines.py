@@ -29,7 +29,7 @@ class _Torch:
     """
 
     arithmetic: type = Bf16Experts
-    capturable = quantised = False
+    quantised = False
 
     def __init__(
         self,
@@ -46,6 +46,11 @@ class _Torch:
         self.experts = torch.arange(self.num_experts, dtype=torch.int32, device=w13_e2IH.device)
         #: Local expert of every count that arrives: by source rank, then by expert.
         self.expert_of_count = self.experts % self.local
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a call: the host reads nothing in it."""
+        return False
 
     def _sorted(self, topk_idx_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(ids of the slots by expert, their slots, last position + 1 of each expert [E])."""
@@ -146,8 +151,9 @@ class ExchangedTorchFp8(ExchangedTorchBf16):
     arithmetic = Fp8Experts
 
 
-BASELINES = {"torch_bf16": TorchBf16, "torch_fp8": TorchFp8}
-PROCESS_BASELINES = {
+Baseline = TorchBf16 | ExchangedTorchBf16 | deepep.DeepEpDeepGemm
+BASELINES: dict[str, type[TorchBf16]] = {"torch_bf16": TorchBf16, "torch_fp8": TorchFp8}
+PROCESS_BASELINES: dict[str, type[Baseline]] = {
     "torch_bf16": ExchangedTorchBf16,
     "torch_fp8": ExchangedTorchFp8,
     deepep.NAME: deepep.DeepEpDeepGemm,

@@ -64,6 +64,7 @@ def ceilings_of(path: str | Path, gpu: str, num_gpus: int) -> Ceilings:
     missing = [name for name, found in known.items() if not found]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)} of {num_gpus} x {gpu}")
+    assert link is not None
     return Ceilings(
         {dtype: tflops for dtype, tflops in gemm.items() if tflops},
         max(filter(None, memory)) / 1e3,

@@ -74,7 +74,9 @@ def _scale_of(largest: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
-def quantise_rows(x_RK: torch.Tensor, columns: int | None = None) -> tuple[torch.Tensor, ...]:
+def quantise_rows(
+    x_RK: torch.Tensor, columns: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(FP8 [R, K], float32 scales [R, K / columns], or [R, 1] without `columns`)."""
     num_rows, depth = x_RK.shape
     blocks = x_RK.view(num_rows, -1, columns or depth)

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import torch
 
@@ -154,12 +155,12 @@ class Errors:
         place = f"{self.impl} at {self.case.tokens} tokens, {self.case.precision}"
         return f"{place}: {', '.join(over)}" if over else ""
 
-    def row(self, where: dict[str, object]) -> AccuracyRow:
+    def row(self, where: dict[str, Any]) -> AccuracyRow:
         """The result row, measured at `where` (`environment`)."""
         names = ("impl", "exact", "error_rel", "calc_diff", "max_abs", "ratio", "config")
         found = {name: getattr(self, name) for name in names}
-        seeds = {"seed": self.case.seed, "spread": self.case.spread}
-        return AccuracyRow(**where, **self.case.columns, **seeds, **found)
+        case = self.case
+        return AccuracyRow(**where, **case.columns, seed=case.seed, spread=case.spread, **found)
 
 
 class AccuracyRunner(Runner):
@@ -176,7 +177,7 @@ class AccuracyRunner(Runner):
         config = f"{layer.config} products=float32" if emulated else layer.config
         return [Contender(name, one_batch(layer), EAGER, layer.max_error, config)]
 
-    def points(self, tokens: int) -> Iterator[Errors]:
+    def points(self, tokens: int) -> Iterator[Errors]:  # type: ignore[override]
         case, device = self.plan.case.with_tokens(tokens), self.plan.device
         inputs, [pipeline] = self.inputs_of(case), self.contenders
         sample = spread_evenly(SAMPLED, tokens, device)
@@ -187,7 +188,7 @@ class AccuracyRunner(Runner):
         mine = sampled(outputs_of(self.moe, inputs))
         self.moe.synchronize()
         theirs = sampled(pipeline.prepare(inputs)())
-        tokens = Inputs(*map(sampled, columns_of_inputs(inputs)))
+        asked = Inputs(*map(sampled, columns_of_inputs(inputs)))
 
         def stored(expert: int) -> reference.Weights | None:
             held = self.experts
@@ -203,7 +204,7 @@ class AccuracyRunner(Runner):
         if case.recipe.weights.has_scales:
             sources[ORIGINAL] = original, precision_of("bf16")
         for name, (weights_of, recipe) in sources.items():
-            exact = exact_output(tokens, weights_of, recipe, self.job)
+            exact = exact_output(asked, weights_of, recipe, self.job)
             relative = reference.relative_error(theirs, exact)
             if name == STORED and not case.spread:  # wide scales may not fit spread magnitudes
                 pipeline.refuse(relative, case.tokens)

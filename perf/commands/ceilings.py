@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ SUMMARY = "measure GEMM, memory, launch and NVLink ceilings on the GPUs here and
 EPILOG = "With torchrun all GPUs are measured at once, and NVLink and a barrier on top."
 
 
-def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, object]) -> CeilingRow:
+def row_of(probe: Probe, times: Times, num_ranks: int, where: dict[str, Any]) -> CeilingRow:
     return CeilingRow(
         **where,
         num_ranks=num_ranks,

@@ -218,8 +218,8 @@ def run(options: Options) -> int:
     print(f"A: {options.before}, commit {', '.join(commits_a)}")
     print(f"B: {options.after}, commit {', '.join(commits_b)}")
     print(table(pairs))
-    for name, mine, other in (("A", before, after), ("B", after, before)):
-        only = [key for key in mine if key not in other]
+    for name, own, other in (("A", before, after), ("B", after, before)):
+        only = [key for key in own if key not in other]
         if only:
             print(f"only in {name} ({len(only)}):")
             print("\n".join(f"  {describe(key)}" for key in only))

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -228,7 +229,7 @@ def configs_of(steps: Sequence[Step]) -> list[dict]:
     parser, configs = Parser(), []
     add_options(parser, Launched)
     for step in steps:
-        launched = read_options(Launched, parser.parse_known_args(step.arguments)[0])
+        launched: Launched = read_options(Launched, parser.parse_known_args(step.arguments)[0])
         kernels = ABLATION_KERNELS if step.command == ABLATION else ({},)
         configs += [c for c in kernels_of(launched, step.gpus, kernels) if c not in configs]
     return configs
@@ -285,7 +286,7 @@ def run_step(command: Sequence[str], limit_s: float, gpus: int = 1) -> str:
     return "ok" if status == 0 else f"exit status {status}"
 
 
-def _passed_on(which: str, **how) -> Field:
+def _passed_on(which: str, **how) -> Any:
     return option(f"passed on to every step{which}", **how)
 
 

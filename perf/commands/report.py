@@ -61,10 +61,10 @@ def run(options: Options) -> int:
     launches = load(*recorded, kind=PhaseRow)
     memory = memory_sections(groups)
     pictures = {
-        slug: draw(title, slug, parts)
-        for sections, draw in ((sections_of(launches), draw_phases), (memory, draw_memory))
-        for slug, (title, parts) in sections.items()
+        slug: draw_phases(title, slug, parts)
+        for slug, (title, parts) in sections_of(launches).items()
     }
+    pictures |= {slug: draw_memory(title, slug, parts) for slug, (title, parts) in memory.items()}
     page = page_of(frame, launches, groups, memory, pictures)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)

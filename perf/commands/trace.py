@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ EPILOG = (
 )
 
 #: Fields of the kernel that records.
-TRACED = {"trace": True}
+TRACED: dict[str, object] = {"trace": True}
 FAILED = 1
 
 
@@ -119,7 +120,7 @@ def record(plan: Plan, out: Path, phases: ResultsFile | None = None, job: Job = 
 
 def launch(
     moe: megamoe.MegaMoE, plan: Plan, inputs: Sequence[Inputs], job: Job = ALONE
-) -> tuple[list[CtaTrace], list[torch.Tensor]]:
+) -> tuple[list[CtaTrace], Sequence[torch.Tensor]]:
     """(what every CTA recorded, outputs) of a launch, on GPUs after others; records of all ranks on
     every rank, outputs of this one's. Collective.
     """
@@ -173,9 +174,9 @@ def write(
     kernel = select(config, **plan.kernel_options)
     where = environment(plan.device)
     if phases:
-        times = phases_of(map(slices_of, traces), clock.per_us)
+        times: dict[str, Any] = phases_of(map(slices_of, traces), clock.per_us)
         phases.append(PhaseRow(**where, **case.columns, **times))
-    facts = {
+    facts: dict[str, Any] = {
         **where,
         "time": clock.note,
         **case.columns,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from perf.drawing.curves import Curve, Group, is_known, memory_of, name_of, shape_of
@@ -27,7 +27,7 @@ figure { margin: 0; max-width: 100% } svg { display: block; max-width: 100%; hei
 """
 
 
-def html_table(titles: Sequence[str], parts: dict[str, Iterable[Sequence[object]]]) -> str:
+def html_table(titles: Sequence[str], parts: Mapping[str, Iterable[Sequence[object]]]) -> str:
     """A table of {heading or "": rows}; every cell is escaped, "" stands for what was not
     measured.
     """
@@ -99,7 +99,7 @@ def environment_rows(*frames) -> list[tuple[object, ...]]:
     text = pandas.concat([frame for frame in frames if len(frame)]).fillna(
         {"dirty": -1, "driver": "", "dsl": ""}
     )
-    lines = []
+    lines: list[tuple[object, ...]] = []
     for (gpu, driver, torch, dsl, commit, dirty), rows in text.groupby(columns, sort=False):
         known = {"": gpu, "driver ": driver, "torch ": torch, "DSL ": dsl}
         lines.append(
@@ -120,7 +120,7 @@ ENVIRONMENT_TITLES = ("machine", "commit", "rows", "measured")
 
 def memory_sections(groups: Sequence[Group]) -> dict[str, tuple[str, dict[str, int]]]:
     """{slug: (title, {region: bytes})}, one per layer, number of ranks and precision."""
-    sections = {}
+    sections: dict[str, tuple[str, dict[str, int], int]] = {}
     for group in groups:
         for precision in dict.fromkeys(curve.precision for curve in group.curves if curve.ours):
             m, tokens = group.model, max(group.tokens)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from perf.drawing.curves import Curve, Group
 
 #: Blue, vermillion and wine are ours, black is a bound; the order of the rest keeps neighbours far
 #: apart.
-OUR_COLOURS = ("#0072B2", "#D55E00", "#882255")
-COLOURS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666", "#332288", "#999933")
+OUR_COLOURS: Sequence[str] = ("#0072B2", "#D55E00", "#882255")
+COLOURS: Sequence[str] = (
+    "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#666666", "#332288", "#999933",
+)  # fmt: skip
 OUR_MARKERS, MARKERS = "oD*", "s^vPX<>hd"
 BOUND_STYLES = ("--", ":", "-.")
 #: In the order of `phases.PHASES`: waits are grey.
@@ -32,7 +35,7 @@ Styled = list[tuple[Curve, dict]]
 #: By series.
 Styles = dict[tuple[str, str], dict]
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.grid": True,
     "grid.alpha": 0.35,
@@ -180,7 +183,8 @@ def draw_group(group: Group, styles: Styles) -> Picture:
 
 def draw_panels(group: Group, styles: Styles) -> list[bytes]:
     """The same as SVG that fit a phone: the panels, then the legend in up to three parts."""
-    styled, pictures = _styled(group, styles), []
+    styled = _styled(group, styles)
+    pictures: list[bytes] = []
 
     def add(height: float, draw: Callable) -> None:
         with _subplots(figsize=(PAGE_WIDTH, height)) as (figure, axis):

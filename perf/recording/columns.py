@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import inf, nan
+from typing import Any
 
 from perf.workload.routings import ALIASES
 
@@ -21,7 +22,7 @@ IDENTIFIES, FILLED, POSITIVE, TIME = "identifies", "filled", "positive", "time"
 
 def column(
     *rules: str, default: object = MISSING, added: bool = False, read: Callable[[str], str] = str
-) -> Field:
+) -> Any:
     """A column that obeys these rules. read: what a text in a file means today."""
     assert not added or default is not MISSING, "files from before need a default"
     return field(default=default, metadata={"rules": rules, "added": added, "read": read})

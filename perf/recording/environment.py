@@ -7,6 +7,7 @@ import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def _driver_version() -> str:
     return _output_of(*query) or "unknown"
 
 
-def environment(device: torch.device | str) -> dict[str, object]:
+def environment(device: torch.device | str) -> dict[str, Any]:
     """The columns of a row that say when, from what source and where it was measured."""
     commit, dirty = source_version()
     on_gpu = torch.device(device).type == "cuda"

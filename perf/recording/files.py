@@ -94,7 +94,8 @@ def result_files(paths: Iterable[str | Path], kind: type = Row) -> tuple[list[Pa
     """(files of such rows, other CSV files) among `paths` and in the directories among them;
     ValueError for a path that does not exist.
     """
-    rows, others = [], []
+    rows: list[Path] = []
+    others: list[Path] = []
     for path in _files_of(paths):
         if path.is_fifo():
             raise ValueError(f"{path} is a pipe: it cannot be read twice")

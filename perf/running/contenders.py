@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import hypot, inf
+from typing import Any
 
 import torch
 
 import megamoe
 from megamoe import reference
-from perf.against.baselines import BASELINES, PROCESS_BASELINES
+from perf.against.baselines import BASELINES, PROCESS_BASELINES, Baseline
 from perf.against.experts import MAX_FP8_ERROR
 from perf.running.layer import columns_of, config_of, layer_bound, layer_call
 from perf.running.plan import Plan
@@ -53,7 +54,7 @@ class Contender:
 
 def layer_contender(moe: megamoe.MegaMoE, mode: str, **changes) -> Contender:
     """A layer as it is; `changes` to what is said of it."""
-    facts = {"impl": MEGAMOE, "max_error": layer_bound(moe.config.recipe)} | changes
+    facts: dict[str, Any] = {"impl": MEGAMOE, "max_error": layer_bound(moe.config.recipe)} | changes
     call, config = partial(layer_call, moe), config_of(moe)
     return Contender(prepare=call, mode=mode, config=config, check=moe.synchronize, **facts)
 
@@ -71,11 +72,11 @@ def one_batch(
     return prepare
 
 
-def baseline_of(job: Job, name: str, *weights: torch.Tensor, **arguments):
+def baseline_of(job: Job, name: str, w13: torch.Tensor, w2: torch.Tensor, **arguments):
     """A baseline for the ranks of this process."""
     if job.alone:
-        return BASELINES[name](*weights, **arguments)
-    return PROCESS_BASELINES[name](*weights, num_ranks=job.size, **arguments)
+        return BASELINES[name](w13, w2, **arguments)
+    return PROCESS_BASELINES[name](w13, w2, num_ranks=job.size, **arguments)
 
 
 def baseline_contenders(
@@ -88,7 +89,7 @@ def baseline_contenders(
     """
     if not plan.baselines:
         return []
-    table = BASELINES if job.alone else PROCESS_BASELINES
+    table: Mapping[str, type[Baseline]] = BASELINES if job.alone else PROCESS_BASELINES
     masked, scaled = may_mask(plan.case.routing), plan.case.recipe.weights.has_scales
     matrices = weights[:2]
     if scaled and not all(table[name].quantised for name in plan.baselines):

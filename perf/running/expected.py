@@ -57,7 +57,8 @@ def expected_of(
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     if not job.alone:
-        return Expected(job, [sample_of(job, *inputs, weights, precision)])
+        (own,) = inputs
+        return Expected(job, [sample_of(job, own, weights, precision)])
     whole = [
         reference.moe_forward(i.x, i.topk_idx, i.topk_weights, *weights, precision=precision)
         for i in inputs

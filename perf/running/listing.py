@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from perf.against import deepep
 from perf.recording.columns import Row
@@ -18,7 +19,7 @@ def _error(point: Point) -> str:
     return "-" if point.error is None else f"{point.error:.2e}"
 
 
-def _of(name: str, text: Callable[[Point], str]) -> Callable[[Point], str]:
+def _of(name: str, text: Callable[[Any], str]) -> Callable[[Point], str]:
     """The text of a point that has this."""
     return lambda point: text(point) if getattr(point, name) else "-"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megamoe.precision import PRECISIONS
 from perf.against import deepep
@@ -55,7 +55,7 @@ def _follows(name: str) -> str:
     return ", ".join(f"{getattr(row, name)} on {device}" for device, row in DEFAULTS.items())
 
 
-def _size(letter: str, what: str) -> Field:
+def _size(letter: str, what: str) -> Any:
     text = f"{what}, instead of the model's"
     return option(text, type=integer(1), metavar=letter)
 
@@ -65,16 +65,16 @@ def _tokens_text(kind: type[Options]) -> str:
     return f"per rank: 1,8,64 or 1:4096 (doubling); by default {'; '.join(told)}"
 
 
-def precision_option(default: str) -> Field:
+def precision_option(default: str) -> Any:
     text = f"one or several of {', '.join(PRECISIONS)}"
     return option(text, default=(default,), type=names(PRECISIONS), metavar="LIST")
 
 
-def csv_option(text: str, **how) -> Field:
+def csv_option(text: str, **how) -> Any:
     return option(text, type=path_name, metavar="PATH", **how)
 
 
-def list_configs_option() -> Field:
+def list_configs_option() -> Any:
     text = "write what `python -m megamoe.compile --list` needs for this command, and stop"
     return option(text, type=Path, metavar="PATH")
 

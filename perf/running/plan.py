@@ -144,9 +144,11 @@ def kernels_of(
 
 def write_configs(options: Options, kernels: Sequence[dict[str, object]]) -> int:
     """Write these entries to the file that was asked for; 0."""
-    check_no_results("--list-configs", options.list_configs)
-    check_writable("--list-configs", options.list_configs)
-    options.list_configs.write_text(json.dumps(kernels_of(options, kernels=kernels)))
+    path = options.list_configs
+    assert path is not None, "nobody asked for it"
+    check_no_results("--list-configs", path)
+    check_writable("--list-configs", path)
+    path.write_text(json.dumps(kernels_of(options, kernels=kernels)))
     return 0
 
 

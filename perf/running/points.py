@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 from perf.against.roofline import Roofline, Work
 from perf.recording.columns import Row
@@ -38,9 +39,10 @@ class Point:
             return ""
         return f"{self.impl} is wrong at {self.case.tokens} tokens: error {self.error:.2e}"
 
-    def row(self, where: dict[str, object]) -> Row:
+    def row(self, where: dict[str, Any]) -> Row:
         """The result row of this point, measured at `where` (`environment`)."""
-        us, bound = self.times.us_median, {}
+        us = self.times.us_median
+        bound: dict[str, Any] = {}
         if self.roofline:
             bound = {
                 "roofline_us": self.roofline.us,

@@ -63,6 +63,7 @@ class Job:
     """The job of a single process, which holds every rank; see `ProcessJob`."""
 
     alone, rank, size = True, 0, 1
+    device: torch.device  # of a process that is not alone
 
     def align(self) -> None:
         pass

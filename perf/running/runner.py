@@ -10,6 +10,7 @@ Neighbours: `plan` says what to run, `timing` how to time it, `session` prints t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -29,10 +30,10 @@ from perf.running.timing import Times, flush_of, measure
 from perf.workload.cases import Case, Inputs, make_layer_weights, make_rank_inputs
 
 
-def measure_together(job: Job, *arguments, **options) -> tuple[Times, object]:
+def measure_together(job: Job, *arguments, **options) -> tuple[Times, Any]:
     """`timing.measure` with the largest time of the ranks; collective."""
-    align = None if job.alone else job.align
-    times, output = measure(*arguments, **options, align=align)
+    options["align"] = None if job.alone else job.align
+    times, output = measure(*arguments, **options)
     return Times(tuple(job.max_over_ranks(times.us))), output
 
 
@@ -97,7 +98,7 @@ class Runner:
                 **(self._held() if ours else {}),
             )
 
-    def _held(self) -> dict[str, int | None]:
+    def _held(self) -> dict[str, Any]:
         """What a point says of the layer alone."""
         return {
             "nvlink_bytes": self.moe.nvlink_bytes if self.plan.emulated else None,
@@ -112,7 +113,7 @@ class Runner:
         return work_of_counts(case, counts_WE, [case.tokens] * case.num_ranks)
 
     def _measure(
-        self, call: Callable[[], object], mode: str, check: Callable[[], object]
+        self, call: Callable[[], Sequence[torch.Tensor]], mode: str, check: Callable[[], object]
     ) -> tuple[Times, Sequence[torch.Tensor]]:
         plan = self.plan
         return measure_together(

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ class Times:
         return sorted(self.us)[-(-95 * len(self.us) // 100) - 1]
 
     @property
-    def columns(self) -> dict[str, float]:
+    def columns(self) -> dict[str, Any]:
         """The columns of a row."""
         return {name: getattr(self, name) for name in ("us_min", "us_median", "us_p95")}
 

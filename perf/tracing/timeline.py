@@ -131,8 +131,8 @@ def _phases(trace: CtaTrace) -> Iterator[Slice]:
         COMBINE: (marks.get("combined"), marks.get("end")),
     }
     if tiles and marks.get("last_tile"):  # `first_tile` is left by a CTA whose first tile is FC1
-        begin = min(marks.get("first_tile", tiles[0].begin), tiles[0].begin)
-        borders[TILES] = begin, max(marks["last_tile"], tiles[-1].end)
+        first = min(marks.get("first_tile", tiles[0].begin), tiles[0].begin)
+        borders[TILES] = first, max(marks["last_tile"], tiles[-1].end)
     for name, (begin, end) in borders.items():
         if begin is not None and end is not None:
             yield Slice(name, begin, end)
@@ -179,7 +179,7 @@ def events_of(traces: Sequence[CtaTrace], clock: Clock = GPU_CLOCK) -> list[dict
     def at(time: int) -> float:
         return (time - origin) / clock.per_us
 
-    events = []
+    events: list[dict] = []
     for rank in sorted({trace.rank for trace in traces}):
         mine = [trace for trace in traces if trace.rank == rank]
         events += _names(rank, mine)

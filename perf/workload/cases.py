@@ -10,6 +10,7 @@ that covers more than 128 columns no longer fits all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ class Case:
         )
 
     @property
-    def columns(self) -> dict[str, object]:
+    def columns(self) -> dict[str, Any]:
         """The columns of a row that say what ran (`recording.columns.Launched`)."""
         return {
             "num_ranks": self.num_ranks,
@@ -194,6 +195,6 @@ def make_layer_weights(
     for place, expert in enumerate(experts):
         drawn = make_weights(case, device, range(expert, expert + 1))
         one = quantize_weights(*drawn, case.precision)
-        for whole, part in zip(made, one, strict=True):
+        for whole, part in zip(made.present, one.present, strict=True):
             whole[place] = part[0]
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megamoe.config import COMBINE, DISPATCH, GEMMS
 
 MEGAMOE = "megamoe"
@@ -10,7 +12,7 @@ STAGING = f"{MEGAMOE}_staging"
 #: Parts of a launch that a kernel can do alone (`KernelConfig.only`), in the order of tables.
 PARTS = (GEMMS, DISPATCH, COMBINE)
 #: Options of the kernels that an ablation launches: all, then each part.
-ABLATION_KERNELS = ({}, *({"only": part} for part in PARTS))
+ABLATION_KERNELS: tuple[dict[str, Any], ...] = ({}, *({"only": part} for part in PARTS))
 
 
 def part_name(part: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -133,7 +134,7 @@ def masked(draw: Draw, share: float) -> torch.Tensor:
 class Routing:
     """A function of (draw, parameter); `default` None: takes no parameter."""
 
-    draw: Callable[[Draw, float | None], torch.Tensor]
+    draw: Callable[[Draw, Any], torch.Tensor]
     default: float | None = None
     low: float = 0.0
     high: float = 1.0
@@ -234,7 +235,8 @@ def check(text: str, num_ranks: int, tokens: int, num_experts: int, top_k: int) 
     """ValueError unless the routing can be drawn for this many tokens on every rank."""
     if not is_recorded(text):
         name, parameter = parse(text)
-        if name == "hot-expert" and parameter < 1 and num_experts == 1:
+        partly = parameter is not None and parameter < 1
+        if name == "hot-expert" and partly and num_experts == 1:
             raise ValueError(f"routing {text} needs another expert than the hot one, num_experts=1")
         return
     ids = recorded(text)

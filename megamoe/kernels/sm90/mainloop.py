@@ -64,7 +64,7 @@ def accumulate(fragments, pipes, position, k_blocks, lane, warps, kernel: Conste
     stage = position % stages
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
     issue(fragments, fragments.parts, 0, stage, True)
-    for block in cutlass.range(1, k_blocks, unroll=1):
+    for block in cutlass.range(1, k_blocks, 1, unroll=1):
         current = (position + block) % stages
         arch.mbarrier_wait(pipes.full + current, ((position + block) // stages) % 2)
         issue(fragments, fragments.parts, 0, current, False)
