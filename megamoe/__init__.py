@@ -3,6 +3,7 @@ DSL.
 """
 
 import importlib
+import importlib.metadata
 
 _PUBLIC = {
     "DamagedKernel": "megamoe.kernel_files",
@@ -31,6 +32,11 @@ __all__ = sorted(_PUBLIC)
 
 def __getattr__(name: str):
     """Public names are imported on first use: tools that need only the integers load no torch."""
+    if name == "__version__":  # declared in pyproject.toml alone
+        try:
+            return importlib.metadata.version("megamoe")
+        except importlib.metadata.PackageNotFoundError:  # a source tree that nobody installed
+            return "unknown"
     if name not in _PUBLIC:
         raise AttributeError(f"module 'megamoe' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

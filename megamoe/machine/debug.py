@@ -1,6 +1,6 @@
 """Looking into a launch: stops at source lines and at changes, registers, fragments as tiles.
 
-    python -m megamoe.machine --tokens 4 --at mainloop.py:61 --tile --warp 4
+    python -m megamoe.machine --tokens 4 --at mainloop.py:73 --tile --warp 4
     python -m megamoe.machine --ranks 2 --watch "l1_arrival_count[0]" --seed 7 --checks
 
 runs a forward of a small random layer. The same from Python, for any machine: see `Debugger`.

@@ -1,7 +1,7 @@
 """A model that others wrote: transformers' Qwen3-MoE with its experts run by the layer, eager and
 compiled in both modes that serve; forward and generate.
 
-On a machine without a GPU it runs with the emulator if transformers is there.
+On a machine without a GPU it runs on the CPU if transformers is there.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -246,3 +248,9 @@ def test_every_module_imports_first():
     """No import order is needed: a cycle would show as a partially initialised module."""
     modules = [module for module in SOURCES if not module.endswith("__main__")]
     run_fresh(modules)
+
+
+def test_the_version_is_that_of_pyproject():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    found = importlib.import_module("megamoe").__version__
+    assert found in (declared, "unknown")  # a source tree that nobody installed

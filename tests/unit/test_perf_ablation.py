@@ -34,7 +34,7 @@ def plan_for(*options: str):
 
 @pytest.fixture
 def made(monkeypatch, one_thread):
-    """The kernel options of every layer; the emulator runs whole launches whatever they say."""
+    """The kernel options of every layer; these launches are whole whatever they say."""
     made, real = [], megamoe.MegaMoE
 
     def make(**arguments):
@@ -135,7 +135,7 @@ def test_room_and_kernels_of_all_parts_are_checked(monkeypatch):
     ablation.check_memory_and_kernels([whole])
     assert [plan.kernel_options for plan in checked] == [{"only": part} for part in PARTS]
     assert {plan.workspace_bytes for plan in checked} == {4 * whole.workspace_bytes}
-    check_here(checked)  # the emulator needs nothing
+    check_here(checked)  # a CPU needs nothing
 
 
 def test_without_a_gpu_it_says_so(capsys):

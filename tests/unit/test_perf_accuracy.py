@@ -128,7 +128,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("seed", ["0", "7"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_emulator_is_within_the_bounds(shape, seed, one_thread, tmp_path, capsys):
+def test_a_cpu_is_within_the_bounds(shape, seed, one_thread, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     argv = [*SHAPES[shape], "--seed", seed, "--precision", "bf16,fp8_block", "--csv", str(path)]
     assert main(["accuracy", *argv]) == 0

@@ -1,4 +1,4 @@
-"""The command line: options, one-line errors, rows as they finish, and the emulator for real."""
+"""The command line: options, one-line errors, rows as they finish, and sweeps on a CPU for real."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def plan_for(*argv: str) -> Plan:
     return plan_of(options_of(["sweep", *argv]))
 
 
-def test_defaults_emulate_a_small_layer_at_ep8():
+def test_defaults_are_a_small_layer_at_ep8_on_a_cpu():
     default = plan_for()
     assert default.emulated and default.mode == EAGER and default.verify
     assert (default.case.num_ranks, default.case.model.name) == (8, "emulated")
@@ -674,7 +674,7 @@ def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("precision", ["fp8_block", "fp8_channel"])
-def test_the_emulator_sweeps_fp8(precision, tmp_path):
+def test_a_cpu_sweeps_fp8(precision, tmp_path):
     path = tmp_path / "rows.csv"
     argv = [*SMALL, "--reps", "1", "--precision", precision, "--csv", str(path)]
     assert main([*argv, "--baseline", "torch_bf16,torch_fp8"]) == 0
@@ -686,7 +686,7 @@ def test_the_emulator_sweeps_fp8(precision, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_emulator_sweep_as_a_user_runs_it(tmp_path):
+def test_the_sweep_on_a_cpu_as_a_user_runs_it(tmp_path):
     """No option but the file: every rank of an EP8 layer on the CPU, each row checked."""
     path = tmp_path / "rows.csv"
     done = run_perf("sweep", "--csv", str(path))

@@ -162,7 +162,7 @@ def test_threshold_replaces_the_floor(tmp_path):
     assert compare(tmp_path, *calm, "--threshold", "0.5") == 1
 
 
-def test_times_of_the_emulator_are_judged_only_if_asked(tmp_path, capsys):
+def test_times_of_a_cpu_are_judged_only_if_asked(tmp_path, capsys):
     rows, slower = [row(gpu=EMULATION)], [row(300, gpu=EMULATION)]
     assert compare(tmp_path, rows, slower) == 0
     out = capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_ratios_are_to_the_layer_at_the_same_tokens():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_command_on_the_emulator(precision, tmp_path, capsys):
+def test_the_command_on_a_cpu(precision, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     small = ["--tokens", "2", "--ranks", "2", "--num-experts", "8", "--reps", "2"]
     small += ["--precision", precision]

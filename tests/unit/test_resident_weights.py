@@ -109,7 +109,7 @@ def test_kernel_tensors_are_what_a_launch_reads(precision):
     given = moe._held()
     for name in ("w13", "w2"):
         assert tensors[name] is getattr(given, name)
-    if precision != "fp8_block":  # the emulator reads the scales that it was given
+    if precision != "fp8_block":  # whose tables are laid out from the given scales
         order = torch.randperm(W * E_LOCAL, generator=torch.Generator().manual_seed(5))
         for tensor in tensors.values():
             bits = tensor.view(torch.uint8)

@@ -1,8 +1,8 @@
 """The mbarriers of a CTA with their real parities, in every order that its warps can run.
 
-The emulator counts arrivals, so a warp that takes one phase of a barrier for another shows only
-here: a model of two math warpgroups of two warps each, the loader and the queue, for tiles that one
-or both warpgroups compute.
+A model of two math warpgroups of two warps each, the loader and the queue, for tiles that one or
+both warpgroups compute. A launch on a CPU takes one order a seed; here a warp that takes one phase
+of a barrier for another shows in whichever order does it.
 """
 
 from __future__ import annotations
