@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -189,7 +190,7 @@ class CpuBackend(Backend):
         """Forwards in stream order on every rank, which meet only inside the launches."""
         if self.health.failed:
             self.recover()
-        settings = {"roles": CPU_ROLES, "shared": self.shared, "patient": True}
+        settings: dict[str, Any] = {"roles": CPU_ROLES, "shared": self.shared, "patient": True}
         settings |= {"seed": self.launches} | self.settings
         machine = self.machine = self._machine(cache_dir(), len(self.ranks), **settings)
         all_ys = [
