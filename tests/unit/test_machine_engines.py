@@ -14,7 +14,6 @@ from megamoe.machine import alu, core, ptx
 from megamoe.machine.decode import decode
 from megamoe.machine.machine import Machine, Warp
 from megamoe.machine.reference import BLOCKED, ENDED, Reference
-from megamoe.precision import PRECISIONS
 from tests.machine import Layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,7 +84,9 @@ class Lockstep:
         return status
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", ["bf16", "fp8_block", pytest.param("fp8_channel", marks=pytest.mark.nightly)]
+)
 def test_every_instruction_of_a_kernel(precision, monkeypatch):
     """Also with one clamp, masked slots and 32-bit ids."""
     layer = Layer(

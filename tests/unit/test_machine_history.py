@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 #: What every run of the tests tries; the others need a compilation each.
-ALWAYS = ("a stage given back while lanes read its scales", "flags of the last CTA on the SM")
+ALWAYS = ("a stage given back while lanes read its scales",)
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFACE = """

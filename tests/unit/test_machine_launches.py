@@ -65,7 +65,10 @@ def test_hundreds_of_interleavings(ring, policy):
     ring.backend.settings = settings
 
 
-@pytest.mark.parametrize("precision,world", [("bf16", 8), ("fp8_block", 8), ("bf16", 16)])
+@pytest.mark.parametrize(
+    "precision,world",
+    [("bf16", 8), ("fp8_block", 8), pytest.param("bf16", 16, marks=pytest.mark.nightly)],
+)
 def test_many_ranks(precision, world):
     layer = Layer(world, 6, 3, hidden=256, inner=256, precision=precision)
     for seed, routing in enumerate(("uniform", "skewed", "ragged")):
