@@ -35,6 +35,7 @@ from perf.running.points import Point
 from perf.running.progress import Progress
 from perf.running.timing import COLD, EAGER, GRAPH, Times, measure
 from perf.workload.cases import Model, make_rank_inputs
+from tests.machine import MAX_RELATIVE_ERROR
 from tests.unit.perf_helpers import error_line, pretend_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -112,8 +113,6 @@ def fake(monkeypatch):
         (["sweep", "--reps", "-1"], ["--reps", "-1 must be in 1.."]),
         (["sweep", "--tokens", "64", "--max-tokens", "32"], ["64 is more than --max-tokens 32"]),
         (["sweep", "--graph"], ["--graph needs --device cuda"]),
-        (["sweep", "--num-sms", "99"], ["--num-sms 99 needs --device cuda"]),
-        (["sweep", "--kernel-dir", "/no"], ["--kernel-dir /no needs --device cuda"]),
         (["sweep", "--l2", "cold"], ["--l2 cold needs --device cuda"]),
         (["sweep", "--l2", "cool"], ["--l2", "'cool'", "did you mean cold?"]),
         (["sweep", "--num-experts", "12"], ["num_experts=12", "num_ranks=8"]),
@@ -681,7 +680,7 @@ def test_a_cpu_sweeps_fp8(precision, tmp_path):
     rows = load(path)
     assert rows.precision.tolist() == [precision] * 6
     assert rows.impl.tolist() == ["megamoe", "torch_bf16", "torch_fp8"] * 2
-    assert (rows.error_rel[rows.impl == "megamoe"] < 8e-3).all()
+    assert (rows.error_rel[rows.impl == "megamoe"] <= MAX_RELATIVE_ERROR[precision]).all()
     assert (rows.error_rel[rows.impl != "megamoe"] > 8e-3).all()
 
 
