@@ -200,6 +200,7 @@ class CpuBackend(Backend):
         self.prepare(machine)
         self.health.failed = True  # stays so if the machine raises
         machine.run()
+        machine.memory.let_go()
         self.health.failed = False
         self.launches += 1
         self.nvlink_bytes = machine.remote_bytes

@@ -36,13 +36,14 @@ class Region:
 class Segment:
     name: str
     base: int
-    bytes: np.ndarray  # uint8
+    size: int
+    bytes: np.ndarray  # uint8; empty once the tensor has been let go
     rank: int
     regions: list[Region] = field(default_factory=list)
 
     @property
     def end(self) -> int:
-        return self.base + len(self.bytes)
+        return self.base + self.size
 
     def fresh_lines(self) -> np.ndarray | None:
         """For every 128 bytes whether they belong to a fresh region; None if there is none."""
@@ -79,7 +80,13 @@ class Memory:
         base = tensor.data_ptr()  # not tensor.numpy(), after which the storage cannot be resized
         flat = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))
         self._kept.append(tensor)
-        self.segments.append(Segment(name, base, flat, rank, sorted(regions, key=_begin)))
+        self.segments.append(Segment(name, base, size, flat, rank, sorted(regions, key=_begin)))
+
+    def let_go(self) -> None:
+        """Keep names and places, but no tensor alive."""
+        self._kept.clear()
+        for segment in self.segments:
+            segment.bytes = np.empty(0, np.uint8)
 
     def find(self, address: int, size: int) -> Segment:
         for segment in self.segments:
