@@ -85,7 +85,8 @@ class Lockstep:
 
 
 @pytest.mark.parametrize(
-    "precision", ["bf16", "fp8_block", pytest.param("fp8_channel", marks=pytest.mark.nightly)]
+    "precision",
+    ["bf16", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("fp8_block", "fp8_channel"))],
 )
 def test_every_instruction_of_a_kernel(precision, monkeypatch):
     """Also with one clamp, masked slots and 32-bit ids."""

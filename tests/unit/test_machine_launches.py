@@ -77,7 +77,13 @@ def test_many_ranks(precision, world):
 
 
 @pytest.mark.parametrize(
-    ("precision", "num_ctas"), [("bf16", 1), ("bf16", 3), ("fp8_block", 3), ("fp8_channel", 2)]
+    ("precision", "num_ctas"),
+    [
+        ("bf16", 1),
+        pytest.param("bf16", 3, marks=pytest.mark.nightly),
+        ("fp8_block", 3),
+        pytest.param("fp8_channel", 2, marks=pytest.mark.nightly),
+    ],
 )
 def test_experts_of_several_blocks(precision, num_ctas):
     """More than block_m rows for one expert, through a ring that is smaller than the expert."""

@@ -164,9 +164,9 @@ def test_without_an_operation_a_launch_fails(ring, part):
 @pytest.mark.parametrize(
     ("shape", "runs", "patterns", "least"),
     [
-        (TOKENS, TOKENS_RUNS, BY_TOKENS, 12),
+        pytest.param(TOKENS, TOKENS_RUNS, BY_TOKENS, 12, marks=pytest.mark.nightly),
         (FEW, FEW_RUNS, BY_FEW, 2),
-        (REPORTS, RING_RUNS[:3], BY_REPORTS, 1),
+        pytest.param(REPORTS, RING_RUNS[:3], BY_REPORTS, 1, marks=pytest.mark.nightly),
         (ONE_BLOCK, RING_RUNS[:4], BY_ONE_BLOCK, 4),
     ],
 )

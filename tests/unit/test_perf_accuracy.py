@@ -127,7 +127,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("seed", ["0", "7"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [s if s == "default" else pytest.param(s, marks=pytest.mark.nightly) for s in SHAPES],
+)
 def test_a_cpu_is_within_the_bounds(shape, seed, one_thread, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     argv = [*SHAPES[shape], "--seed", seed, "--precision", "bf16,fp8_block", "--csv", str(path)]

@@ -7,7 +7,6 @@ import torch
 
 import megamoe
 from megamoe import reference
-from megamoe.precision import PRECISIONS
 from perf.__main__ import main
 from perf.against.roofline import Work
 from perf.commands import zeroing
@@ -107,7 +106,9 @@ def test_ratios_are_to_the_layer_at_the_same_tokens():
     assert "2.50x" in zeroing.table(points) and "1.30x" in zeroing.table(points)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "precision", ["bf16", "fp8_block", pytest.param("fp8_channel", marks=pytest.mark.nightly)]
+)
 def test_the_command_on_a_cpu(precision, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     small = ["--tokens", "2", "--ranks", "2", "--num-experts", "8", "--reps", "2"]

@@ -257,6 +257,7 @@ def test_a_compiled_model_under_autocast(block):
         assert torch.equal(compiled(tokens()), block(tokens()))
 
 
+@pytest.mark.nightly
 def test_a_model_compiled_by_the_default_backend():
     block = Block(counts=True)
     compiled = torch.compile(block, fullgraph=True)
