@@ -42,7 +42,8 @@ def variants() -> list:
         fields = dict(CONFIGS[name])
         kernel = fields.pop("kernel")
         config = MoEConfig(**fields)
-        params.append(pytest.param(config, select(config, **kernel), id=name))
+        marks = [pytest.mark.nightly] * (name in ("small8", "narrow"))
+        params.append(pytest.param(config, select(config, **kernel), id=name, marks=marks))
     for precision in ("fp8_block", "fp8_channel"):
         for name, config in MODELS.items():
             add(f"{name}-{precision}", replace(config, precision=precision))
