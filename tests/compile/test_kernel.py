@@ -25,7 +25,7 @@ MODELS = {
 
 #: Close to others, in what the compiler makes of them: compiled with --nightly.
 SELDOM = (
-    "mimo_ep8", "pro_ep1", "wide_ep72", "flash_ep4-fp8_channel", "v3_ep1-fp8_channel"
+    "mimo_ep8", "pro_ep1", "wide_ep72", "v3_ep1", "flash_ep4-fp8_channel", "pro_ep8-fp8_block"
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def variants() -> list:
         fields = dict(CONFIGS[name])
         kernel = fields.pop("kernel")
         config = MoEConfig(**fields)
-        marks = [pytest.mark.nightly] * (name in ("small8", "narrow"))
+        marks = [pytest.mark.nightly] * (name != "odd_hidden")
         params.append(pytest.param(config, select(config, **kernel), id=name, marks=marks))
     for precision in ("fp8_block", "fp8_channel"):
         for name, config in MODELS.items():

@@ -92,7 +92,7 @@ SIZES = {
 @pytest.mark.skipif(not HAVE_DSL, reason="kernels are built here")
 @every_recipe
 @pytest.mark.parametrize(
-    "size", [pytest.param(size, marks=[pytest.mark.nightly] * (size != "small")) for size in SIZES]
+    "size", [pytest.param(size, marks=[pytest.mark.nightly] * (size != "odd")) for size in SIZES]
 )
 def test_a_launch_asks_for_the_bytes_of_the_map(precision, size):
     fields, overrides = SIZES[size]

@@ -67,7 +67,11 @@ def test_hundreds_of_interleavings(ring, policy):
 
 @pytest.mark.parametrize(
     "precision,world",
-    [("bf16", 8), ("fp8_block", 8), pytest.param("bf16", 16, marks=pytest.mark.nightly)],
+    [
+        ("bf16", 8),
+        pytest.param("fp8_block", 8, marks=pytest.mark.nightly),
+        pytest.param("bf16", 16, marks=pytest.mark.nightly),
+    ],
 )
 def test_many_ranks(precision, world):
     layer = Layer(world, 6, 3, hidden=256, inner=256, precision=precision)
@@ -79,7 +83,7 @@ def test_many_ranks(precision, world):
 @pytest.mark.parametrize(
     ("precision", "num_ctas"),
     [
-        ("bf16", 1),
+        pytest.param("bf16", 1, marks=pytest.mark.nightly),
         pytest.param("bf16", 3, marks=pytest.mark.nightly),
         ("fp8_block", 3),
         pytest.param("fp8_channel", 2, marks=pytest.mark.nightly),

@@ -126,7 +126,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("seed", ["0", "7"])
+@pytest.mark.parametrize("seed", ["0", pytest.param("7", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     "shape",
     [s if s == "default" else pytest.param(s, marks=pytest.mark.nightly) for s in SHAPES],

@@ -672,7 +672,9 @@ def run_perf(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("precision", ["fp8_block", "fp8_channel"])
+@pytest.mark.parametrize(
+    "precision", ["fp8_block", pytest.param("fp8_channel", marks=pytest.mark.nightly)]
+)
 def test_a_cpu_sweeps_fp8(precision, tmp_path):
     path = tmp_path / "rows.csv"
     argv = [*SMALL, "--reps", "1", "--precision", precision, "--csv", str(path)]
