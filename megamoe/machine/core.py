@@ -165,50 +165,35 @@ def _generated() -> dict[str, str]:
     return {"cases.h": alu.c_cases(), "numbers.h": numbers}
 
 
-def path_in(directory: Path, native: bool = True) -> Path:
-    """Where the core lies in a directory: for this processor, or for any."""
-    parts = [FLAGS, *_generated().values(), *((HERE / name).read_text() for name in SOURCES)]
-    digest = hashlib.sha256("\n".join([*parts, _processor() * native]).encode()).hexdigest()[:16]
-    return directory / f"machine-{'native' if native else 'any'}-{digest}.so"
-
-
-def build(directory: Path, native: bool = True) -> Path:
-    """Compile the core into `directory`, unless it is there; FileNotFoundError without a C
+def build(directory: Path) -> Path | None:
+    """Compile the core for this processor into `directory`, unless it is there; None without a C
     compiler.
     """
-    target = path_in(directory, native)
+    parts = [FLAGS, *_generated().values(), *((HERE / name).read_text() for name in SOURCES)]
+    digest = hashlib.sha256("\n".join([*parts, _processor()]).encode()).hexdigest()[:16]
+    target = directory / f"machine-native-{digest}.so"
     if target.exists():
         return target
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise FileNotFoundError("no C compiler (cc or gcc) on PATH")
+        return None
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         for name, text in _generated().items():
             (Path(scratch) / name).write_text(text)
         built = Path(scratch) / target.name
-        command = [
-            compiler,
-            *FLAGS.split(),
-            *["-march=native"] * native,
-            f"-I{scratch}",
-            f"-I{HERE}",
-        ]
+        command = [compiler, *FLAGS.split(), "-march=native", f"-I{scratch}", f"-I{HERE}"]
         subprocess.run([*command, "-o", built, HERE / "engine.c", "-lm"], check=True)
         os.replace(built, target)
     return target
 
 
 @functools.cache
-def library(directory: Path, *others: Path) -> ctypes.CDLL | None:
-    """The core, kept in `directory`; without a C compiler one that lies in `others`, or None."""
-    try:
-        path = build(directory)
-    except FileNotFoundError:
-        ready = [path for place in others if (path := path_in(place, native=False)).exists()]
-        if not ready:
-            return None
-        path = ready[0]
+def library(directory: Path) -> ctypes.CDLL | None:
+    """The core, kept in `directory`; None if it is not there and nothing can compile it."""
+    path = build(directory)
+    if path is None:
+        return None
     loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in PROTOTYPES.items():
         function = getattr(loaded, name)
