@@ -122,8 +122,7 @@ class KernelConfig:
 #: blocks between a pull and its last FC2 tile, and 0.5 GB at H = 7168, I = 3072.
 DEFAULT_POOL_BLOCK_BYTES = 384
 #: What promotion changes: of e4m3 128 bytes of K are 128 columns; the sums of a block need
-#: registers of their own; promotion needs registers for a
-#: second accumulator; scales take shared memory from the pull buffers.
+#: registers beside the accumulator's; scales take shared memory from the pull buffers.
 PROMOTION_DEFAULTS = {
     "block_k": 128,
     "pull_piece_bytes": 4096,
