@@ -11,6 +11,7 @@ import pytest
 from megamoe.config import DISPATCH, GEMMS, PARTS, MoEConfig, select
 from tests.compile.sass import compile_kernel
 from tests.gpu.configs import CONFIGS
+from tests.nights import at_night
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
@@ -116,9 +117,7 @@ SCALE_COPIES = {"bf16": 0, "fp8_block": 6}
 
 
 @pytest.mark.parametrize("only", PARTS)
-@pytest.mark.parametrize(
-    "precision", [pytest.param("bf16", marks=pytest.mark.nightly), "fp8_block"]
-)
+@pytest.mark.parametrize("precision", [at_night("bf16"), "fp8_block"])
 def test_a_part_alone(precision, only, tmp_path, capfd):
     config = replace(MODELS["flash_ep4"], precision=precision)
     built = compile_kernel(config, select(config, only=only), tmp_path)

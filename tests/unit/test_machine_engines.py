@@ -15,6 +15,7 @@ from megamoe.machine.decode import decode
 from megamoe.machine.machine import Machine, Warp
 from megamoe.machine.reference import BLOCKED, ENDED, Reference
 from tests.machine import Layer
+from tests.nights import at_night
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,7 +87,7 @@ class Lockstep:
 
 @pytest.mark.parametrize(
     "precision",
-    ["bf16", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("fp8_block", "fp8_channel"))],
+    ["bf16", *(at_night(p) for p in ("fp8_block", "fp8_channel"))],
 )
 def test_every_instruction_of_a_kernel(precision, monkeypatch):
     """Also with one clamp, masked slots and 32-bit ids."""

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.nights import at_night
+
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 #: What every run of the tests tries; the others need a compilation each.
 ALWAYS = ("a stage given back while lanes read its scales",)
@@ -116,7 +118,7 @@ def run(tree: Path, trial: str) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.nightly) for name in BUGS],
+    [name if name in ALWAYS else at_night(name) for name in BUGS],
 )
 def test_a_bug_that_was_is_found(name, tmp_path):
     bug = BUGS[name]

@@ -14,6 +14,7 @@ from megamoe.reference import Weights, quantize
 from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 from tests.machine import Layer, WrongResult
 from tests.mutants import Mutator, watch
+from tests.nights import at_night
 from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,8 +70,8 @@ def test_hundreds_of_interleavings(ring, policy):
     "precision,world",
     [
         ("bf16", 8),
-        pytest.param("fp8_block", 8, marks=pytest.mark.nightly),
-        pytest.param("bf16", 16, marks=pytest.mark.nightly),
+        at_night("fp8_block", 8),
+        at_night("bf16", 16),
     ],
 )
 def test_many_ranks(precision, world):
@@ -83,10 +84,10 @@ def test_many_ranks(precision, world):
 @pytest.mark.parametrize(
     ("precision", "num_ctas"),
     [
-        pytest.param("bf16", 1, marks=pytest.mark.nightly),
-        pytest.param("bf16", 3, marks=pytest.mark.nightly),
+        at_night("bf16", 1),
+        at_night("bf16", 3),
         ("fp8_block", 3),
-        pytest.param("fp8_channel", 2, marks=pytest.mark.nightly),
+        at_night("fp8_channel", 2),
     ],
 )
 def test_experts_of_several_blocks(precision, num_ctas):

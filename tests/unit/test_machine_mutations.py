@@ -14,6 +14,7 @@ from megamoe.faults import InvalidExpertError, LaunchTimeout, MegaMoEError
 from megamoe.machine.faults import MachineError
 from tests.machine import Layer
 from tests.mutants import Mutant, Mutator, install, watch
+from tests.nights import at_night
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -151,9 +152,8 @@ def ring() -> Trial:
     return Trial(RING, RING_RUNS)
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=pytest.mark.nightly) for part in range(8)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", range(8))
 def test_without_an_operation_a_launch_fails(ring, part):
     others = (*BY_TOKENS, *BY_FEW, *BY_REPORTS, *BY_ONE_BLOCK, *BY_FAULTS, *REDUNDANT)
     needed = [mutant for mutant in ring.mutants if not matches(mutant.name, others)]
@@ -164,9 +164,9 @@ def test_without_an_operation_a_launch_fails(ring, part):
 @pytest.mark.parametrize(
     ("shape", "runs", "patterns", "least"),
     [
-        pytest.param(TOKENS, TOKENS_RUNS, BY_TOKENS, 12, marks=pytest.mark.nightly),
+        at_night(TOKENS, TOKENS_RUNS, BY_TOKENS, 12),
         (FEW, FEW_RUNS, BY_FEW, 2),
-        pytest.param(REPORTS, RING_RUNS[:3], BY_REPORTS, 1, marks=pytest.mark.nightly),
+        at_night(REPORTS, RING_RUNS[:3], BY_REPORTS, 1),
         (ONE_BLOCK, RING_RUNS[:4], BY_ONE_BLOCK, 4),
     ],
 )

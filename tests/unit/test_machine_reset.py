@@ -12,6 +12,7 @@ from megamoe.faults import MegaMoEError
 from megamoe.regions import layout_of
 from tests.machine import Layer
 from tests.mutants import Mutator, install, watch
+from tests.nights import at_night
 from workspace.layout import BARRIER, DATA
 
 TABLES = {
@@ -70,9 +71,7 @@ def test_each_region_that_resets_must(layer, mutants, region):
         layer.backend.recover()
 
 
-@pytest.mark.parametrize(
-    "precision", ["bf16", pytest.param("fp8_block", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("precision", ["bf16", at_night("fp8_block")])
 def test_resetting_data_regions_changes_nothing(precision):
     layer = make_layer(precision)
     state = layer.random.get_state()

@@ -18,6 +18,7 @@ from perf.recording.columns import Launched
 from perf.recording.environment import EMULATION
 from perf.workload.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
 from perf.workload.parts import MEGAMOE
+from tests.nights import at_night
 from tests.unit.perf_helpers import error_line
 
 FEW = ["--ranks", "2", "--num-experts", "4", "--top-k", "2", "--tokens", "16"]
@@ -126,10 +127,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("seed", ["0", pytest.param("7", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("seed", ["0", at_night("7")])
 @pytest.mark.parametrize(
     "shape",
-    [s if s == "default" else pytest.param(s, marks=pytest.mark.nightly) for s in SHAPES],
+    [s if s == "default" else at_night(s) for s in SHAPES],
 )
 def test_a_cpu_is_within_the_bounds(shape, seed, one_thread, tmp_path, capsys):
     path = tmp_path / "rows.csv"

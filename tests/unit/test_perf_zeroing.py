@@ -24,6 +24,7 @@ from perf.running.timing import EAGER, Times
 from perf.workload.cases import MODELS, Case, make_inputs, make_weights
 from perf.workload.parts import MEGAMOE
 from tests.machine import MAX_RELATIVE_ERROR
+from tests.nights import at_night
 from workspace.layout import BARRIER
 
 CASE = Case(MODELS["emulated"], num_ranks=2, tokens=5)
@@ -106,9 +107,7 @@ def test_ratios_are_to_the_layer_at_the_same_tokens():
     assert "2.50x" in zeroing.table(points) and "1.30x" in zeroing.table(points)
 
 
-@pytest.mark.parametrize(
-    "precision", ["bf16", "fp8_block", pytest.param("fp8_channel", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block", at_night("fp8_channel")])
 def test_the_command_on_a_cpu(precision, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     small = ["--tokens", "2", "--ranks", "2", "--num-experts", "8", "--reps", "2"]
@@ -118,9 +117,8 @@ def test_the_command_on_a_cpu(precision, tmp_path, capsys):
     assert "CPU emulation" in out and "full zeroing" in out and out.count("x\n") == 1
     rows = load(path)
     assert rows.impl.tolist() == [MEGAMOE, FULL_ZEROING, SEPARATE_SUM]
-    assert (rows.error_rel <= MAX_RELATIVE_ERROR[precision]).all() and rows.config[1].startswith(
-        "zeroed_bytes="
-    )
+    bound = MAX_RELATIVE_ERROR[precision] if precision == "fp8_channel" else 8e-3
+    assert (rows.error_rel < bound).all() and rows.config[1].startswith("zeroed_bytes=")
     # Titles stand over their columns, whatever the names of implementations.
     title, *lines = out.splitlines()[2:6]
     assert {len(line) for line in (title, *lines)} == {len(title)}
