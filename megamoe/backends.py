@@ -224,6 +224,7 @@ class CpuBackend(Backend):
         assert launches is not None, "a kernel for a GPU"
         launches.on_launch = functools.partial(machine.launch, rank=rank)
         self.launch(index, x, idx, weight, y, 0, scale is not None, counts)
+        launches.on_launch = None  # the kernel outlives the machine
         launches.check()
         return y
 

@@ -136,10 +136,11 @@ def test_close_gives_memory_back_and_refuses_what_comes_after():
     check(moe(*arguments), *arguments)
     memory = weakref.ref(moe.workspace.allocation.spaces[0]["local"])
     workspace = weakref.ref(moe.workspace)
+    machine = weakref.ref(moe.backend.machine)  # the kernel, which is cached, lives on
     moe.close()
     moe.close()
     gc.collect()
-    assert memory() is None and workspace() is None
+    assert memory() is None and workspace() is None and machine() is None
     for call in (
         lambda: moe(*arguments), moe.synchronize, moe.recover, moe.meet,
         lambda: moe.load_weights(*weights()), moe.refresh_scales, lambda: moe.local_ranks,
