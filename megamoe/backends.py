@@ -19,6 +19,7 @@ from megamoe.compile import CompiledKernel, cache_dir
 from megamoe.faults import Limits
 from megamoe.health import Health
 from megamoe.machine.memory import Region
+from megamoe.ordering import FRONTEND, MATH, explanations
 from megamoe.reference import Weights
 from megamoe.regions import LayerLayout
 from megamoe.streams import Streams
@@ -27,7 +28,6 @@ from workspace.views import Workspace
 
 #: CTAs of a rank on a CPU unless asked otherwise, and who the warps of a CTA are.
 CPU_CTAS = 2
-CPU_ROLES = ("dispatch", "report", "load_weights", "load_tokens", *["math"] * 8)
 
 
 class Backend:
@@ -190,7 +190,10 @@ class CpuBackend(Backend):
         """Forwards in stream order on every rank, which meet only inside the launches."""
         if self.health.failed:
             self.recover()
-        settings: dict[str, Any] = {"roles": CPU_ROLES, "shared": self.shared, "patient": True}
+        settings: dict[str, Any] = {
+            "roles": (*FRONTEND, *[MATH] * self.layout.kernel.num_math_warps),
+            "shared": self.shared, "notes": explanations(), "patient": True,
+        }  # fmt: skip
         settings |= {"seed": self.launches} | self.settings
         machine = self.machine = self._machine(cache_dir(), len(self.ranks), **settings)
         all_ys = [

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from megamoe.architecture import SM90A
 from megamoe.config import KernelConfig, MoEConfig, supports
+from megamoe.ordering import MBARRIERS
 from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 
 WARP_ROWS = 16  # rows of a tile that one math warp owns
@@ -91,21 +92,14 @@ def weight_scale_bytes(config: MoEConfig) -> int:
 
 
 def barriers(kernel: KernelConfig) -> list[Part]:
-    """The mbarriers, as the pipelines in the table of the kernel have them."""
-
-    def part(name: str, ring: str, count: int, arrivals: int) -> Part:
-        return Part(name, "int64", count, 8, arrivals, ring)
-
-    warps, warpgroups = kernel.num_math_warps, kernel.num_math_warpgroups
+    """The mbarriers."""
+    rings = {
+        "stage": kernel.num_stages, "tile": QUEUE_SLOTS, "warpgroup": kernel.num_math_warpgroups,
+        "piece": NUM_PULL_BUFFERS,
+    }  # fmt: skip
     return [
-        part("full", "stage", kernel.num_stages, 2),  # the token loader and the weight loader
-        part("empty", "stage", kernel.num_stages, warps),
-        part("queue_full", "tile", QUEUE_SLOTS, 1),
-        part("queue_empty", "tile", QUEUE_SLOTS, 2 + warps),  # token loader, report warp and math
-        part("metadata_full", "tile", QUEUE_SLOTS, 32),  # every lane of the token loader
-        part("stored", "tile", QUEUE_SLOTS, warps),
-        part("multiplied", "warpgroup", warpgroups, warps // warpgroups),
-        part("pulled", "piece", NUM_PULL_BUFFERS, 1),
+        Part(row.name, "int64", rings[row.ring], 8, row.arrivals(kernel), row.ring)
+        for row in MBARRIERS
     ]
 
 

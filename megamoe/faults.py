@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megamoe import wire
-from megamoe.regions import GRID_COUNTED, LayerLayout
+from megamoe.ordering import COUNTED, RANKS_MET, flag_of
+from megamoe.regions import LayerLayout
 
 #: Roles of the kernel that wait for other CTAs or ranks, numbered by position.
 ROLES = ("count", "dispatch", "load_tokens", "combine")
@@ -127,7 +128,8 @@ def error_of(
         )
     region = list(layout.regions)[record.region]
     wait = describe_wait(rank, ROLES[record.role], region, index, record.expected, record.seen)
-    wait = f"{wait} (CTA {record.cta})"
+    flag = flag_of(region, index)
+    wait = f"{wait} (CTA {record.cta}{f'; {flag}' if flag else ''})"
     if status == PEER_FAILED:
         peer, why = wire.decode_peer(record.peer)
         if why == REFUSED:
@@ -144,9 +146,10 @@ def _cause(record: Record, region: str, limits: Limits) -> str:
     if record.role != STARTING:
         return f"nothing for timeout_s={limits.timeout_s:g}: "
     limit = f"within start_timeout_s={limits.start_timeout_s:g}: "
-    if region == "nvlink_barrier_signal":
+    flag = flag_of(region, record.index)
+    if flag == RANKS_MET:
         return f"rank {record.index} did not begin {limit}"
-    if region == "grid_sync_counter" and record.index == GRID_COUNTED:
+    if flag == COUNTED:
         return (
             f"only {record.seen} of {record.expected} CTAs became resident, another kernel holds "
             f"SMs of this GPU; leave it some with num_sms={record.seen} or less, {limit}"

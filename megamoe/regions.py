@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megamoe.config import KernelConfig, MoEConfig, max_pool_blocks, pool_blocks, select
+from megamoe.ordering import FLAGS, GRID
 from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES, scale_words
 from workspace.layout import (
     ALIGNMENT,
@@ -25,8 +26,6 @@ from workspace.layout import (
     Region,
 )
 
-#: Words of `grid_sync_counter`: one grid-wide arrival each, used once per launch.
-GRID_COUNTED, GRID_DISPATCHED, GRID_COMBINED = 0, 1, 2
 #: Marks that a CTA leaves with `KernelConfig.trace`, in nanoseconds of the GPU's global timer, and
 #: the two sums of its waits, and its clock at both ends; rows of region `trace` for the CTAs of any
 #: GPU.
@@ -62,6 +61,7 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
     blocks = max_pool_blocks(config, kernel)
     rows = pool_blocks(config, kernel) * kernel.block_m
     recipe = config.recipe
+    grids = sum(flag.region == GRID for flag in FLAGS)  # arrivals of the grid, each once a launch
     count_words, record_words = COUNT_RECORD_BYTES // 4, ROUTED_RECORD_BYTES // 4
     table = [
         Region("nvlink_barrier_signal", "int32", (ranks, SIGNAL_STRIDE), SYMMETRIC, BARRIER,
@@ -97,7 +97,7 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                "count: minus the live slots of a token; FC2 cleaners of every owner add 1 per row",
                "the reduce: SLOTS_IN when all have come, SLOTS_ADDED once the token is done",
                "set for every token of the launch before any peer may add", atomic=True),
-        Region("grid_sync_counter", "int32", (3, SIGNAL_STRIDE), LOCAL, COUNTER,
+        Region(GRID, "int32", (grids, SIGNAL_STRIDE), LOCAL, COUNTER,
                "every CTA adds 1", "every CTA, and the last to arrive", "arrivals count from zero",
                atomic=True),
         Region("load_balance_counter", "int32", (1,), LOCAL, COUNTER,

@@ -31,7 +31,8 @@ from megamoe.kernels.ptx import (
     store_shared_volatile,
     unpack_bf16x2,
 )
-from megamoe.regions import BARRIERS_PER_LAUNCH, GRID_COMBINED, SLOTS_ADDED, SLOTS_IN
+from megamoe.ordering import COMBINED, EARLY, HANDOVER, MATH_WARPS, TOKEN_IN
+from megamoe.regions import BARRIERS_PER_LAUNCH, SLOTS_ADDED, SLOTS_IN
 from megamoe.schedule import ceil_div
 
 arch = cute.arch
@@ -39,7 +40,7 @@ arch = cute.arch
 VECTOR_BYTES = 16
 MIN_EARLY_TOKENS = 8  # of a CTA: with fewer, polling costs more than the late reduce
 IDLE_NS = 500  # sleep of a warp that found nothing to reduce
-EARLY_WORKERS = 2  # warps of a CTA that reduce early: dispatch and report
+EARLY_WORKERS = len(EARLY)  # warps of a CTA that reduce early
 LOADS_IN_FLIGHT = 8  # slots that a lane loads before it adds, 16 bytes each
 WARP_BYTES = 32 * VECTOR_BYTES  # columns that a warp reduces with one load per lane and slot
 
@@ -50,30 +51,19 @@ def combine(
     flag_smem,
     thread,
     epoch,
-    barrier_id: Constexpr,
-    threads: Constexpr,
-    handover_id: Constexpr,
-    handover_threads: Constexpr,
 ):
-    """The math warps (`threads` threads, named barrier `barrier_id`): barrier over all ranks,
-    then clean-up and what is left of the reduce. Who reduces early arrives at `handover_id`.
+    """The math warps, of which this is thread `thread`: barrier over all ranks, then clean-up and
+    what is left of the reduce.
     """
-    sync.nvlink_barrier(
-        launch,
-        flag_smem,
-        thread,
-        GRID_COMBINED,
-        epoch + BARRIERS_PER_LAUNCH,
-        faults.ROLE_COMBINE,
-        barrier_id,
-        threads,
-    )
+    threads = MATH_WARPS.threads(launch.shape.kernel)
+    role, target = faults.ROLE_COMBINE, epoch + BARRIERS_PER_LAUNCH
+    sync.nvlink_barrier(launch, flag_smem, thread, COMBINED, target, role, MATH_WARPS)
     if thread == 0:
         sync.mark(launch, "combined")
         store_shared_volatile(flag_smem + FLAG_STOP, Int32(1))
     if flag_smem[FLAG_OK] == 1:
         clean_up(launch, thread, epoch, threads)
-    sync.cta_barrier(handover_id, handover_threads)  # nobody else reduces any more
+    sync.cta_barrier(launch, HANDOVER)  # nobody else reduces any more
     if const_expr(launch.shape.kernel.runs(COMBINE)):
         if flag_smem[FLAG_OK] == 1:
             reduce_rest(launch, thread, threads)
@@ -160,8 +150,8 @@ def arrivals(launch: Launch, own, number) -> Int32:
             state = Int32(SLOTS_IN)  # nobody fills slots: what they hold is added
         else:
             token = launch.cta + number * launch.num_ctas
-            counter = global_ptr(address(launch, "combine_arrival_count", token))
-            state = arch.load(counter, Int32, sem="relaxed", scope="sys")
+            counter = global_ptr(address(launch, TOKEN_IN.region, token))
+            state = arch.load(counter, Int32, sem="relaxed", scope=TOKEN_IN.scope)
     return state
 
 
@@ -212,14 +202,14 @@ def reduce_step(launch: Launch, state: Reducing, worker, lane) -> Reducing:
     else:
         number = worker + EARLY_WORKERS * (look + arch.popc((ready & -ready) - 1))
         token = launch.cta + number * launch.num_ctas
-        counter = global_ptr(address(launch, "combine_arrival_count", token))
+        counter = global_ptr(address(launch, TOKEN_IN.region, token))
         if piece == 0:
-            load_acquire(counter, "sys")
+            load_acquire(counter, TOKEN_IN.scope)
             live = live_slots(launch, token, lane)
         reduce_piece(launch, token, live, piece, lane, 1)
         piece += 1
         if piece == ceil_div(launch.shape.output_row_bytes, WARP_BYTES):
-            arch.store(counter, Int32(SLOTS_ADDED), sem="relaxed", scope="sys")
+            arch.store(counter, Int32(SLOTS_ADDED), sem="relaxed", scope=TOKEN_IN.scope)
             ready = ready & (ready - 1)
             left -= 1
             piece = Int32(0)

@@ -28,7 +28,16 @@ from megamoe.kernels.ptx import (
     store_global_v2,
 )
 from megamoe.kernels.quantize import quantize_input
-from megamoe.regions import GRID_COUNTED, GRID_DISPATCHED
+from megamoe.ordering import (
+    COUNTED,
+    DISPATCHED,
+    FC2_DONE,
+    INPUT_STAGED,
+    SCALES_PULLED,
+    SLOT_READ,
+    TOKENS_IN,
+    WHOLE_CTA,
+)
 
 arch = cute.arch
 
@@ -99,7 +108,7 @@ def segment_offsets(launch: Launch, totals, offsets):
 
 
 @cute.jit
-def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threads: Constexpr):
+def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch):
     """Whole CTA: publish what this rank sends, pass the barrier, and leave the local experts that
     have rows: their number in `flag_smem[FLAG_LIVE]`, their rows in `received`, their ids in
     `expert_ids`.
@@ -110,6 +119,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
     """
     shape = launch.shape
     experts, local, ranks = shape.config.num_experts, shape.experts, shape.config.num_ranks
+    threads = shape.kernel.num_threads
     histogram = scratch
     entries = launch.num_tokens * shape.config.top_k
     first = launch.cta * threads + launch.thread
@@ -119,7 +129,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
     if launch.thread == 0:
         aborted = sync.abort_word(launch, sync.ABORT_WORD)
     if const_expr(shape.config.recipe.tokens.has_scales):
-        quantize_input(launch, threads)
+        quantize_input(launch)
     for expert in range(launch.thread, experts, threads):
         histogram[expert] = Int32(0)
     arch.sync_threads()
@@ -135,11 +145,9 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
         sync.refuse(launch)
     arch.sync_threads()
     if flag_smem[FLAG_OK] == 1:
-        publish(launch, scratch, flag_smem, threads)
+        publish(launch, scratch, flag_smem)
 
-    sync.nvlink_barrier(
-        launch, flag_smem, launch.thread, GRID_DISPATCHED, epoch + 1, ROLE, 0, threads
-    )
+    sync.nvlink_barrier(launch, flag_smem, launch.thread, DISPATCHED, epoch + 1, ROLE, WHOLE_CTA)
     counts = global_ptr(address(launch, "expert_recv_count"))
     layer = launch.layer  # of the rank that has the number of this thread; read beside the counts
     if launch.cta == 0 and launch.thread < ranks:
@@ -162,7 +170,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch, threa
 
 
 @cute.jit
-def publish(launch: Launch, scratch, flag_smem, threads: Constexpr):
+def publish(launch: Launch, scratch, flag_smem):
     """Whole CTA, with the histogram of its entries in `scratch`: reserve room in every expert's
     rows, then write the routed records and, on the first CTA, the count records and the number of
     the layer.
@@ -171,6 +179,7 @@ def publish(launch: Launch, scratch, flag_smem, threads: Constexpr):
     experts, local, top_k = shape.config.num_experts, shape.experts, shape.config.top_k
     histogram, base, offsets = scratch, scratch + experts, scratch + 2 * experts
     totals = global_ptr(address(launch, "expert_send_count"))
+    threads = shape.kernel.num_threads
     first = launch.cta * threads + launch.thread
     stride = launch.num_ctas * threads
 
@@ -182,7 +191,7 @@ def publish(launch: Launch, scratch, flag_smem, threads: Constexpr):
         base[expert] = reserved
         histogram[expert] = Int32(0)
 
-    sync.grid_sync(launch, flag_smem, GRID_COUNTED, ROLE, 0, threads)
+    sync.grid_sync(launch, flag_smem, COUNTED, ROLE)
     if launch.thread == 0:
         sync.mark(launch, "counted")
     if launch.thread < 32:
@@ -261,7 +270,7 @@ def finish_store(launch: Launch, unpublished, lane) -> Int32:
     if lane == 0:
         arch.cp_async_bulk_wait_group(0)
         if unpublished >= 0:
-            sync.signal(launch, "l1_arrival_count", unpublished)
+            sync.signal(launch, TOKENS_IN, unpublished)
     return Int32(-1)
 
 
@@ -292,7 +301,7 @@ def store_piece(launch: Launch, buffers: PullBuffers, state: Pulling, lane):
             for index in range(lane, launch.shape.config.token_scales, 32):
                 scale = load_shared(words + index * 4)
                 store_global(state.scales + Int64(index) * (4 * launch.shape.kernel.block_m), scale)
-            arch.fence_proxy("async.global")  # bulk copies of other CTAs read what was stored
+            arch.fence_proxy(SCALES_PULLED.kind)
     # Every lane has seen this phase of the barrier before lane 0 may begin the next but one.
     arch.sync_warp()
 
@@ -331,7 +340,7 @@ def pull(
 
     # Nothing global may be read before the first row: a warp without rows is waited for by nobody,
     # so a fast peer may already be writing the next launch's records.
-    arch.fence_proxy("async.global")  # peers staged their input by ordinary stores
+    arch.fence_proxy(INPUT_STAGED.kind)
     row = Int32(worker)
     counted = Int32(-1)  # the expert whose count records lie in shared memory
     position = schedule.seek_pull(
@@ -355,7 +364,7 @@ def pull(
 
         if const_expr(slots_are_freed):
             if block >= shape.ring:
-                freed = global_ptr(address(launch, "fc2_done_counter", block - shape.ring))
+                freed = global_ptr(address(launch, FC2_DONE.region, block - shape.ring))
                 done = arch.shuffle_sync(arch.load(freed, Int32, sem="relaxed", scope="gpu"), 0)
                 if done < free:
                     unpublished = finish_store(launch, unpublished, lane)
@@ -366,9 +375,9 @@ def pull(
                             state.piece, Int32(0), state.target, state.completes, state.scales
                         )
                 role = faults.ROLE_DISPATCH
-                sync.wait_for(launch, "fc2_done_counter", block - shape.ring, 0, free, role, "gpu")
+                sync.wait_for(launch, FC2_DONE, block - shape.ring, free, role)
                 arch.sync_warp()
-                arch.fence_proxy("async.global")  # the slot's old rows were read by TMA
+                arch.fence_proxy(SLOT_READ.kind)
 
         if lane == 0:
             store_global(address(launch, "l1_topk_weights_buffer", ring_row), weight)

@@ -7,7 +7,7 @@ block, stored value = e4m3(value * (1 / scale)), rounded to nearest even.
 from __future__ import annotations
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
 from megamoe.kernels.launch import Launch, address
 from megamoe.kernels.ptx import (
@@ -17,6 +17,7 @@ from megamoe.kernels.ptx import (
     store_global_v2,
     unpack_bf16x2,
 )
+from megamoe.ordering import INPUT_QUANTIZED
 from megamoe.precision import FP8_BLOCK, FP8_MAX, FP8_MIN_AMAX, WHOLE_ROW
 
 arch = cute.arch
@@ -95,11 +96,11 @@ def store_scale(launch: Launch, token, index, scale):
 
 
 @cute.jit
-def quantize_input(launch: Launch, threads: Constexpr):
+def quantize_input(launch: Launch):
     """Whole grid: BF16 `x` -> input_token_buffer and input_scale_buffer, unless the host staged
     them (x == 0). A warp takes up to 2048 columns of a token, or with a scale per row all of it.
     """
-    config = launch.shape.config
+    config, threads = launch.shape.config, launch.shape.kernel.num_threads
     hidden = config.hidden_size
     span = loads_in_flight(hidden) * WARP_COLUMNS
     spans = (hidden + span - 1) // span
@@ -136,4 +137,4 @@ def quantize_input(launch: Launch, threads: Constexpr):
                     column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
                     if lane % lanes == 0 and column < hidden:
                         store_scale(launch, token, column // FP8_BLOCK, scales[part][0])
-        arch.fence_proxy("async.global")  # bulk copies of all ranks read these rows
+        arch.fence_proxy(INPUT_QUANTIZED.kind)

@@ -19,6 +19,7 @@ from megamoe.kernels.combine import Reducing, reduce_step, start_reducing
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, store_global
 from megamoe.kernels.tiles import Pipes, release_tile, take_tile
+from megamoe.ordering import FC1_DONE, FC1_STORED, FC2_DONE, ROWS_SENT, TOKEN_IN
 
 arch = cute.arch
 
@@ -52,9 +53,9 @@ def report(launch: Launch, pipes: Pipes, worker, lane) -> Reducing:
             state = await_stored(launch, pipes, taken, state, worker, lane)
         release_tile(pipes, taken, lane)
         if tile.phase == schedule.PHASE_FC1:
-            arch.fence_proxy("async.global")  # TMA of other CTAs reads what the math warps stored
+            arch.fence_proxy(FC1_STORED.kind)
             if lane == 0:
-                sync.signal(launch, "fc1_done_counter", tile.pool)
+                sync.signal(launch, FC1_DONE, tile.pool)
         elif tile.phase == schedule.PHASE_FC2:
             report_fc2(launch, lane, tile.pool)
         taken += 1
@@ -70,24 +71,24 @@ def report_fc2(launch: Launch, lane, pool):
     max_slots = shape.config.max_slots_per_rank
     before = Int32(0)
     if lane == 0:
-        counter = global_ptr(address(launch, "fc2_done_counter", pool))
-        before = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+        counter = global_ptr(address(launch, FC2_DONE.region, pool))
+        before = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope=FC2_DONE.scope)
     before = arch.shuffle_sync(before, 0)
     if before == shape.fc2_done - 1:
         first_row = schedule.ring_row(pool, shape.ring, shape.kernel.block_m)
         arch.sync_warp()  # what lane 0 has acquired comes before what every lane does
-        # Orders all rows of the block, which other warps stored and reported, before the counts.
-        arch.fence_acq_rel_sys()
+        sync.fence_system(ROWS_SENT)
         for row in range(lane, shape.kernel.block_m, 32):
             metadata = global_ptr(address(launch, "token_src_metadata", first_row + row))
             code = arch.load(metadata, Int32, sem="relaxed", scope="gpu")
             if code != wire.PADDING:
                 rank = wire.source_rank(code, max_slots)
                 token = wire.source_slot(code, max_slots) // shape.config.top_k
-                arrived = global_ptr(peer_address(launch, "combine_arrival_count", rank, token))
-                arch.red(arrived, Int32(1), op="add", dtype="s32", sem="relaxed", scope="sys")
+                arrived = global_ptr(peer_address(launch, TOKEN_IN.region, rank, token))
+                scope = TOKEN_IN.scope
+                arch.red(arrived, Int32(1), op="add", dtype="s32", sem="relaxed", scope=scope)
             for name in shape.paddings:
                 store_global(address(launch, name, first_row + row), Int32(0))
         arch.sync_warp()
         if lane == 0:
-            sync.signal(launch, "fc2_done_counter", pool)
+            sync.signal(launch, FC2_DONE, pool)

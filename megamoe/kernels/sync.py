@@ -1,18 +1,7 @@
-"""Waiting and signalling: bounded waits, the error record, and the barrier over all ranks.
+"""Waiting and signalling: bounded waits for the flags of `ordering`, the error record, and the
+barrier over all ranks.
 
-Flags, one line each (who writes -> who waits, target, scope, who resets):
-  grid_sync_counter      every CTA -> all CTAs / the last arriver, C, gpu, clean-up
-  nvlink_barrier_signal  last CTA of every rank -> all CTAs of all ranks, epoch + i, sys, never
-  l1_arrival_count       dispatch warps -> load_tokens, rows of the block, gpu, clean-up
-  fc1_done_counter       report warps -> load_tokens, tiles, gpu, clean-up
-  fc2_done_counter       report warps and cleaner -> dispatch warps, tiles + 1, gpu, clean-up
-  combine_arrival_count  cleaners of all ranks -> who reduces early, 0 from minus the live slots,
-                         sys, set anew by count
 A rank that gives up writes `abort_flag` on every rank; who waits looks there now and then.
-Waits inside a CTA (mbarriers, named barriers) depend only on warps whose own waits are bounded, so
-they end too.
-
-Counters are compared by signed difference: epochs may wrap.
 """
 
 from __future__ import annotations
@@ -24,6 +13,7 @@ from megamoe import faults, wire
 from megamoe.budget import FLAG_LAST, FLAG_OK
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import global_ptr, global_timer, load_acquire
+from megamoe.ordering import RANK_DONE, RANKS_MET, WHOLE_CTA
 from megamoe.regions import TRACE_NAMES, TRACE_TILES, TileRecord
 
 arch = cute.arch
@@ -137,41 +127,33 @@ def report_expert(launch: Launch, role: Constexpr, entry, low, high):
 
 
 @cute.jit
-def wait_for(
-    launch: Launch,
-    name: Constexpr,
-    index,
-    word: Constexpr,
-    expected,
-    role: Constexpr,
-    scope: Constexpr,
-) -> Int32:
-    """Wait until word `word` of row `index` of a region reaches `expected`, then acquire; 1, or 0
-    if the launch aborts.
+def wait_for(launch: Launch, flag: Constexpr, index, expected, role: Constexpr) -> Int32:
+    """Wait until the word of `flag` in row `index` reaches `expected`, then acquire; 1, or 0 if the
+    launch aborts.
 
     Polls relaxed, because an acquire on every poll would flush L1; the one acquire at the end
     orders what follows.
     """
-    flag = global_ptr(address(launch, name, index, word))
-    seen = arch.load(flag, Int32, sem="relaxed", scope=scope)
+    word = global_ptr(address(launch, flag.region, index))
+    seen = arch.load(word, Int32, sem="relaxed", scope=flag.scope)
     ok = Int32(1)
     if seen - expected < 0:
         limit = launch.start_timeout_ns if role == faults.STARTING else launch.timeout_ns
         deadline = global_timer() + limit
         polls = Int32(0)
         while seen - expected < 0 and ok == 1:
-            seen = arch.load(flag, Int32, sem="relaxed", scope=scope)
+            seen = arch.load(word, Int32, sem="relaxed", scope=flag.scope)
             if polls % POLLS_PER_CHECK == 0:
                 peer = abort_word(launch, PEER_WORD)
                 if abort_word(launch, ABORT_WORD) != 0:
                     ok = Int32(0)
                 elif peer != 0 or global_timer() > deadline:
                     ok = Int32(0)
-                    region = launch.shape.layout.index(name)
+                    region = launch.shape.layout.index(flag.region)
                     cause = faults.TIMED_OUT
                     give_up(launch, cause, role, region, Int32(index), expected, seen, peer)
             polls += 1
-    load_acquire(flag, scope)
+    load_acquire(word, flag.scope)
     return ok
 
 
@@ -223,44 +205,52 @@ def trace_clock(launch: Launch) -> Int64:
 
 
 @cute.jit
-def signal(launch: Launch, name: Constexpr, index):
-    """Add 1 to a counter of this rank with gpu-scope release.
+def signal(launch: Launch, flag: Constexpr, index):
+    """Add 1 to the word of `flag` in row `index` on this rank, with release.
 
     Precondition: the caller's earlier writes, and those of threads it has synchronised with, are
     what is released; bulk copies must have been waited for in full.
     """
     arch.red(
-        global_ptr(address(launch, name, index)),
+        global_ptr(address(launch, flag.region, index)),
         Int32(1),
         op="add",
         dtype="s32",
         sem="release",
-        scope="gpu",
+        scope=flag.scope,
     )
 
 
 @cute.jit
-def cta_barrier(barrier_id: Constexpr, num_threads: Constexpr):
-    arch.barrier(barrier_id=barrier_id, number_of_threads=num_threads)
+def fence_system(fence: Constexpr):
+    """A fence of `ordering` that other GPUs see."""
+    assert fence.kind == "sys", fence
+    arch.fence_acq_rel_sys()
 
 
 @cute.jit
-def grid_sync(
-    launch: Launch,
-    flag_smem,
-    which: Constexpr,
-    role: Constexpr,
-    barrier_id: Constexpr,
-    threads: Constexpr,
-):
+def cta_barrier(launch: Launch, barrier: Constexpr):
+    """Wait at a barrier of `ordering`."""
+    threads = barrier.threads(launch.shape.kernel)
+    arch.barrier(barrier_id=barrier.number, number_of_threads=threads)
+
+
+@cute.jit
+def arrive(launch: Launch, barrier: Constexpr):
+    """A warp arrives at a barrier of `ordering` and goes on."""
+    threads = barrier.threads(launch.shape.kernel)
+    arch.barrier_arrive(barrier_id=barrier.number, number_of_threads=threads)
+
+
+@cute.jit
+def grid_sync(launch: Launch, flag_smem, flag: Constexpr, role: Constexpr):
     """Barrier over the CTAs of this rank; `flag_smem[FLAG_OK]` becomes 0 if the wait failed."""
-    cta_barrier(barrier_id, threads)
+    cta_barrier(launch, WHOLE_CTA)
     if launch.thread == 0:
-        counter = global_ptr(address(launch, "grid_sync_counter", which))
-        arch.red(counter, Int32(1), op="add", dtype="s32", sem="release", scope="gpu")
-        if wait_for(launch, "grid_sync_counter", which, 0, launch.num_ctas, role, "gpu") == 0:
+        signal(launch, flag, flag.row)
+        if wait_for(launch, flag, flag.row, launch.num_ctas, role) == 0:
             flag_smem[FLAG_OK] = Int32(0)
-    cta_barrier(barrier_id, threads)
+    cta_barrier(launch, WHOLE_CTA)
 
 
 @cute.jit
@@ -268,41 +258,42 @@ def nvlink_barrier(
     launch: Launch,
     flag_smem,
     thread,
-    which: Constexpr,
+    flag: Constexpr,
     target,
     role: Constexpr,
-    barrier_id: Constexpr,
-    threads: Constexpr,
+    barrier: Constexpr,
 ):
     """Barrier over all CTAs of all ranks with sys-scope release/acquire; `flag_smem[FLAG_OK]`
-    becomes 0 if it failed.
+    becomes 0 if it failed. `flag` counts the CTAs of this rank, `barrier` is that of the threads
+    that call this.
 
     The last CTA of a rank to arrive signals every rank, one thread per peer. A CTA that has aborted
     does not arrive, so peers never take an unfinished rank for a finished one.
     `flag_smem[FLAG_LAST]` is scratch.
     """
     ranks = launch.shape.config.num_ranks
-    cta_barrier(barrier_id, threads)
+    cta_barrier(launch, barrier)
     if thread == 0:
         last = Int32(0)
         if flag_smem[FLAG_OK] == 1:
             if abort_word(launch, ABORT_WORD) == 0:
-                arch.fence_acq_rel_sys()
-                counter = global_ptr(address(launch, "grid_sync_counter", which))
-                arrived = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope="gpu")
+                fence_system(RANK_DONE)
+                counter = global_ptr(address(launch, flag.region, flag.row))
+                arrived = arch.atomic_add(counter, Int32(1), sem="acq_rel", scope=flag.scope)
                 if arrived == launch.num_ctas - 1:
                     last = Int32(1)
             else:  # its waits may all be satisfied
                 flag_smem[FLAG_OK] = Int32(0)
         flag_smem[FLAG_LAST] = last
-    cta_barrier(barrier_id, threads)
+    cta_barrier(launch, barrier)
     if thread < ranks:
         if flag_smem[FLAG_LAST] == 1:
-            remote = global_ptr(peer_address(launch, "nvlink_barrier_signal", thread, launch.rank))
-            arch.red(remote, Int32(1), op="add", dtype="s32", sem="release", scope="sys")
-        if wait_for(launch, "nvlink_barrier_signal", thread, 0, target, role, "sys") == 0:
+            remote = global_ptr(peer_address(launch, RANKS_MET.region, thread, launch.rank))
+            scope = RANKS_MET.scope
+            arch.red(remote, Int32(1), op="add", dtype="s32", sem="release", scope=scope)
+        if wait_for(launch, RANKS_MET, thread, target, role) == 0:
             flag_smem[FLAG_OK] = Int32(0)
-    cta_barrier(barrier_id, threads)
+    cta_barrier(launch, barrier)
 
 
 @cute.jit

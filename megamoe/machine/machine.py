@@ -12,7 +12,7 @@ also shuffles warps and cuts their turns.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,9 @@ class Machine:
     """directory: where the core is kept. num_ranks: that launch here. checks: follow the order of
     accesses and report races. held_share: percent of releases at which stores that nobody has
     ordered yet stay unseen; with checks. roles: names of a CTA's warps. shared: parts of its
-    dynamic shared memory. patient: a launch in which everybody waits goes on at a later time, so
-    that its own timeouts end it.
+    dynamic shared memory. notes: what reports add to the names of regions and parts (with a row in
+    brackets or without) and to `barrier 2`. patient: a launch in which everybody waits goes on at a
+    later time, so that its own timeouts end it.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Machine:
         held_share: int = 0,
         roles: Sequence[str] = (),
         shared: Sequence[Region] = (),
+        notes: Mapping[str, str] | None = None,
         patient: bool = False,
         max_steps: int = 0,
         budget: int = BUDGET,
@@ -103,6 +105,7 @@ class Machine:
         if policy not in POLICIES:
             raise ValueError(f"policy={policy!r} is not one of {POLICIES}")
         self.num_ranks, self.roles, self.shared = num_ranks, tuple(roles), tuple(shared)
+        self.notes = notes or {}
         self.core: Any = core.library(directory)  # None without a C compiler
         self.settings = core.Settings(
             policy=POLICIES.index(policy), delay=LATE_ROUNDS, budget=budget, patient=patient,

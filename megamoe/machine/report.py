@@ -86,24 +86,37 @@ def barrier_name(warp, address: int) -> str:
     return f"mbarrier at {address}"
 
 
+def note(machine, name: str | None) -> str:
+    """What is known about a region, a part of shared memory or a barrier, to follow its name."""
+    place = re.match(r"(\w+)(\[\d+\])?", name or "")
+    text = (
+        machine.notes.get(name)
+        or place
+        and (machine.notes.get(place[0]) or machine.notes.get(place[1]))
+    )
+    return f" ({text})" if text else ""
+
+
 def waiting_for(warp) -> str:
     """What a warp waits for, in words."""
     state, memory = warp.state, warp.machine.memory
     if state.blocked == core.ON_MBARRIER:
         (barrier,) = (b for b in warp.block.barriers if b.address == state.what)
         missing = f"{barrier.pending} of {barrier.count} arrivals and {barrier.bytes} bytes"
-        return (
-            f"waits for {barrier_name(warp, state.what)}, phase {barrier.flips}: {missing} missing"
-        )
+        name = barrier_name(warp, state.what)
+        known = note(warp.machine, name)
+        return f"waits for {name}{known}, phase {barrier.flips}: {missing} missing"
     if state.blocked == core.ON_BARRIER:
-        return f"waits at barrier {state.what}"
+        name = f"barrier {state.what}"
+        return f"waits at {name}{note(warp.machine, name)}"
     if state.blocked == core.ON_LAUNCH:
         return "waits for the launch before"
     polled = []
     for poll in state.polls[: state.num_polls]:
         if any(s.base <= poll.address < s.end for s in memory.segments):
             value = int(memory.at(poll.address & ~3, 4).view(np.int32)[0])
-            polled.append(f"{memory.describe(poll.address)}, which is {value}")
+            name = memory.describe(poll.address)
+            polled.append(f"{name}, which is {value}{note(warp.machine, name)}")
     return f"polls {'; '.join(polled)}" if polled else "can go on"
 
 
@@ -141,12 +154,15 @@ def races(machine) -> list[str]:
             for place in (found.where, found.other)
         )
         if found.space:
-            place = shared_place(machine, machine.codes[found.where >> 20], found.address)
+            code = machine.codes[found.where >> 20]
+            name = shared_name(machine, code, found.address)
+            place = shared_place(machine, code, found.address)
         else:
-            place = machine.memory.describe(found.address)
+            place = name = machine.memory.describe(found.address)
         first, second = agent_name(machine, found.agent), agent_name(machine, found.other_agent)
         text = f"{place}: {KINDS[found.kind].format(what='read')}: {one} by {first}"
         if found.kind < 3:
             text += f", after {two} by {second}"
+        text += note(machine, name)
         lines.append(text + (f" ({found.count} times)" if found.count > 1 else ""))
     return lines

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megamoe import wire
+from megamoe.ordering import FC1_DONE, TOKENS_IN
 from megamoe.regions import TRACE_NAMES, TileRecord
 from megamoe.schedule import PHASE_FC1, PHASE_FC2
 
@@ -27,7 +28,9 @@ PHASE_NAMES = {PHASE_FC1: "FC1", PHASE_FC2: "FC2"}
 #: Marks that are an instant rather than the border of a slice.
 INSTANTS = {"counted": "counted", "last_pull": "last pull"}
 #: Marks that hold a sum of waits, and what for.
-WAITS = {"wait_tokens_ns": "for tokens", "wait_fc1_out_ns": "for FC1"}
+WAITS = {
+    "wait_tokens_ns": f"for {TOKENS_IN.region}", "wait_fc1_out_ns": f"for {FC1_DONE.region}"
+}  # fmt: skip
 WAIT_COUNTER = "waits, summed over CTAs that are done"
 
 

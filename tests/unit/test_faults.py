@@ -7,7 +7,8 @@ import pytest
 import megamoe
 from megamoe import faults, wire
 from megamoe.config import MoEConfig
-from megamoe.regions import GRID_COUNTED, layout_of
+from megamoe.ordering import COUNTED
+from megamoe.regions import layout_of
 
 LAYOUT = layout_of(MoEConfig(32, 4, 256, 256, 64, num_ranks=8))
 
@@ -24,6 +25,17 @@ def test_no_error():
     assert error_of(rank=3, seen=9) is None
 
 
+#: Who writes what is waited for, and what it must reach.
+ORDERS = {
+    "nvlink_barrier_signal": "; last CTA of every rank -> every CTA of every rank, "
+    "epoch + 1 after count, + 2 before the last of the reduce",
+    "l1_arrival_count": "; dispatch -> load_tokens, rows of the block",
+    "fc1_done_counter": "; report -> load_tokens, FC1 tiles of the block",
+    "fc2_done_counter": "; report -> report, dispatch, "
+    "FC2 tiles of the block, 1 more when its ring slot is clean",
+    "combine_arrival_count": "; report of every rank -> dispatch, report, math, "
+    "0 from minus the live slots of the token",
+}
 WAITED = dict(rank=5, index=17, expected=128, seen=-3, cta=77)
 
 
@@ -34,7 +46,7 @@ def test_timeout_names_everything(role, region):
     assert type(error) is faults.LaunchTimeout
     assert str(error) == (
         f"launch timed out: nothing for timeout_s=30: rank 5, role {faults.ROLES[role]}: waited "
-        f"for {region}[17] to reach 128, saw -3 (CTA 77)"
+        f"for {region}[17] to reach 128, saw -3 (CTA 77{ORDERS.get(region, '')})"
     )
 
 
@@ -50,7 +62,7 @@ def test_a_rank_that_did_not_begin_is_another_case_than_one_that_stalls():
 def test_ctas_that_never_became_resident_name_num_sms():
     region = LAYOUT.index("grid_sync_counter")
     error = error_of(
-        status=faults.TIMED_OUT, role=faults.ROLE_COUNT, region=region, index=GRID_COUNTED,
+        status=faults.TIMED_OUT, role=faults.ROLE_COUNT, region=region, index=COUNTED.row,
         rank=2, expected=132, seen=100, cta=5,
     )  # fmt: skip
     assert type(error) is faults.LaunchTimeout

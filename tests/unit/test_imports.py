@@ -25,6 +25,7 @@ LAYERS = [
     {"megamoe.dsl", "megamoe.precision", "megamoe.architecture", "megamoe.signature",
      "megamoe.kernel_files"},
     {"megamoe.config", "megamoe.activation"},
+    {"megamoe.ordering"},
     {"megamoe.wire", "megamoe.budget", "megamoe.schedule", "megamoe.reference",
      "megamoe.weights"},
     {"megamoe.regions"},

@@ -39,7 +39,7 @@ FEW_RUNS = tuple((routing, seed) for seed in range(1, 7) for routing in ("unifor
 BY_TOKENS = (
     "no bar_sync barrier 0 by all in (cta_barrier$|count #3)",
     "reads plenty grid_sync_counter by dispatch in wait_for",
-    "no (fence|sys scope) by report in report_fc2",
+    "no (fence|sys scope) by report in fence_system",
     "reads plenty (l1_topk_weights_buffer|token_src_metadata) by load_tokens",
     "no warp_sync by math in store_fc2 #8",
     "no bar_sync barrier 3 by math",
@@ -54,17 +54,17 @@ BY_FAULTS = ("no sys scope abort_flag", "no store abort_flag by math")
 
 #: What no launch shows: pattern -> (why, pattern of what gives the same order, or "").
 REDUNDANT = {
-    "no (release|acquire) grid_sync_counter by dispatch in (grid_sync|load_acquire)": (
+    "no (release|acquire) grid_sync_counter by dispatch in (signal|load_acquire)": (
         "it orders atomics and strong loads, which always find the last value here", ""),
     "no bar_sync barrier 0 by all in kernel": (
         "two follow before anybody uses what others have set up", ""),
     "no bar_sync barrier 0 by all in cta_barrier #2": (
         "another follows before any but the first warp goes on", ""),
-    "no fence by (dispatch|math) in nvlink_barrier": (
+    "no fence by (dispatch|math) in fence_system": (
         "the arrival is a release too", "no release grid_sync_counter by {1} in "),
     "no release grid_sync_counter by (dispatch|math) in $": (
-        "a fence before a relaxed atomic is a release too", "no fence by {1} in nvlink_barrier"),
-    "no sys scope by (dispatch|math) in nvlink_barrier": (
+        "a fence before a relaxed atomic is a release too", "no fence by {1} in fence_system"),
+    "no sys scope by (dispatch|math) in fence_system": (
         "the arrival is of gpu scope, and the signal carries it on to sys", ""),
     "(no warp_sync|relaxed arrival queue_empty) by load_tokens in release_tile": (
         "every lane arrives at metadata_full before the epilogue, which frees the slot last", ""),
@@ -208,6 +208,7 @@ SPARED = {
     "no stores_wait by dispatch in finish_store #4": "see BY_FEW",
     "no release l1_arrival_count by dispatch in signal #4": "see BY_FEW",
     "no release fc2_done_counter": "see RING",
+    "no release grid_sync_counter": "see RING",
 }
 SPARED_CHANNEL = {
     "no warp_sync by dispatch in store_piece": "a row has one scale, of lane 0",

@@ -194,17 +194,18 @@ def test_events_of_a_gpu():
         "barrier": (20, 1), "combine": (21, 1),
     }  # fmt: skip
     assert found[0, 0][2]["args"] == {"pool block": 7, "column": 3}
-    assert found[0, 0][1]["args"] == {"waited for tokens, us": 0.7, "waited for FC1, us": 0.3,
-                                      "tiles": 1}  # fmt: skip
+    assert found[0, 0][1]["args"] == {
+        "waited for l1_arrival_count, us": 0.7, "waited for fc1_done_counter, us": 0.3, "tiles": 1,
+    }  # fmt: skip
     assert [e["name"] for e in found[0, 1]] == ["count", "barrier", "combine"]
     assert found[1, 0][0]["ts"] == 2
     counters = [(e["pid"], e["ts"], e["args"]) for e in events if e["ph"] == "C"]
     assert counters == [
-        (0, 0, {"for tokens": 0, "for FC1": 0}),
-        (0, 20, {"for tokens": 0.7, "for FC1": 0.3}),
-        (0, 20.5, {"for tokens": 1.4, "for FC1": 0.6}),
-        (1, 2, {"for tokens": 0, "for FC1": 0}),
-        (1, 22, {"for tokens": 0.7, "for FC1": 0.3}),
+        (0, 0, {"for l1_arrival_count": 0, "for fc1_done_counter": 0}),
+        (0, 20, {"for l1_arrival_count": 0.7, "for fc1_done_counter": 0.3}),
+        (0, 20.5, {"for l1_arrival_count": 1.4, "for fc1_done_counter": 0.6}),
+        (1, 2, {"for l1_arrival_count": 0, "for fc1_done_counter": 0}),
+        (1, 22, {"for l1_arrival_count": 0.7, "for fc1_done_counter": 0.3}),
     ]
     assert timeline.sm_clock_mhz(traces) == pytest.approx(1500)
     assert timeline.sm_clock_mhz([CtaTrace(0, 0, {"start": 1})]) is None

@@ -11,14 +11,7 @@ Roles of a CTA (384 threads, 1 CTA per SM, persistent):
   4-11   math          math       products, epilogues, combine (math_warps, mainloop, epilogue,
                                   combine)
 
-Pipelines (producer -> consumer, arrivals):
-  full[stage]    load_tokens + load_weights -> math        2 arrivals + bytes of A, its scales, B
-  empty[stage]   math -> both loaders                      8 (one per warp, or two each of four)
-  queue_full     load_weights -> load_tokens, report, math 1 + bytes of the weights' block scales
-  queue_empty    load_tokens, report, math -> load_weights 10
-  metadata_full  load_tokens -> math                       32 (every lane stored some)
-  stored         math -> report                            8 (as for empty)
-  multiplied[wg] math wg -> the other math warpgroup       4 (warps of the one that computes alone)
+Pipelines, flags and barriers between them: `ordering`.
 
 Steady state: dispatch pulls rows of later blocks; load_weights runs up to `num_stages` stages and
 a tile ahead; load_tokens follows as soon as a block is complete; math computes tile i while both
@@ -46,7 +39,7 @@ from megamoe.budget import (
 )
 from megamoe.config import DISPATCH, GEMMS, KernelConfig, MoEConfig
 from megamoe.kernels import sync
-from megamoe.kernels.combine import EARLY_WORKERS, combine, reduce_early, start_reducing
+from megamoe.kernels.combine import combine, reduce_early, start_reducing
 from megamoe.kernels.dispatch import PullBuffers, count, pull
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import store_shared
@@ -56,16 +49,14 @@ from megamoe.kernels.sm90.loaders import load_tokens, load_weights
 from megamoe.kernels.sm90.math_warps import math
 from megamoe.kernels.tiles import Pipes
 from megamoe.launch_shape import Shape
+from megamoe.ordering import FRONTEND, HANDOVER, REPORTED, SHARED_CLEARED
 from megamoe.regions import layout_of
 from megamoe.signature import Arguments, HostArguments
 
 arch = cute.arch
 
-# Named barriers; 0 is the CTA. The math warpgroups wait at all of them; at REPORTED the report warp
-# arrives (and the dispatch warp of a kernel without tiles), at HANDOVER whoever reduces early.
-MATH_BARRIER, REPORTED_BARRIER, HANDOVER_BARRIER = 1, 2, 3
 SHARED_DTYPES = {"int16": Int16, "int32": Int32, "int64": Int64}
-WARP_DISPATCH, WARP_REPORT, WARP_LOAD_WEIGHTS, WARP_LOAD_TOKENS = range(4)
+WARP_DISPATCH, WARP_REPORT, WARP_LOAD_WEIGHTS, WARP_LOAD_TOKENS = range(len(FRONTEND))
 
 
 class MegaMoEKernel:
@@ -76,11 +67,6 @@ class MegaMoEKernel:
         self.kernel_config = kernel
         self.budget = check(config, kernel)
         self.shape = Shape(config, kernel, layout_of(config, kernel))
-        math_threads = SM90A.group_threads * kernel.num_math_warpgroups
-        # Without tiles nobody waits for pulled rows, so the dispatch warp tells when it has done.
-        self.pulls_end_alone = not kernel.runs(GEMMS)
-        self.reported_threads = 32 * (1 + self.pulls_end_alone) + math_threads
-        self.handover_threads = 32 * EARLY_WORKERS + math_threads
         self.dtype = operands.DTYPES[config.recipe.tokens.mma]
 
     # ------------------------------------------------------------------ host
@@ -155,7 +141,7 @@ class MegaMoEKernel:
             thread, config.num_stages * budget.a_stage_bytes // 4, config.num_threads
         ):
             store_shared(stages + 4 * word, Int32(0))
-        arch.fence_proxy("async.shared", space="cta")  # TMA writes them, bulk copies read zeros
+        arch.fence_proxy(SHARED_CLEARED.kind, space="cta")
         arch.mbarrier_init_fence()
         arch.sync_threads()
 
@@ -166,7 +152,7 @@ class MegaMoEKernel:
             sync.mark_cycles(launch, "start_cycles")
         epoch = sync.read_epoch(launch)
         scratch = cute.recast_ptr(staging, dtype=Int32)
-        count(launch, scratch, received, expert_ids, flags, epoch, config.num_threads)
+        count(launch, scratch, received, expert_ids, flags, epoch)
         num_live = flags[FLAG_LIVE]
         if launch.dependents == 1:
             arch.griddepcontrol_launch_dependents()
@@ -192,26 +178,18 @@ class MegaMoEKernel:
                 if lane == 0:
                     sync.mark(launch, "last_pull")
                 arch.sync_warp()
-                if const_expr(self.pulls_end_alone):
-                    arch.barrier_arrive(
-                        barrier_id=REPORTED_BARRIER, number_of_threads=self.reported_threads
-                    )
+                if const_expr(not config.runs(GEMMS)):
+                    sync.arrive(launch, REPORTED)
                 reduce_early(launch, start_reducing(launch, 0), flags, 0, lane)
                 arch.sync_warp()
-                arch.barrier_arrive(
-                    barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads
-                )
+                sync.arrive(launch, HANDOVER)
             elif warp == WARP_REPORT:
                 reducing = report(launch, pipes, 1, lane)
                 arch.sync_warp()
-                arch.barrier_arrive(
-                    barrier_id=REPORTED_BARRIER, number_of_threads=self.reported_threads
-                )
+                sync.arrive(launch, REPORTED)
                 reduce_early(launch, reducing, flags, 1, lane)
                 arch.sync_warp()
-                arch.barrier_arrive(
-                    barrier_id=HANDOVER_BARRIER, number_of_threads=self.handover_threads
-                )
+                sync.arrive(launch, HANDOVER)
             elif warp == WARP_LOAD_WEIGHTS:
                 load_weights(
                     launch, budget, gate_up_atom, gate_up, down_atom, down, smem_b, received,
@@ -223,12 +201,8 @@ class MegaMoEKernel:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)
             math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)
-            threads = SM90A.group_threads * config.num_math_warpgroups
-            sync.cta_barrier(REPORTED_BARRIER, self.reported_threads)
-            combine(
-                launch, flags, thread - SM90A.group_threads, epoch, MATH_BARRIER, threads,
-                HANDOVER_BARRIER, self.handover_threads,
-            )  # fmt: skip
+            sync.cta_barrier(launch, REPORTED)
+            combine(launch, flags, thread - SM90A.group_threads, epoch)
 
     def allocate(self, layout_a, layout_b) -> dict:
         """Shared memory by the map of the budget: A and B as tensors, other parts as pointers."""

@@ -22,6 +22,7 @@ from megamoe.kernels.sm90.operands import (
     tokens_box,
 )
 from megamoe.kernels.tiles import next_tile, release_tile, take_tile
+from megamoe.ordering import FC1_DONE, ROWS_READY, TOKENS_IN
 
 arch = cute.arch
 
@@ -158,7 +159,7 @@ def load_rows(
     that pad it are zeros, which cost less power than what the stages hold.
     """
     block = tile.pool % launch.shape.ring
-    arch.fence_proxy("async.global")
+    arch.fence_proxy(ROWS_READY.kind)
     scales = None
     if const_expr(scale_region is not None):
         scales = address(launch, scale_region, block)
@@ -213,7 +214,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
         slot = taken % QUEUE_SLOTS
         if tile.phase == schedule.PHASE_FC1:
             if const_expr(rows_arrive):
-                sync.wait_for(launch, "l1_arrival_count", tile.pool, 0, tile.rows, role, "gpu")
+                sync.wait_for(launch, TOKENS_IN, tile.pool, tile.rows, role)
             waited_tokens += sync.trace_clock(launch) - began
             if taken == 0:
                 sync.mark(launch, "first_tile")
@@ -225,7 +226,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
             done = Int32(shape.fc1_done)
-            sync.wait_for(launch, "fc1_done_counter", tile.pool, 0, done, role, "gpu")
+            sync.wait_for(launch, FC1_DONE, tile.pool, done, role)
             waited_fc1_out += sync.trace_clock(launch) - began
             load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
             load_rows(
