@@ -111,7 +111,7 @@ def barriers(kernel: KernelConfig) -> list[Part]:
 
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget; see `check` for what must hold."""
-    recipe, local = config.recipe, config.experts_per_rank
+    recipe, local = config.recipe, config.local_experts
     row_bytes = recipe.tokens.num_bytes(config.hidden_size)
     a_stage = recipe.tokens.num_bytes(kernel.block_m * kernel.block_k)
     b_stage = recipe.weights.num_bytes(kernel.block_n * kernel.block_k)
@@ -158,7 +158,7 @@ def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
     budget = budget_of(config, kernel)
     if budget.total_bytes > SM90A.shared_bytes:
         raise ValueError(
-            f"num_stages={kernel.num_stages} with {config.experts_per_rank} experts per rank needs "
+            f"num_stages={kernel.num_stages} with {config.local_experts} local experts needs "
             f"{budget.total_bytes} bytes of shared memory; a CTA has {SM90A.shared_bytes}"
         )
     staging_bytes = budget.parts["staging"].num_bytes

@@ -2,8 +2,9 @@
 them is legal (`supports`; whether it fits into a CTA is for `budget.check`).
 
 Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E / W local experts,
-H hidden size, I intermediate size. Both configurations are frozen and hold integers, flags and
-names, so they key caches.
+H hidden size, I intermediate size. K columns of `topk_idx` choose among E routed experts; what is
+computed is counted in slots of a token and local experts (`MoEConfig`). Both configurations are
+frozen and hold integers, flags and names, so they key caches.
 
 Neighbours: everything reads them; this module reads only `precision` and `architecture`.
 """
@@ -27,7 +28,12 @@ DISPATCH, GEMMS, COMBINE = PARTS = ("dispatch", "gemms", "combine")
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One expert-parallel MoE layer; `max_tokens_per_rank` bounds T on every rank."""
+    """One expert-parallel MoE layer; `max_tokens_per_rank` bounds T on every rank.
+
+    Two pairs of numbers are equal, as every expert is routed: `top_k` columns of `topk_idx` and
+    `slots_per_token`, `experts_per_rank` that tokens can name and `local_experts`. An expert that
+    every token goes to (a shared one) would be one more local expert, with a slot of its own.
+    """
 
     num_experts: int
     top_k: int
@@ -39,12 +45,25 @@ class MoEConfig:
 
     @property
     def experts_per_rank(self) -> int:
+        """Routed experts of a rank, which owns ids rank * experts_per_rank and up."""
         return self.num_experts // self.num_ranks
 
     @property
+    def local_experts(self) -> int:
+        """Experts that a rank computes (e), the routed ones first: rows of its weights, of its
+        counts and in its pool.
+        """
+        return self.experts_per_rank
+
+    @property
+    def slots_per_token(self) -> int:
+        """Rows that come back for a token and are added, those of the K columns first."""
+        return self.top_k
+
+    @property
     def max_slots_per_rank(self) -> int:
-        """Routed tokens that one rank can send: T * K."""
-        return self.max_tokens_per_rank * self.top_k
+        """Rows that one rank can send: T * slots_per_token."""
+        return self.max_tokens_per_rank * self.slots_per_token
 
     @property
     def recipe(self) -> Precision:
@@ -159,7 +178,7 @@ def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
     """Pool blocks of the worst routing: every slot of every rank lands here and every expert pads a
     block.
     """
-    return config.num_ranks * config.max_slots_per_rank // kernel.block_m + config.experts_per_rank
+    return config.num_ranks * config.max_slots_per_rank // kernel.block_m + config.local_experts
 
 
 def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:

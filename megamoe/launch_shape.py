@@ -16,15 +16,17 @@ from workspace.layout import COUNTER, PADDING
 
 
 @dataclass(frozen=True)
-class Shape:
+class LaunchShape:
+    """`config` and `kernel` as one launch needs them; its field is called `shape`."""
+
     config: MoEConfig
     kernel: KernelConfig
     layout: LayerLayout
 
     @property
-    def experts(self) -> int:
-        """Local experts (e)."""
-        return self.config.experts_per_rank
+    def local_experts(self) -> int:
+        """Experts that this rank computes (e)."""
+        return self.config.local_experts
 
     @property
     def ring(self) -> int:
@@ -72,7 +74,7 @@ class Shape:
         """
         kernel = self.kernel
         return (
-            self.experts if experts is None else experts, kernel.block_m, kernel.group_blocks,
+            self.local_experts if experts is None else experts, kernel.block_m, kernel.group_blocks,
             self.fc1_columns, self.fc2_columns, kernel.lag_waves * num_ctas, self.ring,
         )  # fmt: skip
 

@@ -115,7 +115,7 @@ class MegaMoE(ResidentWeights):
         self._number = custom_op.register(self)
         self._begin(device, workspace)
         ranks_here = 1 if self.group else world
-        self.num_local_experts = ranks_here * self.config.experts_per_rank
+        self.num_local_experts = ranks_here * self.config.local_experts
         self._declare()
 
     def _begin(self, device: torch.device | str | None, workspace: Workspace | None) -> None:

@@ -232,7 +232,8 @@ def test_top_k_may_exceed_the_experts():
 def test_derived_counts(model, world):
     experts, top_k, hidden, intermediate = MODELS[model]
     config = MoEConfig(experts, top_k, hidden, intermediate, 100, num_ranks=world)
-    assert config.experts_per_rank * world == experts
+    assert config.experts_per_rank * world == config.local_experts * world == experts
+    assert config.slots_per_token == top_k
     assert config.max_slots_per_rank == 100 * top_k
     assert config.recipe is PRECISIONS["bf16"]
 
