@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from megamoe.architecture import SM90A
+from megamoe.architecture import Architecture, architecture_of
 from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
@@ -85,6 +85,7 @@ class KernelConfig:
     """Tiles, stages, roles and schedule of the megakernel; the defaults are the measured SM90
     choice.
 
+    arch: name of the architecture that it is built for, whose row says what is legal.
     block_m, block_n, block_k: the CTA tile. `block_m` is also the unit of readiness, the pool
     block.
     num_stages: depth of the shared-memory ring of A and B tiles.
@@ -106,6 +107,7 @@ class KernelConfig:
     a slot. "combine" adds what the slots hold.
     """
 
+    arch: str = "sm_90a"
     block_m: int = 128
     block_n: int = 256
     block_k: int = 64
@@ -125,16 +127,20 @@ class KernelConfig:
         return self.only in ("", part)
 
     @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.arch)
+
+    @property
     def num_math_warpgroups(self) -> int:
-        return self.block_m // SM90A.group_rows
+        return self.block_m // self.architecture.group_rows
 
     @property
     def num_math_warps(self) -> int:
-        return SM90A.group_threads // 32 * self.num_math_warpgroups
+        return self.architecture.group_threads // 32 * self.num_math_warpgroups
 
     @property
     def num_threads(self) -> int:
-        return SM90A.group_threads * (1 + self.num_math_warpgroups)
+        return self.architecture.group_threads * (1 + self.num_math_warpgroups)
 
 
 #: Blocks of the pool ring unless asked otherwise, times the bytes of an item: several times the
@@ -212,6 +218,7 @@ def _check_problem(config: MoEConfig) -> None:
 
 def _check_kernel_fields(kernel: KernelConfig) -> None:
     """Each field by itself; how they fit each other and the problem is for `supports`."""
+    architecture_of(kernel.arch)
     for field, low in KERNEL_MINIMA.items():
         _check_integer(field, getattr(kernel, field), low)
     for field in ("frontend_registers", "math_registers"):
@@ -270,7 +277,8 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
 
     if recipe.output != "bfloat16":
         refuse("output", recipe.output, "slots are stored as bfloat16")
-    block_k = 8 * SM90A.stage_row_bytes // recipe.tokens.bits
+    target = kernel.architecture
+    block_k = 8 * target.stage_row_bytes // recipe.tokens.bits
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
     blocks: dict[str, list] = {
@@ -280,9 +288,9 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     }
     for name, legal in blocks.items():
         operand = getattr(recipe, name)
-        bits = SM90A.bits_of(operand.mma)
+        bits = target.bits_of(operand.mma)
         if bits is None:
-            refuse(f"{name}.mma", operand.mma, f"{SM90A.name} multiplies {dict(SM90A.mma_bits)}")
+            refuse(f"{name}.mma", operand.mma, f"{target.name} multiplies {dict(target.mma_bits)}")
         if operand.mma != recipe.tokens.mma:
             refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
         if operand.storage != operand.mma:
@@ -305,16 +313,17 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
     _check_problem(config)
     kernel = kernel or select(config)
     _check_kernel_fields(kernel)
-    if (kernel.block_m, kernel.block_n) != SM90A.tile:
+    target = kernel.architecture
+    if (kernel.block_m, kernel.block_n) != target.tile:
         raise ValueError(
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
-            f"use {SM90A.tile[0]} x {SM90A.tile[1]}"
+            f"use {target.tile[0]} x {target.tile[1]}"
         )
     _check_recipe(config.recipe, kernel)
     tokens = config.recipe.tokens
-    if tokens.num_bytes(kernel.block_k) != SM90A.stage_row_bytes:
+    if tokens.num_bytes(kernel.block_k) != target.stage_row_bytes:
         raise ValueError(
-            f"block_k={kernel.block_k} must span {SM90A.stage_row_bytes} bytes of {tokens.storage}"
+            f"block_k={kernel.block_k} must span {target.stage_row_bytes} bytes of {tokens.storage}"
         )
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     ring = pool_blocks(config, kernel)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe.architecture import SM90A
 from megamoe.budget import weight_scale_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.regions import LayerLayout
@@ -81,7 +80,7 @@ class LaunchShape:
     @property
     def row_group(self) -> int:
         """Rows of a block that are loaded and multiplied together, or not at all."""
-        return SM90A.group_rows
+        return self.kernel.architecture.group_rows
 
     @property
     def token_row_bytes(self) -> int:
