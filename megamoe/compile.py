@@ -388,7 +388,10 @@ def load(
     return _load_verified(*_find(cache, name, trust))
 
 
-def _configs_of(arguments: argparse.Namespace) -> list[tuple[MoEConfig, KernelConfig]]:
+def _configs_of(
+    arguments: argparse.Namespace, arch: str = KernelConfig.arch
+) -> list[tuple[MoEConfig, KernelConfig]]:
+    """What is asked for; `arch` unless an entry of the list names another."""
     if arguments.list:
         entries = json.loads(Path(arguments.list).read_text())
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -404,7 +407,7 @@ def _configs_of(arguments: argparse.Namespace) -> list[tuple[MoEConfig, KernelCo
         ]
     configs = []
     for entry in entries:
-        overrides = {"arch": arguments.arch} | entry.pop("kernel", {})
+        overrides = {"arch": arch} | entry.pop("kernel", {})
         config = MoEConfig(**entry)
         configs.append((config, select(config, **overrides)))
     return configs
@@ -430,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="for device='cpu', not for a GPU")
     arguments = parser.parse_args(argv)
     try:
-        for config, kernel in _configs_of(arguments):
+        for config, kernel in _configs_of(arguments, arguments.arch):
             out, name = Path(arguments.out), kernel_name(config, kernel, arguments.cpu)
             if _find_built(out, name, trust=True) is None:
                 build(config, kernel, out, arguments.cpu)
