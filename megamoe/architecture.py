@@ -1,16 +1,21 @@
 """GPU architectures: one row per target, read by the configuration, the budget and the kernels.
 
-Neutral code asks the row; what needs more than numbers is a folder of `kernels`, named after it.
+Neutral code asks the row that `KernelConfig.arch` names; what needs more than numbers is a folder
+of `kernels`. A row without one is not offered.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = Path(__file__).parent / "kernels"
 
 
 @dataclass(frozen=True)
 class Architecture:
     """name: of the target, as compilers take it; capability: of its devices.
+    folder: of `kernels`, where its `kernel.py` is.
     shared_bytes: of shared memory that a CTA can have.
     group_threads: of a warpgroup, whose registers are set together; registers: that the shares of
     all warpgroups together may hold, per thread, with the front-end counted once: more hangs.
@@ -20,6 +25,7 @@ class Architecture:
     """
 
     name: str
+    folder: str
     capability: tuple[int, int]
     shared_bytes: int
     group_threads: int
@@ -29,6 +35,10 @@ class Architecture:
     stage_row_bytes: int
     mma_bits: tuple[tuple[str, int], ...]
 
+    @property
+    def has_kernel(self) -> bool:
+        return (KERNELS / self.folder / "kernel.py").is_file()
+
     def bits_of(self, dtype: str) -> int | None:
         """Bits of a value that tensor cores multiply; None if they do not."""
         return dict(self.mma_bits).get(dtype)
@@ -36,6 +46,7 @@ class Architecture:
 
 SM90A = Architecture(
     name="sm_90a",
+    folder="sm90",
     capability=(9, 0),
     shared_bytes=232448,
     group_threads=128,
@@ -47,3 +58,16 @@ SM90A = Architecture(
 )
 
 ARCHITECTURES = {row.name: row for row in (SM90A,)}
+
+
+def with_kernels() -> list[Architecture]:
+    """The rows that have a kernel."""
+    return [row for row in ARCHITECTURES.values() if row.has_kernel]
+
+
+def architecture_of(name: str) -> Architecture:
+    """The row called `name`; raises ValueError naming those with a kernel otherwise."""
+    rows = {row.name: row for row in with_kernels()}
+    if not isinstance(name, str) or name not in rows:
+        raise ValueError(f"arch={name!r} is not supported; choose one of {list(rows)}")
+    return rows[name]

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from megamoe import budget
-from megamoe.architecture import SM90A
+from megamoe.architecture import with_kernels
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.faults import Limits
 from megamoe.regions import LayerLayout
@@ -16,11 +16,17 @@ from workspace.views import Workspace
 MAX_TIMEOUT_S = 24 * 60 * 60.0
 
 
-def kernel_config_of(config: MoEConfig, options: dict | None) -> KernelConfig:
-    """The kernel's configuration with `options`; ValueError if it is not legal or does not fit."""
+def kernel_config_of(
+    config: MoEConfig, options: dict | None, device: torch.device | None = None
+) -> KernelConfig:
+    """The kernel's configuration with `options`, for the architecture of `device` if that is a GPU;
+    ValueError if it is not legal or does not fit.
+    """
     options = {} if options is None else options
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise ValueError(f"kernel_options={options!r} must be a dict with names of fields as keys")
+    if device is not None and device.type == "cuda":
+        options = {"arch": arch_of(device)} | options
     kernel = select(config, **options)
     budget.check(config, kernel)
     return kernel
@@ -115,13 +121,29 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     return device
 
 
-def check_gpu(device: torch.device, num_sms: int | None, ranks_here: int) -> int:
-    """CTAs per rank; ValueError unless this GPU can hold all CTAs of all its ranks at once."""
+def arch_of(device: torch.device) -> str:
+    """Name of the architecture of a GPU; ValueError if no kernel is for it."""
     capability = torch.cuda.get_device_capability(device)
-    if capability != SM90A.capability:
+    for row in with_kernels():
+        if row.capability == capability:
+            return row.name
+    legal = ", ".join(f"{row.capability} ({row.name})" for row in with_kernels())
+    raise ValueError(
+        f"device={device} has compute capability {capability}, kernels are for {legal}"
+    )
+
+
+def check_gpu(
+    device: torch.device, kernel: KernelConfig, num_sms: int | None, ranks_here: int
+) -> int:
+    """CTAs per rank; ValueError unless this GPU runs this kernel and can hold all CTAs of all its
+    ranks at once.
+    """
+    capability, needed = torch.cuda.get_device_capability(device), kernel.architecture.capability
+    if capability != needed:
         raise ValueError(
-            f"device={device} has compute capability {capability}, "
-            f"the kernel needs {SM90A.capability}"
+            f"device={device} has compute capability {capability}, arch={kernel.arch!r} needs "
+            f"{needed}"
         )
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     per_rank = sms // ranks_here if num_sms is None else num_sms

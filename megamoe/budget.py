@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megamoe.architecture import SM90A
 from megamoe.config import KernelConfig, MoEConfig, supports
 from megamoe.ordering import MBARRIERS
 from megamoe.wire import COUNT_RECORD_BYTES, scale_words
@@ -105,7 +104,7 @@ def barriers(kernel: KernelConfig) -> list[Part]:
 
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget; see `check` for what must hold."""
-    recipe, local = config.recipe, config.experts_per_rank
+    recipe, local = config.recipe, config.local_experts
     row_bytes = recipe.tokens.num_bytes(config.hidden_size)
     a_stage = recipe.tokens.num_bytes(kernel.block_m * kernel.block_k)
     b_stage = recipe.weights.num_bytes(kernel.block_n * kernel.block_k)
@@ -149,11 +148,11 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
 def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget, or ValueError naming the field that `supports` refuses or that does not fit."""
     supports(config, kernel)
-    budget = budget_of(config, kernel)
-    if budget.total_bytes > SM90A.shared_bytes:
+    budget, target = budget_of(config, kernel), kernel.architecture
+    if budget.total_bytes > target.shared_bytes:
         raise ValueError(
-            f"num_stages={kernel.num_stages} with {config.experts_per_rank} experts per rank needs "
-            f"{budget.total_bytes} bytes of shared memory; a CTA has {SM90A.shared_bytes}"
+            f"num_stages={kernel.num_stages} with {config.local_experts} local experts needs "
+            f"{budget.total_bytes} bytes of shared memory; a CTA has {target.shared_bytes}"
         )
     staging_bytes = budget.parts["staging"].num_bytes
     if 3 * 4 * config.num_experts > staging_bytes:
@@ -163,10 +162,10 @@ def check(config: MoEConfig, kernel: KernelConfig) -> Budget:
             f"{staging_bytes} are free before the roles start"
         )
     registers = kernel.frontend_registers + kernel.num_math_warpgroups * kernel.math_registers
-    if registers > SM90A.registers:
+    if registers > target.registers:
         raise ValueError(
             f"frontend_registers={kernel.frontend_registers} and "
             f"math_registers={kernel.math_registers} add up to "
-            f"{registers} > {SM90A.registers}: setmaxnreg would hang"
+            f"{registers} > {target.registers}: setmaxnreg would hang"
         )
     return budget

@@ -17,6 +17,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megamoe import budget, kernel_files, signature
-from megamoe.architecture import ARCHITECTURES
+from megamoe.architecture import with_kernels
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.dsl import HAVE_DSL
 from megamoe.kernel_files import DamagedKernel, KernelError, KernelFileError, KernelNotFound
@@ -37,7 +38,7 @@ PREFIX = "megamoe"
 SOURCES = (
     "megamoe/*.py",
     "megamoe/kernels/*.py",
-    "megamoe/kernels/sm90/*.py",
+    "megamoe/kernels/*/*.py",
     "megamoe/machine/cudart.c",
     "workspace/*.py",
 )
@@ -77,16 +78,13 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def kernel_name(
-    config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", cpu: bool = False
-) -> str:
+def kernel_name(config: MoEConfig, kernel: KernelConfig, cpu: bool = False) -> str:
     """File stem of the kernel: readable prefix plus a digest of configurations and sources."""
     key = json.dumps(
-        [dataclasses.asdict(config), dataclasses.asdict(kernel), arch, source_digest()],
-        sort_keys=True,
+        [dataclasses.asdict(config), dataclasses.asdict(kernel), source_digest()], sort_keys=True
     )
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return f"{PREFIX}-{config.precision}-{arch}-{digest}{host.MARK * cpu}"
+    return f"{PREFIX}-{config.precision}-{kernel.arch}-{digest}{host.MARK * cpu}"
 
 
 def cache_dir() -> Path:
@@ -125,9 +123,7 @@ def _check_dsl() -> None:
         )
 
 
-def compile_kernel(
-    config: MoEConfig, kernel: KernelConfig, arch: str = "sm_90a", options: str = ""
-):
+def compile_kernel(config: MoEConfig, kernel: KernelConfig, options: str = ""):
     """Compile with the DSL and return its compiled object. Raises KernelNotFound where the DSL is
     missing.
     """
@@ -137,8 +133,7 @@ def compile_kernel(
     from cutlass.cute.runtime import make_fake_stream
     from cutlass.cutlass_dsl import CuTeDSL
 
-    from megamoe.kernels.sm90.kernel import MegaMoEKernel
-
+    module = importlib.import_module(f"megamoe.kernels.{kernel.architecture.folder}.kernel")
     fake: dict[type, object] = {
         ctypes.c_int64: Int64(0), ctypes.c_int32: Int32(0), ctypes.c_float: Float32(0.0),
     }  # fmt: skip
@@ -150,10 +145,9 @@ def compile_kernel(
     # The DSL takes the machine's architecture, or $CUTE_DSL_ARCH at its first import; for another
     # target than those it refuses to export. Its versions are bounded, so its own setting is a safe
     # place to say the target.
-    CuTeDSL._get_dsl().envar.arch = arch
-    return cute.compile(
-        MegaMoEKernel(config, kernel), host, arguments, make_fake_stream(), options=options or None
-    )
+    CuTeDSL._get_dsl().envar.arch = kernel.arch
+    traceable = module.MegaMoEKernel(config, kernel)
+    return cute.compile(traceable, host, arguments, make_fake_stream(), options=options or None)
 
 
 def _runtime_archive() -> str:
@@ -182,31 +176,21 @@ def _link(compiler: str, objects: list[str], library: Path, options: tuple = ())
         )
 
 
-def build(
-    config: MoEConfig,
-    kernel: KernelConfig,
-    out_dir: Path | str,
-    arch: str = "sm_90a",
-    cpu: bool = False,
-) -> Path:
+def build(config: MoEConfig, kernel: KernelConfig, out_dir: Path | str, cpu: bool = False) -> Path:
     """Build the kernel into `out_dir` (atomically) and return the library's path. Needs no GPU.
     `cpu`: not for a GPU but for `megamoe.machine`, with the PTX beside it.
 
-    Raises ValueError for a configuration or architecture that is not supported, KernelNotFound
-    where the DSL or a C compiler is missing, KernelDirectoryError where `out_dir` cannot be written
-    or has no room.
+    Raises ValueError for a configuration that is not supported, KernelNotFound where the DSL or a C
+    compiler is missing, KernelDirectoryError where `out_dir` cannot be written or has no room.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch={arch!r} is not supported; choose one of {list(ARCHITECTURES)}")
     budget.check(config, kernel)
-    name = kernel_name(config, kernel, arch, cpu)
+    name = kernel_name(config, kernel, cpu)
     facts = {
-        "arch": arch,
         "config": dataclasses.asdict(config),
         "kernel": dataclasses.asdict(kernel),
         "arguments": [argument for argument, _ in signature.ARGUMENTS],
     }
-    make = functools.partial(compile_kernel, config, kernel, arch)
+    make = functools.partial(compile_kernel, config, kernel)
     return build_library(make, Path(out_dir), name, facts, cpu)
 
 
@@ -374,7 +358,6 @@ def load(
     config: MoEConfig,
     kernel: KernelConfig,
     kernel_dir: Path | str | None = None,
-    arch: str = "sm_90a",
     cpu: bool = False,
 ) -> CompiledKernel:
     """The kernel of this configuration: from `kernel_dir`, from the cache, or built into the cache.
@@ -385,7 +368,7 @@ def load(
     DamagedKernel for damaged ones in `kernel_dir` (in the cache they are built again, if that is
     possible); KernelDirectoryError if a directory cannot be used. All are KernelError.
     """
-    name, trust = kernel_name(config, kernel, arch, cpu), trust_kernels()
+    name, trust = kernel_name(config, kernel, cpu), trust_kernels()
     if kernel_dir is not None:
         kernel_dir = Path(kernel_dir)
         if any(kernel_files.exists(kernel_dir / f"{name}.{suffix}") for suffix in ("so", "json")):
@@ -401,11 +384,14 @@ def load(
     kernel_files.make_directory(cache)
     if not trust:
         kernel_files.check_trusted(cache.resolve())
-    build(config, kernel, cache, arch, cpu)
+    build(config, kernel, cache, cpu)
     return _load_verified(*_find(cache, name, trust))
 
 
-def _configs_of(arguments: argparse.Namespace) -> list[tuple[MoEConfig, KernelConfig]]:
+def _configs_of(
+    arguments: argparse.Namespace, arch: str = KernelConfig.arch
+) -> list[tuple[MoEConfig, KernelConfig]]:
+    """What is asked for; `arch` unless an entry of the list names another."""
     if arguments.list:
         entries = json.loads(Path(arguments.list).read_text())
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -421,7 +407,7 @@ def _configs_of(arguments: argparse.Namespace) -> list[tuple[MoEConfig, KernelCo
         ]
     configs = []
     for entry in entries:
-        overrides = entry.pop("kernel", {})
+        overrides = {"arch": arch} | entry.pop("kernel", {})
         config = MoEConfig(**entry)
         configs.append((config, select(config, **overrides)))
     return configs
@@ -431,7 +417,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megamoe.compile", description="Build kernels ahead of time."
     )
-    parser.add_argument("--arch", default="sm_90a", help=f"one of {', '.join(ARCHITECTURES)}")
+    targets = ", ".join(row.name for row in with_kernels())
+    parser.add_argument("--arch", default=KernelConfig.arch, help=f"one of {targets}")
     parser.add_argument("--out", required=True, help="directory for the libraries")
     parser.add_argument(
         "--list", help="JSON file: a list of objects with the fields below, and optionally 'kernel'"
@@ -446,11 +433,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="for device='cpu', not for a GPU")
     arguments = parser.parse_args(argv)
     try:
-        for config, kernel in _configs_of(arguments):
-            out, target = Path(arguments.out), (config, kernel, arguments.arch, arguments.cpu)
-            name = kernel_name(*target)
+        for config, kernel in _configs_of(arguments, arguments.arch):
+            out, name = Path(arguments.out), kernel_name(config, kernel, arguments.cpu)
             if _find_built(out, name, trust=True) is None:
-                build(config, kernel, out, *target[2:])
+                build(config, kernel, out, arguments.cpu)
             print(f"{out / name}.so  {config}", flush=True)
     except (TypeError, ValueError, OSError, KernelError) as error:
         print(

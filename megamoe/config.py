@@ -2,8 +2,9 @@
 them is legal (`supports`; whether it fits into a CTA is for `budget.check`).
 
 Letters used everywhere: W ranks, T tokens on a rank, K top-k, E experts, e = E / W local experts,
-H hidden size, I intermediate size. Both configurations are frozen and hold integers, flags and
-names, so they key caches.
+H hidden size, I intermediate size. K columns of `topk_idx` choose among E routed experts; what is
+computed is counted in slots of a token and local experts (`MoEConfig`). Both configurations are
+frozen and hold integers, flags and names, so they key caches.
 
 Neighbours: everything reads them; this module reads only `precision` and `architecture`.
 """
@@ -14,7 +15,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
-from megamoe.architecture import SM90A
+from megamoe.architecture import Architecture, architecture_of
 from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
@@ -27,7 +28,12 @@ DISPATCH, GEMMS, COMBINE = PARTS = ("dispatch", "gemms", "combine")
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One expert-parallel MoE layer; `max_tokens_per_rank` bounds T on every rank."""
+    """One expert-parallel MoE layer; `max_tokens_per_rank` bounds T on every rank.
+
+    Two pairs of numbers are equal, as every expert is routed: `top_k` columns of `topk_idx` and
+    `slots_per_token`, `experts_per_rank` that tokens can name and `local_experts`. An expert that
+    every token goes to (a shared one) would be one more local expert, with a slot of its own.
+    """
 
     num_experts: int
     top_k: int
@@ -39,12 +45,25 @@ class MoEConfig:
 
     @property
     def experts_per_rank(self) -> int:
+        """Routed experts of a rank, which owns ids rank * experts_per_rank and up."""
         return self.num_experts // self.num_ranks
 
     @property
+    def local_experts(self) -> int:
+        """Experts that a rank computes (e), the routed ones first: rows of its weights, of its
+        counts and in its pool.
+        """
+        return self.experts_per_rank
+
+    @property
+    def slots_per_token(self) -> int:
+        """Rows that come back for a token and are added, those of the K columns first."""
+        return self.top_k
+
+    @property
     def max_slots_per_rank(self) -> int:
-        """Routed tokens that one rank can send: T * K."""
-        return self.max_tokens_per_rank * self.top_k
+        """Rows that one rank can send: T * slots_per_token."""
+        return self.max_tokens_per_rank * self.slots_per_token
 
     @property
     def recipe(self) -> Precision:
@@ -66,6 +85,7 @@ class KernelConfig:
     """Tiles, stages, roles and schedule of the megakernel; the defaults are the measured SM90
     choice.
 
+    arch: name of the architecture that it is built for, whose row says what is legal.
     block_m, block_n, block_k: the CTA tile. `block_m` is also the unit of readiness, the pool
     block.
     num_stages: depth of the shared-memory ring of A and B tiles.
@@ -87,6 +107,7 @@ class KernelConfig:
     a slot. "combine" adds what the slots hold.
     """
 
+    arch: str = "sm_90a"
     block_m: int = 128
     block_n: int = 256
     block_k: int = 64
@@ -106,16 +127,20 @@ class KernelConfig:
         return self.only in ("", part)
 
     @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.arch)
+
+    @property
     def num_math_warpgroups(self) -> int:
-        return self.block_m // SM90A.group_rows
+        return self.block_m // self.architecture.group_rows
 
     @property
     def num_math_warps(self) -> int:
-        return SM90A.group_threads // 32 * self.num_math_warpgroups
+        return self.architecture.group_threads // 32 * self.num_math_warpgroups
 
     @property
     def num_threads(self) -> int:
-        return SM90A.group_threads * (1 + self.num_math_warpgroups)
+        return self.architecture.group_threads * (1 + self.num_math_warpgroups)
 
 
 #: Blocks of the pool ring unless asked otherwise, times the bytes of an item: several times the
@@ -159,7 +184,7 @@ def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
     """Pool blocks of the worst routing: every slot of every rank lands here and every expert pads a
     block.
     """
-    return config.num_ranks * config.max_slots_per_rank // kernel.block_m + config.experts_per_rank
+    return config.num_ranks * config.max_slots_per_rank // kernel.block_m + config.local_experts
 
 
 def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
@@ -193,6 +218,7 @@ def _check_problem(config: MoEConfig) -> None:
 
 def _check_kernel_fields(kernel: KernelConfig) -> None:
     """Each field by itself; how they fit each other and the problem is for `supports`."""
+    architecture_of(kernel.arch)
     for field, low in KERNEL_MINIMA.items():
         _check_integer(field, getattr(kernel, field), low)
     for field in ("frontend_registers", "math_registers"):
@@ -251,7 +277,8 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
 
     if recipe.output != "bfloat16":
         refuse("output", recipe.output, "slots are stored as bfloat16")
-    block_k = 8 * SM90A.stage_row_bytes // recipe.tokens.bits
+    target = kernel.architecture
+    block_k = 8 * target.stage_row_bytes // recipe.tokens.bits
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
     blocks: dict[str, list] = {
@@ -261,9 +288,9 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     }
     for name, legal in blocks.items():
         operand = getattr(recipe, name)
-        bits = SM90A.bits_of(operand.mma)
+        bits = target.bits_of(operand.mma)
         if bits is None:
-            refuse(f"{name}.mma", operand.mma, f"{SM90A.name} multiplies {dict(SM90A.mma_bits)}")
+            refuse(f"{name}.mma", operand.mma, f"{target.name} multiplies {dict(target.mma_bits)}")
         if operand.mma != recipe.tokens.mma:
             refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
         if operand.storage != operand.mma:
@@ -286,16 +313,17 @@ def supports(config: MoEConfig, kernel: KernelConfig | None = None) -> None:
     _check_problem(config)
     kernel = kernel or select(config)
     _check_kernel_fields(kernel)
-    if (kernel.block_m, kernel.block_n) != SM90A.tile:
+    target = kernel.architecture
+    if (kernel.block_m, kernel.block_n) != target.tile:
         raise ValueError(
             f"tile block_m={kernel.block_m} x block_n={kernel.block_n} is not supported; "
-            f"use {SM90A.tile[0]} x {SM90A.tile[1]}"
+            f"use {target.tile[0]} x {target.tile[1]}"
         )
     _check_recipe(config.recipe, kernel)
     tokens = config.recipe.tokens
-    if tokens.num_bytes(kernel.block_k) != SM90A.stage_row_bytes:
+    if tokens.num_bytes(kernel.block_k) != target.stage_row_bytes:
         raise ValueError(
-            f"block_k={kernel.block_k} must span {SM90A.stage_row_bytes} bytes of {tokens.storage}"
+            f"block_k={kernel.block_k} must span {target.stage_row_bytes} bytes of {tokens.storage}"
         )
     _check_integer("weight_run", kernel.weight_run, 1, kernel.num_stages - 1)
     ring = pool_blocks(config, kernel)

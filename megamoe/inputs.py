@@ -102,16 +102,16 @@ class InputCheck:
                 f"{self._label('x', number)} has T={tokens} tokens > "
                 f"max_tokens_per_rank={config.max_tokens_per_rank}"
             )
-        rows, slots = (tokens, hidden), (tokens, config.top_k)
+        rows, choices = (tokens, hidden), (tokens, config.top_k)
         token, quantized = torch.bfloat16, config.recipe.tokens.has_scales
         if scale is not None or (quantized and x.dtype == torch.float8_e4m3fn):
             token = self._check_scale(number, x, scale)
             begin = scale.data_ptr()
             read.append((begin, begin + scale.nbytes, "x_scale", number))
         read.append(place("x", number, x, rows, token, ALIGNMENT))
-        read.append(place("topk_weights", number, weight, slots, torch.float32))
+        read.append(place("topk_weights", number, weight, choices, torch.float32))
         narrow = getattr(idx, "dtype", None) == torch.int32
-        read.append(place("topk_idx", number, idx, slots, torch.int32 if narrow else torch.int64))
+        read.append(place("topk_idx", number, idx, choices, torch.int32 if narrow else torch.int64))
         if out is None:
             begin = self.outputs[number]
             written.append((begin, begin + tokens * self.output_row_bytes, IMPLICIT, number))
@@ -119,7 +119,7 @@ class InputCheck:
             written.append(place("out", number, out, rows, self.output, ALIGNMENT))
             _check_writable(self._label("out", number), out)
         if count is not None:
-            local = (config.experts_per_rank,)
+            local = (config.local_experts,)
             written.append(place("expert_counts", number, count, local, torch.int32))
             _check_writable(self._label("expert_counts", number), count)
 

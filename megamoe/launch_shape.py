@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe.architecture import SM90A
 from megamoe.budget import weight_scale_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.regions import LayerLayout
@@ -16,15 +15,17 @@ from workspace.layout import COUNTER, PADDING
 
 
 @dataclass(frozen=True)
-class Shape:
+class LaunchShape:
+    """`config` and `kernel` as one launch needs them; its field is called `shape`."""
+
     config: MoEConfig
     kernel: KernelConfig
     layout: LayerLayout
 
     @property
-    def experts(self) -> int:
-        """Local experts (e)."""
-        return self.config.experts_per_rank
+    def local_experts(self) -> int:
+        """Experts that this rank computes (e)."""
+        return self.config.local_experts
 
     @property
     def ring(self) -> int:
@@ -72,14 +73,14 @@ class Shape:
         """
         kernel = self.kernel
         return (
-            self.experts if experts is None else experts, kernel.block_m, kernel.group_blocks,
+            self.local_experts if experts is None else experts, kernel.block_m, kernel.group_blocks,
             self.fc1_columns, self.fc2_columns, kernel.lag_waves * num_ctas, self.ring,
         )  # fmt: skip
 
     @property
     def row_group(self) -> int:
         """Rows of a block that are loaded and multiplied together, or not at all."""
-        return SM90A.group_rows
+        return self.kernel.architecture.group_rows
 
     @property
     def token_row_bytes(self) -> int:

@@ -115,7 +115,7 @@ class MegaMoE(ResidentWeights):
         self._number = custom_op.register(self)
         self._begin(device, workspace)
         ranks_here = 1 if self.group else world
-        self.num_local_experts = ranks_here * self.config.experts_per_rank
+        self.num_local_experts = ranks_here * self.config.local_experts
         self._declare()
 
     def _begin(self, device: torch.device | str | None, workspace: Workspace | None) -> None:
@@ -160,12 +160,14 @@ class MegaMoE(ResidentWeights):
     ) -> compile.CompiledKernel | None:
         """Check everything that this process can check alone; the kernel, or None on "meta"."""
         supports(self.config)
-        self.kernel_config = arguments.kernel_config_of(self.config, self._kernel_options)
-        self.layout = layout_of(self.config, self.kernel_config)
         arguments.check_limits(self.limits)
         arguments.check_clamp(self.activation_clamp)
         arguments.check_num_sms(self.num_sms)
         self.device = arguments.resolve_device(device)
+        self.kernel_config = arguments.kernel_config_of(
+            self.config, self._kernel_options, self.device
+        )
+        self.layout = layout_of(self.config, self.kernel_config)
         ranks = [self.group.rank] if self.group else list(range(self.num_ranks))
         if self.device.type == "meta":
             if workspace is not None:
@@ -180,7 +182,9 @@ class MegaMoE(ResidentWeights):
             self._yields, self.num_sms = False, self.num_sms or CPU_CTAS
         else:
             self._yields = self.num_sms is not None
-            self.num_sms = arguments.check_gpu(self.device, self.num_sms, len(ranks))
+            self.num_sms = arguments.check_gpu(
+                self.device, self.kernel_config, self.num_sms, len(ranks)
+            )
         on_cpu = self.device.type == "cpu"
         return compile.load(self.config, self.kernel_config, self._kernel_dir, cpu=on_cpu)
 

@@ -56,8 +56,8 @@ class TileRecord(NamedTuple):
 def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
     """All regions of `config`, without offsets."""
     ranks, experts = config.num_ranks, config.num_experts
-    local, slots = config.experts_per_rank, config.max_slots_per_rank
-    tokens, top_k = config.max_tokens_per_rank, config.top_k
+    local, slots = config.local_experts, config.max_slots_per_rank
+    tokens, hidden = config.max_tokens_per_rank, config.hidden_size
     blocks = max_pool_blocks(config, kernel)
     rows = pool_blocks(config, kernel) * kernel.block_m
     recipe = config.recipe
@@ -84,13 +84,13 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("routed_record", "int32", (ranks, slots, record_words), SYMMETRIC, DATA,
                "every source rank: routed records", "dispatch warps",
                "only records below the published counts are read"),
-        Region("input_token_buffer", recipe.tokens.storage, (tokens, config.hidden_size),
+        Region("input_token_buffer", recipe.tokens.storage, (tokens, hidden),
                SYMMETRIC, DATA,
                "the host stages x before the launch, or count quantises it",
                "dispatch warps of peers",
                "only rows named by a record are read", bulk=True, host_writes=True),
-        Region("combine_output", recipe.output, (tokens, top_k, config.hidden_size), SYMMETRIC,
-               DATA,
+        Region("combine_output", recipe.output, (tokens, config.slots_per_token, hidden),
+               SYMMETRIC, DATA,
                "FC2 epilogues of every owner rank", "the reduce of this rank",
                "exactly the slots that are not masked are written, and only they are read"),
         Region("combine_arrival_count", "int32", (tokens,), SYMMETRIC, DATA,
@@ -124,10 +124,10 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
                "dispatch warps; zeroed by the report warp that frees the block",
                "token loaders before FC2, for its epilogue; the report warp that frees the block",
                "a padding row must have no destination"),
-        Region("layer_output", recipe.output, (tokens, config.hidden_size), LOCAL, DATA,
+        Region("layer_output", recipe.output, (tokens, hidden), LOCAL, DATA,
                "the reduce", "the caller, until the next forward on this workspace",
                "exactly the rows of this launch's tokens are written"),
-        Region("l1_token_buffer", recipe.tokens.storage, (rows, config.hidden_size), LOCAL, DATA,
+        Region("l1_token_buffer", recipe.tokens.storage, (rows, hidden), LOCAL, DATA,
                "dispatch warps", "token loaders of FC1",
                "padding rows feed only rows that are dropped", bulk=True),
         Region("fc1_output", recipe.hidden.storage, (rows, config.intermediate_size), LOCAL, DATA,

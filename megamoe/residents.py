@@ -180,7 +180,7 @@ class ResidentWeights(torch.nn.Module):
         self._watched = self._watch(held)
         tensors = [tensor for _, tensor in self.kernel_tensors()]
         scales: Sequence[torch.Tensor | None] = tensors[2:] or [None, None]
-        local = self.config.experts_per_rank
+        local = self.config.local_experts
         parts = [slice(at, at + local) for at in range(0, self.num_local_experts, local)]
         self._read(
             [held.of(part) for part in parts],

@@ -8,6 +8,8 @@ import os
 import pytest
 import torch
 
+from megamoe.architecture import with_kernels
+
 # Kernels compile for Hopper on any machine; without this the DSL asks the driver.
 os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
@@ -21,13 +23,14 @@ QUICK = frozenset({
 })  # fmt: skip
 LEFT_OUT = ("gpu", "nightly", "slow")
 
-NO_GPU = "needs a CUDA GPU (sm_90), none is visible"
+CAPABILITIES = [row.capability for row in with_kernels()]
+NO_GPU = f"needs a CUDA GPU of compute capability {CAPABILITIES}, none is visible"
 NO_DSL = "needs nvidia-cutlass-dsl, which is not installed"
 NO_NIGHT = "takes many minutes; runs with --nightly"
 
 
 def have_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() in CAPABILITIES
 
 
 def have_dsl() -> bool:

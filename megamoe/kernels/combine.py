@@ -120,9 +120,9 @@ def reduce_piece(launch: Launch, token, live, piece, lane, vectors: Constexpr):
             sums = cute.make_rmem_tensor((8,), Float32)
             sums.fill(0.0)
             source = address(launch, "combine_output", token) + column
-            top_k = launch.shape.config.top_k
-            for first in range_constexpr(0, top_k, LOADS_IN_FLIGHT):
-                slots = range(first, min(first + LOADS_IN_FLIGHT, top_k))
+            num_slots = launch.shape.config.slots_per_token
+            for first in range_constexpr(0, num_slots, LOADS_IN_FLIGHT):
+                slots = range(first, min(first + LOADS_IN_FLIGHT, num_slots))
                 loaded = [
                     load_global_v4_if(source + Int64(k) * row_bytes, (live >> k) & 1) for k in slots
                 ]

@@ -59,9 +59,7 @@ class PullBuffers(NamedTuple):
 
 @cute.jit
 def read_expert(launch: Launch, entry, report: Constexpr) -> Int32:
-    """Expert of routed entry `entry` = token * K + k, or -1 if the slot is masked or its id is
-    invalid.
-    """
+    """Expert of routed entry `entry` = token * K + k, or -1 if it is masked or its id invalid."""
     experts = launch.shape.config.num_experts
     expert = Int32(0)
     high = Int32(0)  # the other half of an invalid int64
@@ -118,7 +116,7 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch):
     that every role of the CTA agrees that there is nothing to do.
     """
     shape = launch.shape
-    experts, local, ranks = shape.config.num_experts, shape.experts, shape.config.num_ranks
+    experts, local, ranks = shape.config.num_experts, shape.local_experts, shape.config.num_ranks
     threads = shape.kernel.num_threads
     histogram = scratch
     entries = launch.num_tokens * shape.config.top_k
@@ -176,7 +174,8 @@ def publish(launch: Launch, scratch, flag_smem):
     the layer.
     """
     shape = launch.shape
-    experts, local, top_k = shape.config.num_experts, shape.experts, shape.config.top_k
+    config = shape.config
+    experts, per_rank, top_k = config.num_experts, config.experts_per_rank, config.top_k
     histogram, base, offsets = scratch, scratch + experts, scratch + 2 * experts
     totals = global_ptr(address(launch, "expert_send_count"))
     threads = shape.kernel.num_threads
@@ -208,22 +207,23 @@ def publish(launch: Launch, scratch, flag_smem):
     for entry in range(first, launch.num_tokens * top_k, stride):
         expert = read_expert(launch, entry, False)
         if expert >= 0:
-            owner = expert // local
+            owner = expert // per_rank
             running = arch.atomic_add(histogram + expert, Int32(1))
-            position = offsets[expert] - offsets[owner * local] + base[expert] + running
+            position = offsets[expert] - offsets[owner * per_rank] + base[expert] + running
             weight = global_ptr(launch.topk_weights + Int64(entry) * 4)[0]
             record = (
                 peer_address(launch, "routed_record", owner, launch.rank)
                 + Int64(position) * wire.ROUTED_RECORD_BYTES
             )
+            # The number of an entry is that of its slot while all slots are columns of topk_idx.
             store_global_v2(record, entry, weight)
     if launch.cta == 0:
         for expert in range(launch.thread, experts, threads):
-            owner = expert // local
+            owner = expert // per_rank
             total = arch.load(totals + expert, Int32, sem="relaxed", scope="gpu")
             record = peer_address(launch, "expert_recv_count", owner, launch.rank)
-            record += Int64(expert % local) * wire.COUNT_RECORD_BYTES
-            store_global_v2(record, total, offsets[expert] - offsets[owner * local])
+            record += Int64(expert % per_rank) * wire.COUNT_RECORD_BYTES
+            store_global_v2(record, total, offsets[expert] - offsets[owner * per_rank])
         if launch.thread < shape.config.num_ranks:
             owner = peer_address(launch, "launched_layer", launch.thread, launch.rank)
             store_global(owner, launch.layer)
@@ -234,7 +234,7 @@ def leave_out_empty(launch: Launch, received, expert_ids, flag_smem):
     """One warp: move the counts of experts with rows to the front, in order, with their ids: with
     few tokens most experts have none, and every role would walk over them one by one.
     """
-    local, lane = launch.shape.experts, launch.thread
+    local, lane = launch.shape.local_experts, launch.thread
     found = Int32(0)
     for start in range(0, local, 32):
         expert = start + lane
@@ -384,7 +384,7 @@ def pull(
             code = wire.encode_source(source, slot, shape.config.max_slots_per_rank)
             store_global(address(launch, "token_src_metadata", ring_row), code)
 
-        token = slot // shape.config.top_k
+        token = slot // shape.config.slots_per_token
         origin = launch.x + Int64(token) * row_bytes
         if const_expr(has_scales):
             origin = peer_address(launch, "input_token_buffer", source, token)

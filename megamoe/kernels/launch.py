@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cutlass import Int32, Int64
 
 from megamoe.kernels.ptx import global_ptr
-from megamoe.launch_shape import Shape
+from megamoe.launch_shape import LaunchShape
 from megamoe.signature import Arguments
 from workspace.layout import SYMMETRIC
 
@@ -21,7 +21,7 @@ from workspace.layout import SYMMETRIC
 class Launch(Arguments):
     """One launch of one rank, as its roles see it. Addresses are Int64 bytes valid on this GPU."""
 
-    shape: Shape
+    shape: LaunchShape
     num_ctas: Int32
     cta: Int32
     thread: Int32

@@ -83,7 +83,7 @@ def report_fc2(launch: Launch, lane, pool):
             code = arch.load(metadata, Int32, sem="relaxed", scope="gpu")
             if code != wire.PADDING:
                 rank = wire.source_rank(code, max_slots)
-                token = wire.source_slot(code, max_slots) // shape.config.top_k
+                token = wire.source_slot(code, max_slots) // shape.config.slots_per_token
                 arrived = global_ptr(peer_address(launch, TOKEN_IN.region, rank, token))
                 scope = TOKEN_IN.scope
                 arch.red(arrived, Int32(1), op="add", dtype="s32", sem="relaxed", scope=scope)

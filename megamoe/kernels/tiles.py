@@ -97,7 +97,7 @@ def hand_over(launch: Launch, pipes, slot, tile: Entry, lane):
 def next_tile(launch: Launch, pipes, tickets, stream, walk, handed, received, expert_ids, lane):
     """Take a ticket, walk on to its tile and hand it over as tile number `handed`, once there is
     room. Returns the walk and the tile. `tickets`: where they are counted; `stream`: see
-    `Shape.stream`.
+    `LaunchShape.stream`.
     """
     ticket = Int32(0)
     if lane == 0:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from megamoe.precision import Precision
 from perf.against import deepep
 from perf.against.experts import Bf16Experts, Fp8Experts, Packed
 
@@ -158,5 +159,10 @@ PROCESS_BASELINES: dict[str, type[Baseline]] = {
     "torch_fp8": ExchangedTorchFp8,
     deepep.NAME: deepep.DeepEpDeepGemm,
 }
-#: The baseline of a precision: torch with operands of the same width.
-BASELINE_OF = {"bf16": "torch_bf16", "fp8_block": "torch_fp8", "fp8_channel": "torch_fp8"}
+#: Torch with operands of the same width, by what tensor cores multiply.
+BASELINE_OF = {"bfloat16": "torch_bf16", "float8_e4m3fn": "torch_fp8"}
+
+
+def baseline_name(recipe: Precision) -> str:
+    """The baseline of a recipe."""
+    return BASELINE_OF[recipe.tokens.mma]

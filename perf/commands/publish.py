@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from perf.against.baselines import BASELINE_OF
+from megamoe.precision import precision_of
+from perf.against.baselines import baseline_name
 from perf.arguments import (
     Parser,
     add_options,
@@ -77,7 +78,7 @@ class Step:
         """The options of the command, but for the file."""
         given = self.options.split()
         beside = self.command == SWEEP and self.baseline
-        baseline = ["--baseline", BASELINE_OF[self.precision]] if beside else []
+        baseline = ["--baseline", baseline_name(precision_of(self.precision))] if beside else []
         return ["--device", "cuda", *given, "--precision", self.precision, *baseline]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import megamoe
-from megamoe.config import select
+from megamoe.arguments import kernel_config_of
 from megamoe.faults import MegaMoEError
 from megamoe.regions import layout_of
 from perf.arguments import check_no_results, check_writable, option, path_name
@@ -171,7 +171,7 @@ def write(
     """The file, a row of phases if somebody asked, and a few lines about the launch."""
     case, clock = plan.case, CPU_CLOCK if plan.emulated else GPU_CLOCK
     config = case.config(plan.max_tokens)
-    kernel = select(config, **plan.kernel_options)
+    kernel = kernel_config_of(config, plan.kernel_options, plan.device)
     where = environment(plan.device)
     if phases:
         times: dict[str, Any] = phases_of(map(slices_of, traces), clock.per_us)

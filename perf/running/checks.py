@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megamoe import compile, dsl
-from megamoe.config import select
+from megamoe.arguments import kernel_config_of
 from perf.running.plan import Plan
 
 
@@ -39,7 +39,7 @@ def check_here(plans: Sequence[Plan]) -> None:
             _check_gpu(plan)
         if not dsl.HAVE_DSL:
             config = case.config(plan.max_tokens)
-            kernel = select(config, **plan.kernel_options)
+            kernel = kernel_config_of(config, plan.kernel_options, plan.device)
             file = compile.kernel_name(config, kernel, cpu=plan.emulated) + ".so"
             places = [Path(place) for place in (plan.kernel_dir, compile.cache_dir()) if place]
             if not any((directory / file).exists() for directory in places):

@@ -25,7 +25,7 @@ MAX_FLIP_ERROR = 3e-2
 
 def layer_bound(recipe: Precision) -> float:
     """The largest relative error of the layer that is rounding."""
-    return MAX_FLIP_ERROR if recipe.tokens.has_scales else MAX_ERROR
+    return MAX_FLIP_ERROR if recipe.hidden.has_scales else MAX_ERROR
 
 
 def layer_of(plan: Plan, job: Job = ALONE) -> megamoe.MegaMoE:

@@ -82,8 +82,8 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Of one rank, kept once: scale factors and copies come on top."""
-        model = self.case.model
-        values = 3 * model.hidden * model.intermediate * self.case.experts_per_rank
+        config = self.case.config(self.max_tokens)
+        values = 3 * config.hidden_size * config.intermediate_size * config.local_experts
         return self.case.recipe.weights.num_bytes(values)
 
 

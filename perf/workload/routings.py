@@ -241,7 +241,7 @@ def check(text: str, num_ranks: int, tokens: int, num_experts: int, top_k: int) 
         return
     ids = recorded(text)
     if ids.shape[-1] != top_k:
-        raise ValueError(f"routing {text} has {ids.shape[-1]} slots per token, top_k={top_k}")
+        raise ValueError(f"routing {text} has {ids.shape[-1]} choices per token, top_k={top_k}")
     if ids.dim() == 3 and ids.shape[0] != num_ranks:
         raise ValueError(f"routing {text} is of {ids.shape[0]} ranks, num_ranks={num_ranks}")
     held = ids.shape[1] if ids.dim() == 3 else ids.shape[0] // num_ranks

@@ -9,6 +9,7 @@ import json
 import sys
 
 from megamoe.config import PARTS, MoEConfig
+from megamoe.precision import PRECISIONS
 
 
 def _fields(
@@ -53,7 +54,7 @@ TIMED = {"timed1": _fields(32, 8, 4096, 2048, 64, 1)}
 ALONE = {
     f"{only}_{precision}": _fields(16, 4, 512, 256, 256, 2, precision, only=only)
     for only in PARTS
-    for precision in ("bf16", "fp8_block", "fp8_channel")
+    for precision in PRECISIONS
 }
 #: Dispatch alone over a ring that is too small: nobody frees its slots.
 ALONE["dispatch_ring"] = _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")

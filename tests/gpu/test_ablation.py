@@ -51,7 +51,7 @@ def received(moe, ids, rank: int, expert: int) -> torch.Tensor:
 def real_rows(moe, ids, rank: int):
     """(expert, rows of its pool) of every local expert with rows, in the order of the pool."""
     first, block = 0, moe.kernel_config.block_m
-    for expert in range(moe.config.experts_per_rank):
+    for expert in range(moe.config.local_experts):
         count = len(received(moe, ids, rank, expert))
         yield expert, slice(first, first + count)
         first += -(-count // block) * block

@@ -87,14 +87,14 @@ def test_input_buffer_needs_no_copy():
 def test_received_rows_are_added_to_expert_counts(name):
     moe = shared_moe(name)
     xs, ids, weights = inputs_of(moe, "masked", seed=9)
-    local = moe.config.experts_per_rank
+    local = moe.config.local_experts
     counts = [
         torch.full((local,), rank, dtype=torch.int32, device="cuda") for rank in range(len(xs))
     ]
     for _ in range(2):
         forward(moe, xs, ids, weights, expert_counts=counts)
     flat = torch.cat([idx.flatten() for idx in ids])
-    rows = torch.bincount(flat[flat >= 0], minlength=moe.config.num_experts).view(-1, local)
+    rows = torch.bincount(flat[flat >= 0], minlength=moe.config.num_experts).view(moe.num_ranks, -1)
     for rank, count in enumerate(counts):
         assert torch.equal(count, (rank + 2 * rows[rank]).int())
     forward(moe, xs, ids, weights)  # without them nothing is written

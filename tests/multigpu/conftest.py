@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.conftest import CAPABILITIES
 from tests.multigpu.launcher import Jobs, setup_nccl
 
 
@@ -15,8 +16,8 @@ def missing(world: int) -> str | None:
         return f"needs {world} GPUs, {have} are visible"
     for device in range(world):
         capability = torch.cuda.get_device_capability(device)
-        if capability != (9, 0):
-            return f"needs Hopper GPUs (9, 0), GPU {device} has compute capability {capability}"
+        if capability not in CAPABILITIES:
+            return f"needs GPUs of {CAPABILITIES}, GPU {device} has compute capability {capability}"
     return None
 
 

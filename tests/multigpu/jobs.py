@@ -77,13 +77,13 @@ def counted_rows(context: Context, name: str) -> None:
     moe = layer.shared(context, name)
     everyone = harness.inputs_of(moe, "masked", 4)
     x, idx, weights = (part[context.rank] for part in everyone)
-    local = moe.config.experts_per_rank
+    local = moe.config.local_experts
     counts = torch.ones(local, dtype=torch.int32, device=context.device)
     moe(x, idx, weights, expert_counts=counts)
     moe.synchronize()
     flat = torch.cat([ids.flatten() for ids in everyone[1]])
     rows = torch.bincount(flat[flat >= 0], minlength=moe.config.num_experts)
-    assert torch.equal(counts, (1 + rows.view(-1, local)[context.rank]).int())
+    assert torch.equal(counts, (1 + rows.view(context.world, -1)[context.rank]).int())
 
 
 def graph(context: Context, name: str, routings: list[str], tokens: int) -> None:

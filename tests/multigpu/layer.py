@@ -40,7 +40,7 @@ def construct(context: Context, name: str, timeout_s: float = TIMEOUT_S, **chang
 
 def load_slice(moe: MegaMoE, rank: int, weights: Weights) -> None:
     """The experts of one rank out of all of them."""
-    local = moe.config.experts_per_rank
+    local = moe.config.local_experts
     moe.load_weights(*weights.of(slice(rank * local, (rank + 1) * local)))
 
 

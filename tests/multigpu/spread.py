@@ -50,7 +50,7 @@ class Spread:
         weights = harness.weights_of(
             config.num_experts, config.hidden_size, config.intermediate_size, config.precision
         )
-        local = config.experts_per_rank
+        local = config.local_experts
         self.backends, self.held = [], []
         for device, ranks in zip(devices, self.ranks, strict=True):
             here = Allocation({rank: spaces[rank] for rank in ranks}, bases)

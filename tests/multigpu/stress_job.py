@@ -29,7 +29,7 @@ class Changing:
     """The weights of this rank's experts, in tensors that keep their addresses: set 0 or 1."""
 
     def __init__(self, context: Context, moe):
-        local = moe.config.experts_per_rank
+        local = moe.config.local_experts
         mine = slice(context.rank * local, (context.rank + 1) * local)
         weights = harness.all_weights(moe)
         rolled = Weights(*(None if t is None else layer.roll(t, 1) for t in weights))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megamoe import MegaMoE, quantize_weights, reference
-from tests.machine import MAX_RELATIVE_ERROR
+from tests.machine import max_relative_error
 from tests.routing import make_routing
 
 E, K, H, I, T, W = 8, 2, 256, 128, 12, 2  # noqa: E741
@@ -51,7 +51,7 @@ def check(outputs, xs, ids, router, precision="bf16", clamp=None, given=None) ->
         expected = reference.moe_forward(
             x, idx, weight.nan_to_num(), *given, precision=precision, clamp=clamp
         )
-        assert reference.relative_error(y, expected) <= MAX_RELATIVE_ERROR[precision]
+        assert reference.relative_error(y, expected) <= max_relative_error(precision)
 
 
 def quantized(layer: MegaMoE, xs) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

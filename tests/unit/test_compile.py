@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import tomllib
 from pathlib import Path
@@ -23,8 +24,11 @@ def test_the_key_is_stable_and_separates_configurations():
         compile.kernel_name(MoEConfig(8, 2, 256, 128, 65, 2), select(CONFIG)),
         compile.kernel_name(MoEConfig(8, 2, 256, 128, 64, 1), select(CONFIG)),
         compile.kernel_name(CONFIG, select(CONFIG, lag_waves=3)),
+        compile.kernel_name(CONFIG, dataclasses.replace(select(CONFIG), arch="sm_99a")),
     ]
-    assert len({name, *others}) == 4
+    assert len({name, *others}) == 5
+    assert name.startswith("megamoe-bf16-sm_90a-")
+    assert others[-1].startswith("megamoe-bf16-sm_99a-")
 
 
 def test_the_key_changes_with_the_sources(monkeypatch):
@@ -81,7 +85,7 @@ def test_a_missing_dsl_is_named_before_a_missing_compiler(monkeypatch, tmp_path)
         ("--num-experts 8 --num-ranks 0", "num_ranks=0"),
         ("--num-experts 8 --hidden-size 100", "hidden_size=100"),
         ("--list /no/such.json", "'/no/such.json'"),
-        ("--num-experts 8 --arch sm_70", "arch='sm_70'"),
+        ("--num-experts 8 --arch sm_70", "arch='sm_70' is not supported; choose one of ['sm_90a']"),
         ("--num-experts 2048", "num_experts=2048 is too large"),
     ],
 )
@@ -112,6 +116,7 @@ ENTRY = {
         ("{", "Expecting property name"),
         (json.dumps([ENTRY | {"top_k": "2"}]), "top_k='2' must be an integer"),
         (json.dumps([ENTRY | {"kernel": {"block_m": 0}}]), "block_m=0"),
+        (json.dumps([ENTRY | {"kernel": {"arch": "sm_70"}}]), "arch='sm_70'"),
         (json.dumps([ENTRY | {"kernel": {"stages": 3}}]), "no field 'stages', did you mean 'num_"),
     ],
 )

@@ -6,10 +6,12 @@ import dataclasses
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megamoe import budget
+from megamoe.architecture import ARCHITECTURES, with_kernels
 from megamoe.config import (
     DEFAULT_POOL_BLOCK_BYTES,
     MAX_RANKS,
@@ -34,6 +36,7 @@ from megamoe.precision import (
     precision_of,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = MoEConfig(32, 4, 256, 256, 64, num_ranks=8)
 
 MODELS = {
@@ -140,6 +143,9 @@ BAD_KERNELS = [
     ("math_registers", "208"),
     ("trace", 1),
     ("trace", None),
+    ("arch", "sm_70"),
+    ("arch", None),
+    ("arch", []),
 ]
 #: Those that only fit or do not fit the problem or each other: `select` makes some of them fit.
 RELATIVE = [
@@ -159,7 +165,7 @@ def test_bad_kernel_field_is_named_with_its_value(field, value, check):
 
 @pytest.mark.parametrize("field,value", [bad for bad in BAD_KERNELS if bad not in RELATIVE])
 def test_bad_override_is_named_before_anything_is_computed(field, value):
-    with pytest.raises(ValueError, match=rf"\b{field}={value!r} "):
+    with pytest.raises(ValueError, match=rf"\b{field}={re.escape(repr(value))} "):
         select(GOOD, **{field: value})
 
 
@@ -177,8 +183,25 @@ def test_multiples_of_eight_registers_are_supported(value):
 def test_an_unknown_override_names_the_nearest_field():
     with pytest.raises(ValueError, match="no field 'math_register', did you mean 'math_registers'"):
         select(GOOD, math_register=208)
-    with pytest.raises(ValueError, match="no field 'colour'; fields: block_m, block_n, "):
+    with pytest.raises(ValueError, match="no field 'colour'; fields: arch, block_m, "):
         select(GOOD, colour=1)
+
+
+def test_only_architectures_with_a_kernel_are_offered(monkeypatch):
+    """A row of numbers is not enough; what the kernel needs follows from the row that is named."""
+    other = replace(ARCHITECTURES["sm_90a"], name="sm_99a", folder="sm99", shared_bytes=1)
+    monkeypatch.setitem(ARCHITECTURES, other.name, other)
+    with pytest.raises(ValueError, match=r"arch='sm_99a' is not .*; choose one of \['sm_90a'\]"):
+        select(GOOD, arch="sm_99a")
+    kernels = ROOT / "megamoe" / "kernels"
+    folders = {path.parent.name for path in kernels.glob("*/kernel.py")}
+    assert folders == {row.folder for row in with_kernels()}
+
+    monkeypatch.setitem(ARCHITECTURES, other.name, replace(other, folder="sm90"))
+    kernel = select(GOOD, arch="sm_99a")
+    supports(GOOD, kernel)
+    with pytest.raises(ValueError, match="shared memory; a CTA has 1$"):
+        budget.check(GOOD, kernel)
 
 
 def test_a_part_of_a_launch_may_run_alone():
@@ -232,7 +255,8 @@ def test_top_k_may_exceed_the_experts():
 def test_derived_counts(model, world):
     experts, top_k, hidden, intermediate = MODELS[model]
     config = MoEConfig(experts, top_k, hidden, intermediate, 100, num_ranks=world)
-    assert config.experts_per_rank * world == experts
+    assert config.experts_per_rank * world == config.local_experts * world == experts
+    assert config.slots_per_token == top_k
     assert config.max_slots_per_rank == 100 * top_k
     assert config.recipe is PRECISIONS["bf16"]
 

@@ -63,7 +63,7 @@ class Toolchain:
         self.builds = self.exports = 0
         self.version = "4.8.1"
 
-    def compile_kernel(self, config, kernel, arch):
+    def compile_kernel(self, config, kernel):
         self.builds += 1
         return self
 

@@ -159,7 +159,7 @@ def test_nvlink_bytes(ring):
     )
     token = 768 if config.precision == "bf16" else 384 + 16
     expected = remote * (ROUTED_RECORD_BYTES + 4 + token + 768)  # 4: the arrival of a combine row
-    expected += 2 * (config.experts_per_rank * COUNT_RECORD_BYTES + 4 + 2 * 4)
+    expected += 2 * (config.local_experts * COUNT_RECORD_BYTES + 4 + 2 * 4)
     assert ring.moe.nvlink_bytes == expected
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from megamoe import InvalidExpertError, MegaMoE, reference
+from megamoe import InvalidExpertError, MegaMoE, arguments, reference
+from megamoe.architecture import ARCHITECTURES
 from megamoe.machine.faults import StepLimit
 from megamoe.precision import PRECISIONS
 from tests.unit.layers import (
@@ -336,6 +339,26 @@ def test_a_gpu_beyond_the_last_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="device='cuda:2', but torch sees 2 GPUs"):
         make(device="cuda:2")
+
+
+def test_the_capability_of_a_gpu_selects_the_kernel(monkeypatch):
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu, config = torch.device("cuda:0"), make().config
+    assert arguments.kernel_config_of(config, None, gpu).arch == "sm_90a"
+    other = replace(ARCHITECTURES["sm_90a"], name="sm_99a", capability=(9, 9))
+    monkeypatch.setitem(ARCHITECTURES, other.name, other)
+    assert arguments.kernel_config_of(config, {"lag_waves": 3}, gpu).arch == "sm_90a"
+    capability = (9, 9)
+    kernel = arguments.kernel_config_of(config, {"lag_waves": 3}, gpu)
+    assert (kernel.arch, kernel.lag_waves) == ("sm_99a", 3)
+
+    asked = arguments.kernel_config_of(config, {"arch": "sm_90a"}, gpu)
+    with pytest.raises(ValueError, match=r"capability \(9, 9\), arch='sm_90a' needs \(9, 0\)"):
+        arguments.check_gpu(gpu, asked, None, 1)
+    capability = (8, 0)
+    with pytest.raises(ValueError, match=r"\(8, 0\), kernels are for \(9, 0\) \(sm_90a\), "):
+        arguments.kernel_config_of(config, None, gpu)
 
 
 def test_forward_needs_weights():

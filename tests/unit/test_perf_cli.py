@@ -35,7 +35,7 @@ from perf.running.points import Point
 from perf.running.progress import Progress
 from perf.running.timing import COLD, EAGER, GRAPH, Times, measure
 from perf.workload.cases import Model, make_rank_inputs
-from tests.machine import MAX_RELATIVE_ERROR
+from tests.machine import max_relative_error
 from tests.nights import at_night
 from tests.unit.perf_helpers import error_line, pretend_gpu
 
@@ -681,7 +681,7 @@ def test_a_cpu_sweeps_fp8(precision, tmp_path):
     rows = load(path)
     assert rows.precision.tolist() == [precision] * 6
     assert rows.impl.tolist() == ["megamoe", "torch_bf16", "torch_fp8"] * 2
-    bound = 8e-3 if precision == "fp8_block" else MAX_RELATIVE_ERROR[precision]
+    bound = 8e-3 if precision == "fp8_block" else max_relative_error(precision)
     assert (rows.error_rel[rows.impl == "megamoe"] < bound).all()
     assert (rows.error_rel[rows.impl != "megamoe"] > 8e-3).all()
 

@@ -131,7 +131,7 @@ def test_masks_are_known(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.zeros(16, 3, dtype=torch.int64), "has 3 slots per token, top_k=4"),
+        (torch.zeros(16, 3, dtype=torch.int64), "has 3 choices per token, top_k=4"),
         (torch.zeros(2, 16, 4, dtype=torch.int64), "is of 2 ranks, num_ranks=4"),
         (torch.zeros(16, 4, dtype=torch.int64), "holds 4 tokens for each of 4 ranks, fewer than"),
         (torch.zeros(4, 4, 4, dtype=torch.int64), "holds 4 tokens for each of 4 ranks"),

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from megamoe import compile
+from megamoe.precision import precision_of
 from perf.__main__ import main, options_of
+from perf.against.baselines import baseline_name
 from perf.commands import publish
 from perf.recording.files import load
 from perf.running.options import Options
@@ -132,7 +134,7 @@ def test_steps_have_names_of_their_own_and_count_tokens_upwards():
         assert args.tokens == sorted(args.tokens), step.name
         assert args.precision == (step.precision,)
         if step.command == "sweep" and step.baseline:
-            assert args.baseline == (publish.BASELINE_OF[step.precision],)
+            assert args.baseline == (baseline_name(precision_of(step.precision)),)
 
 
 def test_a_file_holds_one_kind_of_rows():

@@ -14,7 +14,7 @@ import megamoe
 from megamoe import compile, wire
 from megamoe.config import select
 from megamoe.faults import LaunchTimeout
-from megamoe.launch_shape import Shape
+from megamoe.launch_shape import LaunchShape
 from megamoe.regions import TRACE_CTAS, TRACE_MARKS, TRACE_NAMES, layout_of
 from megamoe.schedule import PHASE_DONE, PHASE_FC1, PHASE_FC2, advance_walk, start_walk, tile_of
 from perf.__main__ import main, options_of
@@ -95,10 +95,10 @@ def rows_of(*ctas: dict[str, int]) -> torch.Tensor:
 # On a CPU
 
 
-def stream_of(shape: Shape, counts_e: list[int], num_ctas: int) -> list[tuple[int, int, int]]:
+def stream_of(shape: LaunchShape, counts_e: list[int], num_ctas: int) -> list[tuple[int, int, int]]:
     """(phase, pool block, column) of every ticket of a rank that received these rows."""
     stream = shape.stream(num_ctas)
-    walk = advance_walk(start_walk(counts_e, shape.experts), counts_e, *stream)
+    walk = advance_walk(start_walk(counts_e, shape.local_experts), counts_e, *stream)
     tiles = []
     while walk.phase != PHASE_DONE:
         for ticket in range(walk.begin, walk.begin + walk.size):
@@ -143,7 +143,7 @@ def test_the_command_on_a_cpu(precision, tmp_path, capsys, one_thread):
             for (pid, _), of_cta in found.items() if pid == rank
             for e in of_cta if e["name"] in ("FC1", "FC2")
         ]  # fmt: skip
-        stream = stream_of(Shape(config, layout.kernel, layout), counts, CTAS)
+        stream = stream_of(LaunchShape(config, layout.kernel, layout), counts, CTAS)
         expected = [(f"FC{phase}", block, column) for phase, block, column in stream]
         assert sorted(tile[:3] for tile in tiles) == sorted(expected) and expected
         for _, block, _, begin, _ in [tile for tile in tiles if tile[0] == "FC2"]:

@@ -23,7 +23,7 @@ from perf.running.points import Point
 from perf.running.timing import EAGER, Times
 from perf.workload.cases import MODELS, Case, make_inputs, make_weights
 from perf.workload.parts import MEGAMOE
-from tests.machine import MAX_RELATIVE_ERROR
+from tests.machine import max_relative_error
 from tests.nights import at_night
 from workspace.layout import BARRIER
 
@@ -117,7 +117,7 @@ def test_the_command_on_a_cpu(precision, tmp_path, capsys):
     assert "CPU emulation" in out and "full zeroing" in out and out.count("x\n") == 1
     rows = load(path)
     assert rows.impl.tolist() == [MEGAMOE, FULL_ZEROING, SEPARATE_SUM]
-    bound = MAX_RELATIVE_ERROR[precision] if precision == "fp8_channel" else 8e-3
+    bound = max_relative_error(precision) if precision == "fp8_channel" else 8e-3
     assert (rows.error_rel < bound).all() and rows.config[1].startswith("zeroed_bytes=")
     # Titles stand over their columns, whatever the names of implementations.
     title, *lines = out.splitlines()[2:6]

@@ -165,14 +165,14 @@ def test_offsets_pass_two_and_four_gib():
 def test_shapes_of_the_regions(name):
     config = CONFIGS[name]
     layout = layout_of(config)
-    world, slots = config.num_ranks, config.max_tokens_per_rank * config.top_k
+    world, slots = config.num_ranks, config.max_slots_per_rank
     blocks = max_pool_blocks(config, layout.kernel)
     rows = pool_blocks(config, layout.kernel) * layout.kernel.block_m
     expected = {
-        "expert_recv_count": (world, config.num_experts // world, 2),
+        "expert_recv_count": (world, config.local_experts, 2),
         "routed_record": (world, slots, 2),
         "input_token_buffer": (config.max_tokens_per_rank, config.hidden_size),
-        "combine_output": (config.max_tokens_per_rank, config.top_k, config.hidden_size),
+        "combine_output": (config.max_tokens_per_rank, config.slots_per_token, config.hidden_size),
         "expert_send_count": (config.num_experts,),
         "l1_arrival_count": (blocks,),
         "fc1_done_counter": (blocks,),

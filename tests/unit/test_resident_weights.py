@@ -100,16 +100,15 @@ def test_kernel_tensors_are_what_a_launch_reads(precision):
     moe = loaded(precision)
     tensors = dict(moe.kernel_tensors())
     assert list(tensors)[:2] == ["w13", "w2"]
-    assert list(tensors)[2:] == {
-        "bf16": [],
-        "fp8_block": ["w13_tile_scales", "w2_tile_scales"],
-        "fp8_channel": ["w13_scale", "w2_scale"],
-    }[precision]  # fmt: skip
+    operand = PRECISIONS[precision].weights
+    laid_out = operand.scales_along_k  # anew, by tile
+    kind = "tile_scales" if laid_out else "scale"
+    assert list(tensors)[2:] == [f"w13_{kind}", f"w2_{kind}"] * operand.has_scales
     assert all(len(tensor) == W * E_LOCAL for tensor in tensors.values())
     given = moe._held()
     for name in ("w13", "w2"):
         assert tensors[name] is getattr(given, name)
-    if precision != "fp8_block":  # whose tables are laid out from the given scales
+    if not laid_out:  # else the tables follow from the given scales
         order = torch.randperm(W * E_LOCAL, generator=torch.Generator().manual_seed(5))
         for tensor in tensors.values():
             bits = tensor.view(torch.uint8)

@@ -7,7 +7,7 @@ import torch
 
 from megamoe import quantize_weights
 from megamoe.config import MoEConfig, select
-from megamoe.launch_shape import Shape
+from megamoe.launch_shape import LaunchShape
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, relative_error
 from megamoe.regions import layout_of
@@ -127,7 +127,7 @@ def test_scales_of_a_tile_lie_side_by_side(hidden, intermediate):
     """Per quarter of a tile's columns: gate, up, gate, up for FC1; two row blocks for FC2."""
     config = config_of("fp8_block", hidden, intermediate)
     kernel = select(config)
-    shape = Shape(config, kernel, layout_of(config, kernel))
+    shape = LaunchShape(config, kernel, layout_of(config, kernel))
     made = quantize_weights(*drawn(4, hidden, intermediate), "fp8_block")
     w13_tile_scales, w2_tile_scales = empty_tile_scales(config, 4, torch.device("cpu"))
     for _ in range(2):  # in place, over what was there

@@ -48,7 +48,7 @@ from megamoe.kernels.sm90 import operands
 from megamoe.kernels.sm90.loaders import load_tokens, load_weights
 from megamoe.kernels.sm90.math_warps import math
 from megamoe.kernels.tiles import Pipes
-from megamoe.launch_shape import Shape
+from megamoe.launch_shape import LaunchShape
 from megamoe.ordering import FRONTEND, HANDOVER, REPORTED, SHARED_CLEARED
 from megamoe.regions import layout_of
 from megamoe.signature import Arguments, HostArguments
@@ -66,7 +66,7 @@ class MegaMoEKernel:
         self.config = config
         self.kernel_config = kernel
         self.budget = check(config, kernel)
-        self.shape = Shape(config, kernel, layout_of(config, kernel))
+        self.shape = LaunchShape(config, kernel, layout_of(config, kernel))
         self.dtype = operands.DTYPES[config.recipe.tokens.mma]
 
     # ------------------------------------------------------------------ host
@@ -74,7 +74,8 @@ class MegaMoEKernel:
     def __call__(self, host: HostArguments, arguments: Arguments, stream: cuda.CUstream):
         """One launch of one rank; every address is a plain integer."""
         shape, kernel, config = self.shape, self.kernel_config, self.config
-        hidden, intermediate, experts = config.hidden_size, config.intermediate_size, shape.experts
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        experts = shape.local_experts
         rows = shape.ring * kernel.block_m
         dtype = self.dtype
         layout_a, layout_b = operands.stage_layouts(dtype, kernel)
