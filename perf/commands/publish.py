@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,7 +303,6 @@ class Options:
         type=integer(1),
         metavar="N",
     )
-    limit: int | None = option("start no step after this long", type=integer(1), metavar="SECONDS")
     reps: int | None = _passed_on(" that times", type=integer(1), metavar="N")
     num_sms: int | None = _passed_on("", type=integer(1), metavar="N")
     kernel_dir: str | None = _passed_on("", type=path_name, metavar="DIR")
@@ -333,17 +331,10 @@ def run(options: Options) -> int:
     if options.list_configs:
         (directory / "configs.json").write_text(json.dumps(configs_of(steps)))
         return 0
-    begin, outcomes = time.monotonic(), {}
+    outcomes = {}
     for step in steps:
-        spent = time.monotonic() - begin
-        limit_s = (
-            step.limit_s if options.limit is None else min(step.limit_s, options.limit - spent)
-        )
-        if limit_s <= 0:
-            outcomes[step.name] = "not started: out of time"
-            continue
         print(f"== {step.name}: {' '.join(step.arguments)}", flush=True)
         command = command_of(step, directory, passed_on(options, step))
-        outcomes[step.name] = run_step(command, limit_s, step.gpus)
+        outcomes[step.name] = run_step(command, step.limit_s, step.gpus)
     print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     return 0 if all(outcome == "ok" for outcome in outcomes.values()) else 1

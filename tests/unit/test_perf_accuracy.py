@@ -253,14 +253,6 @@ def test_a_wrong_pipeline_is_nothing_to_compare_with(one_thread, monkeypatch, ca
     assert "torch_fp8 is wrong at 16 tokens" in capsys.readouterr().err
 
 
-def test_processes_need_gpus(monkeypatch, capsys):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit):
-        main(["accuracy"])
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_help_states_bounds_and_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["accuracy", "--help"])
