@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.multigpu.configs import WORLDS
 from tests.multigpu.launcher import Jobs, setup_nccl
 
 
@@ -20,9 +21,9 @@ def missing(world: int) -> str | None:
     return None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=WORLDS)
 def jobs(request):
-    """Jobs of `request.param` processes."""
+    """Jobs of as many processes: every test that takes them runs with each number."""
     reason = missing(request.param)
     if reason:
         pytest.skip(reason)
