@@ -89,7 +89,6 @@ _EP4_SHARE = {"pro": 96, "flash": 64, "v3": 64, "mimo": 96, "qwen3": 32}
 _ONE = {
     name: f"--model {name} --num-experts {n} --ranks 1 --graph" for name, n in _EP4_SHARE.items()
 }
-_EAGER = _ONE["v3"].replace("--graph", "--eager")
 #: A layer of several ranks that fits one GPU: a rank's share of V3 at EP8.
 _V3 = "--model v3 --num-experts 32 --graph"
 #: All experts of Pro fit on one GPU.
@@ -145,15 +144,6 @@ STEPS = (
     _channel("one", _ONE),
     *_sweeps("one", _ONE, "flash v3", fp8="mimo qwen3"),
     *_share_of_ep8(1),
-    *_both("v3_ranks2", f"{_V3} --ranks 2 --tokens 1,8,64,512,2048"),
-    *_both("v3_ranks4", f"{_V3} --ranks 4 --tokens 1,8,64,512,1024"),
-    *_both("v3_ranks8", f"{_V3} --ranks 8 --tokens 1,8,64,512"),
-    Step("tiny", "--model tiny --ranks 1 --tokens 1:4096 --graph"),
-    Step("tiny_ranks8", "--model tiny --ranks 8 --tokens 1:512 --graph"),
-    Step("v3_eager", f"{_EAGER} {_ROOM} --tokens 1,32,512,2048,8192"),
-    Step("v3_skewed", f"{_V3} --ranks 4 --routing zipf --tokens 64,1024"),
-    Step("v3_hot_expert", f"{_V3} --ranks 4 --routing hot-expert --tokens 64,1024"),
-    Step("v3_hot_rank", f"{_V3} --ranks 4 --routing hot-rank --tokens 64,1024"),
     _errors("pro_errors_fp8", _PRO_ERRORS, "fp8_block"),
     _errors("pro_errors_fp8_spread", f"{_PRO_ERRORS} --spread 16", "fp8_block"),
     _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),

@@ -601,21 +601,21 @@ def test_a_failed_step_does_not_stop_the_others(monkeypatch, capsys, tmp_path):
         limits[name] = timeout
         if name == "smoke":
             raise subprocess.TimeoutExpired(command, timeout)
-        return SimpleNamespace(returncode=3 if name == "tiny" else 0)
+        return SimpleNamespace(returncode=3 if name == "zeroing" else 0)
 
     monkeypatch.setattr(subprocess, "run", run)
     directory = tmp_path / "new"
-    assert main(["publish", str(directory), "--only", "smoke,tiny,v3_one"]) == 1
-    assert list(limits) == ["smoke", "v3_one", "tiny"] and directory.is_dir()
+    assert main(["publish", str(directory), "--only", "smoke,zeroing,v3_one"]) == 1
+    assert list(limits) == ["smoke", "v3_one", "zeroing"] and directory.is_dir()
     summary = capsys.readouterr().out.splitlines()[-3:]
-    assert summary == ["smoke: stopped after 120 s", "v3_one: ok", "tiny: exit status 3"]
+    assert summary == ["smoke: stopped after 120 s", "v3_one: ok", "zeroing: exit status 3"]
     assert main(["publish", str(directory), "--only", "v3_one"]) == 0
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--only", "v3_eagr", "did you mean v3_eager"),
+        ("--only", "v3_onee", "did you mean v3_one"),
         ("--only", "", "--only: '' is not valid; choose from smoke"),
         ("--only", "v3_one,", "--only: '' is not valid"),
         ("--reps", "abc", "--reps: 'abc' is not an integer"),
