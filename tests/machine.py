@@ -15,6 +15,10 @@ from tests.routing import make_routing
 MAX_RELATIVE_ERROR = {"bf16": 2**-8, "fp8_block": 2**-6, "fp8_channel": 2**-6}
 
 
+#: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
+RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
+
+
 class WrongResult(AssertionError):
     """A launch that ended without an error and gave wrong numbers."""
 
