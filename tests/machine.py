@@ -20,6 +20,10 @@ def max_relative_error(precision: str) -> float:
     return MAX_RELATIVE_ERROR[precision_of(precision).hidden.storage]
 
 
+#: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
+RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
+
+
 class WrongResult(AssertionError):
     """A launch that ended without an error and gave wrong numbers."""
 

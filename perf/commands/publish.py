@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,6 @@ _EP4_SHARE = {"pro": 96, "flash": 64, "v3": 64, "mimo": 96, "qwen3": 32}
 _ONE = {
     name: f"--model {name} --num-experts {n} --ranks 1 --graph" for name, n in _EP4_SHARE.items()
 }
-_EAGER = _ONE["v3"].replace("--graph", "--eager")
 #: A layer of several ranks that fits one GPU: a rank's share of V3 at EP8.
 _V3 = "--model v3 --num-experts 32 --graph"
 #: All experts of Pro fit on one GPU.
@@ -147,15 +145,6 @@ STEPS = (
     _channel("one", _ONE),
     *_sweeps("one", _ONE, "flash v3", fp8="mimo qwen3"),
     *_share_of_ep8(1),
-    *_both("v3_ranks2", f"{_V3} --ranks 2 --tokens 1,8,64,512,2048"),
-    *_both("v3_ranks4", f"{_V3} --ranks 4 --tokens 1,8,64,512,1024"),
-    *_both("v3_ranks8", f"{_V3} --ranks 8 --tokens 1,8,64,512"),
-    Step("tiny", "--model tiny --ranks 1 --tokens 1:4096 --graph"),
-    Step("tiny_ranks8", "--model tiny --ranks 8 --tokens 1:512 --graph"),
-    Step("v3_eager", f"{_EAGER} {_ROOM} --tokens 1,32,512,2048,8192"),
-    Step("v3_skewed", f"{_V3} --ranks 4 --routing zipf --tokens 64,1024"),
-    Step("v3_hot_expert", f"{_V3} --ranks 4 --routing hot-expert --tokens 64,1024"),
-    Step("v3_hot_rank", f"{_V3} --ranks 4 --routing hot-rank --tokens 64,1024"),
     _errors("pro_errors_fp8", _PRO_ERRORS, "fp8_block"),
     _errors("pro_errors_fp8_spread", f"{_PRO_ERRORS} --spread 16", "fp8_block"),
     _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),
@@ -305,7 +294,6 @@ class Options:
         type=integer(1),
         metavar="N",
     )
-    limit: int | None = option("start no step after this long", type=integer(1), metavar="SECONDS")
     reps: int | None = _passed_on(" that times", type=integer(1), metavar="N")
     num_sms: int | None = _passed_on("", type=integer(1), metavar="N")
     kernel_dir: str | None = _passed_on("", type=path_name, metavar="DIR")
@@ -334,17 +322,10 @@ def run(options: Options) -> int:
     if options.list_configs:
         (directory / "configs.json").write_text(json.dumps(configs_of(steps)))
         return 0
-    begin, outcomes = time.monotonic(), {}
+    outcomes = {}
     for step in steps:
-        spent = time.monotonic() - begin
-        limit_s = (
-            step.limit_s if options.limit is None else min(step.limit_s, options.limit - spent)
-        )
-        if limit_s <= 0:
-            outcomes[step.name] = "not started: out of time"
-            continue
         print(f"== {step.name}: {' '.join(step.arguments)}", flush=True)
         command = command_of(step, directory, passed_on(options, step))
-        outcomes[step.name] = run_step(command, limit_s, step.gpus)
+        outcomes[step.name] = run_step(command, step.limit_s, step.gpus)
     print("\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
     return 0 if all(outcome == "ok" for outcome in outcomes.values()) else 1

@@ -100,7 +100,6 @@ class Options:
     intermediate_size: int | None = _size("I", "intermediate size")
     num_experts: int | None = _size("E", "number of experts")
     top_k: int | None = _size("K", "top k")
-    experts_per_gpu: int | None = _size("N", "number of experts on each GPU")
     tokens: Sequence[int] | None = option(_tokens_text, type=token_counts, metavar="LIST")
     max_tokens: int | None = option(
         "capacity per rank, else the largest of --tokens", type=integer(1, MAX_TOKENS), metavar="T"

@@ -87,14 +87,11 @@ class Plan:
         return self.case.recipe.weights.num_bytes(values)
 
 
-def _model_of(options: Options, gpus: int) -> Model:
+def _model_of(options: Options) -> Model:
     """The model with the sizes asked for; "custom" once more than its number of experts differs."""
     model = MODELS[options.model or DEFAULTS[options.device].model]
-    if options.num_experts and options.experts_per_gpu:
-        raise ValueError("--num-experts and --experts-per-gpu exclude each other")
-    sizes = {name: getattr(options, option) for name, option in SIZES.items()}
-    sizes["num_experts"] = options.num_experts or (options.experts_per_gpu or 0) * gpus
-    sizes = {name: size for name, size in sizes.items() if size}
+    asked = {name: getattr(options, option) for name, option in SIZES.items()}
+    sizes = {name: size for name, size in asked.items() if size}
     if any(size != getattr(model, name) for name, size in sizes.items() if name != "num_experts"):
         sizes["name"] = CUSTOM
     return dataclasses.replace(model, **sizes)
@@ -107,7 +104,7 @@ def case_of(
     ranks on one GPU, or a process and a rank on each of several. Of the first precision unless told
     otherwise.
     """
-    model, tokens = _model_of(options, gpus), options.counts
+    model, tokens = _model_of(options), options.counts
     max_tokens = options.max_tokens or max(tokens)
     if max(tokens) > max_tokens:
         raise ValueError(f"--tokens {max(tokens)} is more than --max-tokens {max_tokens}")

@@ -6,7 +6,6 @@ console, exceptions, and every request but that for the page itself.
 
 from __future__ import annotations
 
-import base64
 import json
 import select
 import shutil
@@ -82,11 +81,6 @@ class Tab:
         answer = self.call("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG file."""
-        picture = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(picture["data"]))
 
 
 def complaints(event: dict, page: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from megamoe.config import DISPATCH, GEMMS, PARTS, MoEConfig, select
 from tests.compile.sass import compile_kernel
-from tests.gpu.configs import CONFIGS
+from tests.gpu.configs import CONFIGS, split
 from tests.nights import at_night
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
@@ -40,19 +40,13 @@ def variants() -> list:
     for name, config in MODELS.items():
         add(name, config)
     for name in ("small8", "odd_hidden", "narrow", "one_block_ring"):
-        fields = dict(CONFIGS[name])
-        kernel = fields.pop("kernel")
-        config = MoEConfig(**fields)
         marks = [pytest.mark.nightly] * (name != "odd_hidden")
-        params.append(pytest.param(config, select(config, **kernel), id=name, marks=marks))
+        params.append(pytest.param(*split(CONFIGS[name]), id=name, marks=marks))
     for precision in ("fp8_block", "fp8_channel"):
         for name, config in MODELS.items():
             add(f"{name}-{precision}", replace(config, precision=precision))
     for name in ("block_odd", "block_ring", "channel_odd"):
-        fields = dict(CONFIGS[name])
-        kernel = fields.pop("kernel")
-        config = MoEConfig(**fields)
-        params.append(pytest.param(config, select(config, **kernel), id=name))
+        params.append(pytest.param(*split(CONFIGS[name]), id=name))
     traced = MODELS["flash_ep4"]
     params.append(pytest.param(traced, select(traced, trace=True), id="flash_ep4-trace"))
     return params

@@ -5,62 +5,62 @@ another machine.
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 
-from megamoe.config import PARTS, MoEConfig
+from megamoe.config import PARTS, KernelConfig, MoEConfig, select
 from megamoe.precision import PRECISIONS
 
 
-def _fields(
+def layer(
     num_experts, top_k, hidden, intermediate, tokens, ranks, precision="bf16", **kernel
 ) -> dict:
     config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks, precision)
     return {**dataclasses.asdict(config), "kernel": kernel}
 
 
-SMALL = {f"small{ranks}": _fields(16, 4, 512, 256, 256, ranks) for ranks in (1, 2, 4, 8)}
+def split(fields: dict) -> tuple[MoEConfig, KernelConfig]:
+    """The problem of such fields, and the kernel that is selected for it."""
+    problem = {name: value for name, value in fields.items() if name != "kernel"}
+    config = MoEConfig(**problem)
+    return config, select(config, **fields["kernel"])
+
+
+SMALL = {f"small{ranks}": layer(16, 4, 512, 256, 256, ranks) for ranks in (1, 2, 4, 8)}
 EDGE = {
-    "narrow": _fields(4, 2, 128, 128, 64, 2),  # one K block pair, a tile wider than H
-    "odd_hidden": _fields(8, 16, 384, 384, 96, 4),  # H is not a multiple of the tile, K = 16
-    "one_expert_per_rank": _fields(8, 1, 256, 128, 300, 8),
-    "sixteen_ranks": _fields(32, 4, 256, 128, 64, 16),
-    "many_experts": _fields(384, 6, 256, 128, 64, 2),
-    "tiny_ring": _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, group_blocks=2),
-    "one_block_ring": _fields(8, 4, 256, 256, 256, 4, pool_blocks=1, group_blocks=1),
+    "narrow": layer(4, 2, 128, 128, 64, 2),  # one K block pair, a tile wider than H
+    "odd_hidden": layer(8, 16, 384, 384, 96, 4),  # H is not a multiple of the tile, K = 16
+    "one_expert_per_rank": layer(8, 1, 256, 128, 300, 8),
+    "sixteen_ranks": layer(32, 4, 256, 128, 64, 16),
+    "many_experts": layer(384, 6, 256, 128, 64, 2),
+    "tiny_ring": layer(8, 4, 256, 256, 512, 2, pool_blocks=3, group_blocks=2),
+    "one_block_ring": layer(8, 4, 256, 256, 256, 4, pool_blocks=1, group_blocks=1),
 }
 #: More virtual ranks than torch has streams of a device.
-MANY = {f"ranks{n}": _fields(2 * n, 2, 128, 128, 16, n) for n in (33, 48, 72)}
-STRESS = {f"stress{ranks}": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=12) for ranks in (2, 8)}
+MANY = {f"ranks{n}": layer(2 * n, 2, 128, 128, 16, n) for n in (33, 48, 72)}
+STRESS = {f"stress{ranks}": layer(16, 4, 256, 128, 64, ranks, pool_blocks=12) for ranks in (2, 8)}
 
 
 def _scaled(short: str, precision: str) -> dict[str, dict]:
     """What a recipe with scales is tried with: fewer kernels, the same kinds."""
     return {
-        f"{short}1": _fields(16, 4, 512, 256, 256, 1, precision),
-        f"{short}4": _fields(16, 4, 512, 256, 256, 4, precision),
-        f"{short}_narrow": _fields(4, 2, 128, 128, 64, 2, precision),
-        f"{short}_odd": _fields(8, 16, 384, 384, 96, 4, precision),
-        f"{short}_ring": _fields(8, 4, 256, 256, 512, 2, precision, pool_blocks=3, group_blocks=2),
+        f"{short}1": layer(16, 4, 512, 256, 256, 1, precision),
+        f"{short}4": layer(16, 4, 512, 256, 256, 4, precision),
+        f"{short}_narrow": layer(4, 2, 128, 128, 64, 2, precision),
+        f"{short}_odd": layer(8, 16, 384, 384, 96, 4, precision),
+        f"{short}_ring": layer(8, 4, 256, 256, 512, 2, precision, pool_blocks=3, group_blocks=2),
     }
 
 
 SCALED = {**_scaled("block", "fp8_block"), **_scaled("channel", "fp8_channel")}
-STRESS["block_stress8"] = _fields(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
-QWEN3 = {"qwen3_block": _fields(16, 4, 256, 128, 512, 1)}  # of a small Qwen3-MoE
+STRESS["block_stress8"] = layer(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
+QWEN3 = {"qwen3_block": layer(16, 4, 256, 128, 512, 1)}  # of a small Qwen3-MoE
 #: 1.6 GB of weights: some 0.4 ms on H200, long beside what timing adds, whatever the clocks do.
-TIMED = {"timed1": _fields(32, 8, 4096, 2048, 64, 1)}
+TIMED = {"timed1": layer(32, 8, 4096, 2048, 64, 1)}
 #: Every part alone, of a layer whose ring holds all rows.
 ALONE = {
-    f"{only}_{precision}": _fields(16, 4, 512, 256, 256, 2, precision, only=only)
+    f"{only}_{precision}": layer(16, 4, 512, 256, 256, 2, precision, only=only)
     for only in PARTS
     for precision in PRECISIONS
 }
 #: Dispatch alone over a ring that is too small: nobody frees its slots.
-ALONE["dispatch_ring"] = _fields(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")
+ALONE["dispatch_ring"] = layer(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")
 CONFIGS = {**SMALL, **EDGE, **MANY, **SCALED, **STRESS, **QWEN3, **TIMED, **ALONE}
-
-if (
-    __name__ == "__main__"
-):  # python -m tests.gpu.configs > list.json; python -m megamoe.compile --list list.json --out DIR
-    json.dump(list(CONFIGS.values()), sys.stdout)

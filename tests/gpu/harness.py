@@ -109,19 +109,31 @@ def quantized(moe: MegaMoE, xs) -> tuple[list[torch.Tensor], list[torch.Tensor]]
     return [x for x, _ in pairs], [scale for _, scale in pairs]
 
 
-def forward(moe: MegaMoE, xs, ids, weights, x_scales=None, **options) -> list[torch.Tensor]:
-    """A forward as per-rank lists whatever the world size; outputs are poisoned first and
-    cloned. `options` are per-rank lists too.
+def launch(moe: MegaMoE, xs, ids, weights, x_scales=None, **options) -> list[torch.Tensor]:
+    """A forward that nobody waits for, as per-rank lists whatever the world size; `options` are
+    such lists too.
     """
+    arguments = {"x": xs, "topk_idx": ids, "topk_weights": weights, "x_scale": x_scales, **options}
+    if moe.num_ranks > 1:
+        return moe(**arguments)
+    return [moe(**{name: items[0] for name, items in arguments.items() if items is not None})]
+
+
+def forward(moe: MegaMoE, xs, ids, weights, x_scales=None, **options) -> list[torch.Tensor]:
+    """The same, waited for; outputs are poisoned first and cloned."""
     for output in moe.backend.outputs:
         output.fill_(float("nan"))
-    arguments = {"x": xs, "topk_idx": ids, "topk_weights": weights, **options}
-    if x_scales is not None:
-        arguments["x_scale"] = x_scales
-    single = moe.num_ranks == 1
-    out = moe(**{name: items[0] if single else items for name, items in arguments.items()})
+    outputs = launch(moe, xs, ids, weights, x_scales, **options)
     moe.synchronize()
-    return [y.clone() for y in ([out] if single else out)]
+    return [y.clone() for y in outputs]
+
+
+def capture(moe: MegaMoE, xs, ids, weights) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """(graph, outputs) of one forward."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = launch(moe, xs, ids, weights)
+    return graph, outputs
 
 
 def poison(moe: MegaMoE) -> None:

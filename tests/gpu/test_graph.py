@@ -7,23 +7,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.harness import assert_at_rest, forward, inputs_of, poison, quantized, shared_moe
+from tests.gpu.harness import (
+    assert_at_rest,
+    capture,
+    forward,
+    inputs_of,
+    launch,
+    make_moe,
+    poison,
+    quantized,
+    shared_moe,
+)
 from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.gpu
-
-
-def capture(moe, xs, ids, weights):
-    """(graph, outputs) of one forward."""
-    call = (
-        (lambda: moe(xs[0], ids[0], weights[0]))
-        if moe.num_ranks == 1
-        else (lambda: moe(xs, ids, weights))
-    )
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, [out] if moe.num_ranks == 1 else out
 
 
 @pytest.mark.parametrize(
@@ -63,10 +60,7 @@ def test_a_launch_waits_for_the_kernel_before_though_it_may_begin_beside_it(name
     def chain(between):
         xs = first
         for outs in layers:
-            if moe.num_ranks == 1:
-                moe(xs[0], ids[0], weights[0], out=outs[0])
-            else:
-                moe(xs, ids, weights, out=outs)
+            launch(moe, xs, ids, weights, out=outs)
             xs = outs
             between()
 
@@ -103,8 +97,6 @@ def test_forward_allocates_nothing(name, stored):
 
 
 def test_a_launch_may_be_the_first_inside_a_capture():
-    from tests.gpu.harness import make_moe
-
     moe = make_moe("small2")
     inputs = inputs_of(moe, "skewed", seed=2)
     graph, outputs = capture(moe, *inputs)

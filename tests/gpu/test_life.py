@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamoe import module
-from tests.gpu.harness import assert_correct, forward, inputs_of, make_moe
+from tests.gpu.harness import assert_correct, capture, forward, inputs_of, launch, make_moe
 
 pytestmark = pytest.mark.gpu
 
@@ -34,10 +34,7 @@ def test_autograd_keeps_nothing_alive(name):
     linear = torch.nn.Linear(xs[0].shape[1], xs[0].shape[1], dtype=torch.bfloat16, device="cuda")
 
     def step():
-        hidden = [linear(x) for x in xs]
-        if moe.num_ranks == 1:
-            return [moe(hidden[0], ids[0], weights[0])]
-        return moe(hidden, ids, weights)
+        return launch(moe, [linear(x) for x in xs], ids, weights)
 
     step()
     torch.cuda.synchronize()
@@ -71,10 +68,7 @@ def test_a_layer_that_goes_while_its_launch_runs_on_another_stream(name, how):
         torch.cuda.synchronize()
         with torch.cuda.stream(side):
             torch.cuda._sleep(20_000_000)  # some 10 ms: the launch runs after all that follows
-            if moe.num_ranks == 1:
-                moe(xs[0], ids[0], weights[0], out=outs[0])
-            else:
-                moe(xs, ids, weights, out=outs)
+            launch(moe, xs, ids, weights, out=outs)
         size = moe.workspace.total_bytes
         if how == "close":
             moe.close()
@@ -109,8 +103,6 @@ def test_more_ranks_than_torch_has_streams(name):
         assert_correct(moe, forward(moe, *inputs), *inputs)
     fresh = inputs_of(moe, "skewed", seed=5)
     expected = forward(moe, *fresh)
-    from tests.gpu.test_graph import capture
-
     graph, outputs = capture(moe, *fresh)
     for _ in range(20):
         graph.replay()

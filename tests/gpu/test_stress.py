@@ -10,8 +10,15 @@ import random
 import pytest
 import torch
 
-from tests.gpu.harness import assert_at_rest, assert_correct, forward, inputs_of, make_moe, poison
-from tests.gpu.test_graph import capture
+from tests.gpu.harness import (
+    assert_at_rest,
+    assert_correct,
+    capture,
+    forward,
+    inputs_of,
+    make_moe,
+    poison,
+)
 from tests.routing import ROUTINGS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

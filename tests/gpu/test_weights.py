@@ -7,8 +7,7 @@ import torch
 
 from megamoe import reference
 from tests.gpu import harness
-from tests.gpu.harness import forward, inputs_of, make_moe, weights_of
-from tests.gpu.test_graph import capture
+from tests.gpu.harness import capture, forward, inputs_of, launch, make_moe, weights_of
 
 pytestmark = pytest.mark.gpu
 
@@ -79,8 +78,7 @@ def test_a_captured_refresh_brings_new_scales_with_every_replay(name):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         moe.refresh_scales()
-        out = moe(*(part[0] for part in held)) if moe.num_ranks == 1 else moe(*held)
-    outputs = [out] if moe.num_ranks == 1 else out
+        outputs = launch(moe, *held)
     other = other_weights(moe, 5)
     fresh = make_moe(name)
     fresh.load_weights(*other)
@@ -97,7 +95,6 @@ def test_expert_rows_may_be_moved_in_what_the_kernel_reads(name):
     moe = make_moe(name)
     moe.load_weights(*clone(harness.all_weights(moe)))
     held = inputs_of(moe, "uniform", seed=3)
-    graph, outputs = None, None
     expected = forward(moe, *held)
     graph, outputs = capture(moe, *held)
     order = torch.randperm(moe.config.num_experts, device="cuda")

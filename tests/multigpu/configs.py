@@ -4,20 +4,9 @@ built ahead of time on another machine.
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
-
-from megamoe.config import MoEConfig
+from tests.gpu.configs import layer
 
 WORLDS = (2, 4)
-
-
-def _fields(
-    num_experts, top_k, hidden, intermediate, tokens, ranks, precision="bf16", **kernel
-) -> dict:
-    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks, precision)
-    return {**dataclasses.asdict(config), "kernel": kernel}
 
 
 def _of_world(ranks: int) -> dict[str, dict]:
@@ -26,21 +15,18 @@ def _of_world(ranks: int) -> dict[str, dict]:
     """
     name = f"mp{ranks}"
     return {
-        name: _fields(16, 4, 512, 256, 256, ranks),
+        name: layer(16, 4, 512, 256, 256, ranks),
         # Every launch goes round a ring of three blocks many times.
-        f"{name}_ring": _fields(16, 4, 512, 256, 384, ranks, pool_blocks=3, group_blocks=2),
+        f"{name}_ring": layer(16, 4, 512, 256, 384, ranks, pool_blocks=3, group_blocks=2),
         # H is not a multiple of the tile, K = 16 exceeds E.
-        f"{name}_odd": _fields(3 * ranks, 16, 384, 384, 96, ranks),
-        f"{name}_stress": _fields(16, 4, 256, 128, 64, ranks, pool_blocks=4),
+        f"{name}_odd": layer(3 * ranks, 16, 384, 384, 96, ranks),
+        f"{name}_stress": layer(16, 4, 256, 128, 64, ranks, pool_blocks=4),
         # Several waves of tiles on every SM.
-        f"{name}_large": _fields(32, 8, 2048, 1024, 1024, ranks),
-        f"{name}_block": _fields(16, 4, 512, 256, 256, ranks, "fp8_block"),
-        f"{name}_channel": _fields(16, 4, 512, 256, 256, ranks, "fp8_channel"),
-        f"{name}_block_stress": _fields(16, 4, 256, 128, 64, ranks, "fp8_block", pool_blocks=4),
+        f"{name}_large": layer(32, 8, 2048, 1024, 1024, ranks),
+        f"{name}_block": layer(16, 4, 512, 256, 256, ranks, "fp8_block"),
+        f"{name}_channel": layer(16, 4, 512, 256, 256, ranks, "fp8_channel"),
+        f"{name}_block_stress": layer(16, 4, 256, 128, 64, ranks, "fp8_block", pool_blocks=4),
     }
 
 
 CONFIGS = {name: fields for world in WORLDS for name, fields in _of_world(world).items()}
-
-if __name__ == "__main__":  # > list.json; python -m megamoe.compile --list list.json --out DIR
-    json.dump(list(CONFIGS.values()), sys.stdout)

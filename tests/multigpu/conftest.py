@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import CAPABILITIES
+from tests.multigpu.configs import WORLDS
 from tests.multigpu.launcher import Jobs, setup_nccl
 
 
@@ -21,9 +22,9 @@ def missing(world: int) -> str | None:
     return None
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=WORLDS)
 def jobs(request):
-    """Jobs of `request.param` processes."""
+    """Jobs of as many processes: every test that takes them runs with each number."""
     reason = missing(request.param)
     if reason:
         pytest.skip(reason)

@@ -9,14 +9,14 @@ import torch
 
 from megamoe import compile
 from megamoe.backends import GpuBackend
-from megamoe.config import MoEConfig, select
+from megamoe.config import MoEConfig
 from megamoe.faults import Limits
 from megamoe.health import Health
 from megamoe.reference import Weights
 from megamoe.regions import layout_of
 from megamoe.weights import empty_tile_scales, write_tile_scales
 from tests.gpu import harness
-from tests.gpu.configs import CONFIGS
+from tests.gpu.configs import CONFIGS, split
 from workspace import Workspace
 from workspace.layout import SYMMETRIC
 from workspace.symmetric import Allocation, in_process
@@ -35,10 +35,7 @@ class Spread:
     """
 
     def __init__(self, name: str, num_gpus: int):
-        fields = dict(CONFIGS[name])
-        options = fields.pop("kernel")
-        config = MoEConfig(**fields)
-        kernel = select(config, **options)
+        config, kernel = split(CONFIGS[name])
         self.layout = layout_of(config, kernel)
         self.ranks = [range(first, config.num_ranks, num_gpus) for first in range(num_gpus)]
         devices = [torch.device("cuda", index) for index in range(num_gpus)]

@@ -8,11 +8,8 @@ import pytest
 
 from megamoe.dsl import HAVE_DSL
 from tests.multigpu import jobs as work
-from tests.multigpu.configs import WORLDS
 
 pytestmark = pytest.mark.gpu
-
-worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 
 
 def seen_by_all(jobs, odd_rank, variant="", **changes) -> str:
@@ -27,7 +24,6 @@ def seen_by_all(jobs, odd_rank, variant="", **changes) -> str:
     return messages.pop()
 
 
-@worlds
 @pytest.mark.parametrize(
     "variant,field,theirs,ours",
     [("_ring", "max_tokens_per_rank", 384, 256), ("_stress", "hidden_size", 256, 512)],
@@ -38,13 +34,11 @@ def test_another_value_on_one_rank(jobs, variant, field, theirs, ours):
     assert message == (f"ranks disagree on {field}: rank 0 has {ours}, rank {odd} has {theirs}")
 
 
-@worlds
 def test_another_value_on_rank_0(jobs):
     message = seen_by_all(jobs, 0, "_stress")
     assert message == "ranks disagree on hidden_size: rank 0 has 256, rank 1 has 512"
 
 
-@worlds
 @pytest.mark.parametrize(
     "changes,text",
     [
@@ -65,7 +59,6 @@ def test_a_value_that_one_rank_cannot_run(jobs, changes, text):
     assert re.match(rf"rank {odd}: ", message) and text in message
 
 
-@worlds
 def test_two_ranks_on_one_gpu(jobs):
     message = seen_by_all(jobs, 1, device="cuda:0")
     assert re.match("ranks 0 and 1 share GPU ", message)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.multigpu import fault_jobs
-from tests.multigpu.configs import WORLDS
 from tests.multigpu.layer import FAULT_TIMEOUT_S
 
 pytestmark = pytest.mark.gpu
 
-worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 #: How much longer than the timeout a failed forward may take.
 SLACK_S = 2.0
 FAILED = ("LaunchTimeout", "PeerFailed")
@@ -25,7 +23,6 @@ def assert_names(seen: dict, absent: int) -> None:
     assert seen["seconds"] < FAULT_TIMEOUT_S + SLACK_S
 
 
-@worlds
 @pytest.mark.parametrize("how,absent", [("skips", 0), ("skips", -1), ("late", -1)])
 def test_a_rank_that_misses_a_launch(jobs, how, absent):
     absent %= jobs.world
@@ -43,7 +40,6 @@ def test_a_rank_that_misses_a_launch(jobs, how, absent):
     assert [one["error"] for one in retries] in (expected, [None]), retries
 
 
-@worlds
 @pytest.mark.parametrize("refuses", [0, 1])
 @pytest.mark.parametrize("variant", ["", "_block", "_channel"])
 def test_a_rank_that_refuses_its_input_tells_the_others(jobs, variant, refuses):
@@ -60,7 +56,6 @@ def test_a_rank_that_refuses_its_input_tells_the_others(jobs, variant, refuses):
             assert first["seconds"] < AT_ONCE_S, first
 
 
-@worlds
 def test_an_invalid_expert_on_one_rank(jobs):
     answers = jobs.run(fault_jobs.invalid_expert, name=f"mp{jobs.world}", bad_rank=1)
     for rank, seen in enumerate(answers):
@@ -68,7 +63,6 @@ def test_an_invalid_expert_on_one_rank(jobs):
     assert "topk_idx[5, 2] = 16 on rank 1" in answers[1]["message"]
 
 
-@worlds
 def test_a_replay_after_a_failure_is_an_error_until_recovery(jobs):
     absent = jobs.world - 1
     answers = jobs.run(fault_jobs.unrecovered_replay, name=f"mp{jobs.world}", absent=absent)
@@ -81,7 +75,6 @@ def test_a_replay_after_a_failure_is_an_error_until_recovery(jobs):
     assert second["error"] == "PeerFailed", second
 
 
-@worlds
 def test_a_crowded_gpu_makes_all_ranks_late_and_right(jobs):
     crowded = jobs.world - 1
     answers = jobs.run(fault_jobs.crowded, name=f"mp{jobs.world}", crowded=crowded, size=40960)

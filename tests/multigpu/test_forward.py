@@ -6,17 +6,14 @@ import numpy
 import pytest
 
 from tests.multigpu import jobs as work
-from tests.multigpu.configs import WORLDS
 from tests.routing import ROUTINGS, seed_of
 
 pytestmark = pytest.mark.gpu
 
 VARIANTS = ("", "_ring", "_odd", "_stress", "_block", "_channel")
 LARGE_ROUTINGS = ("uniform", "skewed", "all_to_one_rank", "ragged")
-worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 
 
-@worlds
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_matches_the_oracle(jobs, variant, routing):
@@ -24,18 +21,15 @@ def test_forward_matches_the_oracle(jobs, variant, routing):
     jobs.run(work.oracle, name=name, routing=routing, seed=seed_of(name, routing))
 
 
-@worlds
 @pytest.mark.parametrize("routing", LARGE_ROUTINGS)
 def test_a_large_forward_matches_the_oracle(jobs, routing):
     jobs.run(work.oracle, name=f"mp{jobs.world}_large", routing=routing, seed=1)
 
 
-@worlds
 def test_token_counts(jobs):
     jobs.run(work.token_counts, name=f"mp{jobs.world}", counts=[0, 1, 2, 7, 127, 128, 129, 255])
 
 
-@worlds
 @pytest.mark.parametrize("variant", [*VARIANTS, "_large"])
 def test_bits_are_those_of_virtual_ranks_on_one_gpu(jobs, variant):
     name = f"mp{jobs.world}{variant}"
@@ -49,19 +43,16 @@ def test_bits_are_those_of_virtual_ranks_on_one_gpu(jobs, variant):
             assert numpy.array_equal(one, other), f"rank {rank}, {case}: {(one != other).sum()}"
 
 
-@worlds
 @pytest.mark.parametrize("variant", ["", "_block", "_channel"])
 def test_staged_input_narrow_indices_and_out(jobs, variant):
     jobs.run(work.input_buffer, name=f"mp{jobs.world}{variant}")
 
 
-@worlds
 @pytest.mark.parametrize("variant", ["", "_block"])
 def test_received_rows_are_counted(jobs, variant):
     jobs.run(work.counted_rows, name=f"mp{jobs.world}{variant}")
 
 
-@worlds
 @pytest.mark.parametrize("variant", ["", "_block"])
 def test_two_layers_share_a_workspace(jobs, variant):
     jobs.run(work.share_a_workspace, name=f"mp{jobs.world}{variant}", rounds=50)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import pytest
 
 from tests.multigpu import jobs as work
-from tests.multigpu.configs import WORLDS
 from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.gpu
 
-worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 #: A graph has the token counts it was captured with.
 FULL = [routing for routing in ROUTINGS if routing != "ragged"]
 
 
-@worlds
 @pytest.mark.parametrize("variant", ["", "_ring", "_block", "_channel"])
 def test_replay_equals_eager_with_other_contents(jobs, variant):
     jobs.run(work.graph, name=f"mp{jobs.world}{variant}", routings=FULL, tokens=100)
 
 
-@worlds
 def test_a_launch_may_be_the_first_inside_a_capture(jobs):
     jobs.run(work.first_launch_in_a_capture, name=f"mp{jobs.world}")

@@ -5,17 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.multigpu import life_jobs
-from tests.multigpu.configs import WORLDS
 from tests.multigpu.launcher import Died
 from tests.multigpu.layer import FAULT_TIMEOUT_S
 from tests.multigpu.test_faults import SLACK_S
 
 pytestmark = pytest.mark.gpu
 
-worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 
-
-@worlds
 @pytest.mark.parametrize("odd", [0, 1])
 @pytest.mark.parametrize("variant", ["", "_block"])
 def test_a_rank_that_leaves_out_a_layer(jobs, odd, variant):
@@ -29,7 +25,6 @@ def test_a_rank_that_leaves_out_a_layer(jobs, odd, variant):
     assert all(retries[-1] is None for _, retries in answers), answers
 
 
-@worlds
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_bad_expert_shifts_no_layer(jobs, bad):
     answers = jobs.run(life_jobs.bad_expert_in_a_step, name=f"mp{jobs.world}", bad=bad)
@@ -38,7 +33,6 @@ def test_a_bad_expert_shifts_no_layer(jobs, bad):
     assert answers[bad][0].startswith("True: topk_idx[5, 2] = 16 on rank")
 
 
-@worlds
 def test_a_workspace_is_recovered_through_any_layer(jobs):
     absent = jobs.world - 1
     answers = jobs.run(
@@ -52,7 +46,6 @@ def test_a_workspace_is_recovered_through_any_layer(jobs):
             assert errors == [None] * 3
 
 
-@worlds
 def test_a_late_rank_is_waited_for_longer_than_one_that_stalls(jobs):
     job = {"name": f"mp{jobs.world}", "late": 1, "by_s": 2.0}
     patient = {"timeout_s": 0.5, "start_timeout_s": 20.0}
@@ -65,7 +58,6 @@ def test_a_late_rank_is_waited_for_longer_than_one_that_stalls(jobs):
     assert "rank 1 did not begin within start_timeout_s=0.5" in messages
 
 
-@worlds
 def test_a_meeting_before_the_first_launch(jobs):
     late = jobs.world - 1
     answers = jobs.run(life_jobs.meet_first, name=f"mp{jobs.world}", late=late)
@@ -76,7 +68,6 @@ def test_a_meeting_before_the_first_launch(jobs):
             assert missed["error"] == "MissingRank" and f"ranks [{late}]" in missed["message"]
 
 
-@worlds
 @pytest.mark.parametrize("group_first", [False, True])
 def test_memory_comes_back_whenever_the_group_goes(jobs, group_first):
     answers = jobs.run(life_jobs.memory_comes_back, name=f"mp{jobs.world}", group_first=group_first)
@@ -85,7 +76,6 @@ def test_memory_comes_back_whenever_the_group_goes(jobs, group_first):
 
 
 @pytest.mark.slow
-@worlds
 def test_a_rank_that_exits_early(jobs):
     """Last of the file, because it costs a pool."""
     leaves = jobs.world - 1

@@ -10,7 +10,6 @@ import os
 
 import pytest
 
-from tests.multigpu.configs import WORLDS
 from tests.multigpu.stress_job import stress
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -18,7 +17,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 LAUNCHES = int(os.environ.get("MEGAMOE_STRESS_LAUNCHES", "10000"))
 SOAK_S = float(os.environ.get("MEGAMOE_SOAK_SECONDS", "0"))
 START_S = 120.0
-worlds = pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 
 
 def run(
@@ -37,7 +35,6 @@ def run(
     return answers[0]
 
 
-@worlds
 @pytest.mark.parametrize("variant", ["_stress", "_block_stress"])
 def test_many_launches(jobs, variant):
     assert run(jobs, LAUNCHES, 0.0, 1, START_S, variant)["launches"] >= LAUNCHES
@@ -45,7 +42,6 @@ def test_many_launches(jobs, variant):
 
 @pytest.mark.skipif(SOAK_S == 0, reason="set MEGAMOE_SOAK_SECONDS to soak")
 @pytest.mark.timeout(SOAK_S + 2 * START_S)
-@worlds
 @pytest.mark.parametrize("variant", ["_stress", "_block_stress"])
 def test_soak(jobs, variant):
     """Half of the time each."""

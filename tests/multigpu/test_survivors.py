@@ -9,7 +9,6 @@ import signal
 import pytest
 
 from tests.multigpu import fault_jobs
-from tests.multigpu.configs import WORLDS
 from tests.multigpu.launcher import Died
 from tests.multigpu.layer import FAULT_TIMEOUT_S
 from tests.multigpu.test_faults import SLACK_S, assert_names
@@ -21,7 +20,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 DEATHS = {2: [(0, "kill", 3)], 4: [(3, "kill", 0), (0, "exit", 5)]}
 
 
-@pytest.mark.parametrize("jobs", WORLDS, indirect=True)
 def test_survivors_of_a_dead_rank(jobs):
     for victim, how, launches in DEATHS[jobs.world]:
         answers = jobs.run(

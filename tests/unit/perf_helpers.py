@@ -1,4 +1,6 @@
-"""What tests of `perf` share: how a command fails, and a GPU that is only pretended."""
+"""What tests of `perf` share: how a command fails, a point that was never timed, and a GPU
+that is only pretended.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,10 @@ import pytest
 import torch
 
 from perf.__main__ import main
+from perf.against.roofline import Work
+from perf.running.points import Point
+from perf.running.timing import EAGER, Times
+from perf.workload.cases import MODELS, Case
 
 
 def error_line(argv: list[str], capsys, silent: bool = True) -> str:
@@ -16,6 +22,12 @@ def error_line(argv: list[str], capsys, silent: bool = True) -> str:
     assert stop.value.code == 2 and not (silent and captured.out)
     assert captured.err.count("\n") == 1, captured.err
     return captured.err
+
+
+def measured(impl: str, tokens: int, us: float) -> Point:
+    """A measurement of the small layer, whatever it worked on."""
+    case = Case(MODELS["emulated"], num_ranks=2, tokens=tokens)
+    return Point(case, EAGER, impl, Times((us,)), Work((1,), (1,), (0,)), None, None)
 
 
 def pretend_gpu(monkeypatch, name: str = "NVIDIA H200", count: int = 1) -> None:

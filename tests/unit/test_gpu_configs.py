@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from megamoe import budget
-from megamoe.config import MoEConfig, pool_blocks, select, supports
+from megamoe.config import pool_blocks, supports
 from tests.gpu import configs as one_gpu
+from tests.gpu.configs import split
 from tests.multigpu import configs as many_gpus
 
 ALL = {**one_gpu.CONFIGS, **many_gpus.CONFIGS}
-
-
-def split(fields: dict):
-    fields = dict(fields)
-    overrides = fields.pop("kernel")
-    config = MoEConfig(**fields)
-    return config, select(config, **overrides)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -54,13 +43,3 @@ def test_what_the_tests_of_ranks_that_disagree_rely_on(world):
 def test_rings_are_small(world):
     for variant, blocks in (("ring", 3), ("stress", 4)):
         assert pool_blocks(*split(many_gpus.CONFIGS[f"mp{world}_{variant}"])) == blocks
-
-
-@pytest.mark.parametrize("package", ["gpu", "multigpu"])
-def test_the_list_prints(package):
-    result = subprocess.run(
-        [sys.executable, "-m", f"tests.{package}.configs"],
-        cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=60,
-        check=True,
-    )  # fmt: skip
-    assert json.loads(result.stdout)

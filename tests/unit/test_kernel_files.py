@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,15 +35,7 @@ from tests.children import STRANGER, collect, in_child, start
 CONFIG = MoEConfig(8, 2, 256, 128, 64, 2)
 KERNEL = select(CONFIG)
 NAME = compile.kernel_name(CONFIG, KERNEL)
-FIELDS = {
-    "num-experts": 8,
-    "top-k": 2,
-    "hidden-size": 256,
-    "intermediate-size": 128,
-    "max-tokens-per-rank": 64,
-    "num-ranks": 2,
-}
-FLAGS = [f"--{name}={value}" for name, value in FIELDS.items()]
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(CONFIG).items()]
 #: Larger than a page by far: a part of it that is missing is noticed late.
 SOURCE = """
 char payload[200000] = {1};
@@ -124,61 +117,43 @@ def cut(library: Path, description: Path) -> None:
     os.truncate(library, library.stat().st_size // 2)
 
 
-def empty(library: Path, description: Path) -> None:
-    os.truncate(library, 0)
-
-
 def flip(library: Path, description: Path) -> None:
     code = bytearray(library.read_bytes())
     code[len(code) // 2] ^= 1
     library.write_bytes(code)
 
 
-def lose_description(library: Path, description: Path) -> None:
-    description.unlink()
+def describe(text: str):
+    return lambda library, description: description.write_text(text)
 
 
-def write_description(text: str):
-    def damage(library: Path, description: Path) -> None:
-        description.write_text(text)
-
-    return damage
-
-
-def edit_description(edit):
+def edit(change):
     def damage(library: Path, description: Path) -> None:
         held = json.loads(description.read_text())
-        edit(held)
+        change(held)
         description.write_text(json.dumps(held))
 
     return damage
 
 
-DAMAGES = [
-    pytest.param(cut, r"\.so is damaged: \d+ bytes, not the \d+ described", id="cut"),
-    pytest.param(empty, r"\.so is damaged: 0 bytes", id="empty"),
-    pytest.param(flip, r"\.so is damaged: its SHA-256", id="flip"),
-    pytest.param(lose_description, r"\.json is missing", id="no_description"),
-    pytest.param(write_description("{"), r"\.json is no description", id="no_json"),
-    pytest.param(write_description("\0" * 900), r"\.json is no description", id="zeros"),
-    pytest.param(write_description("[" * 100_000), r"\.json is no description", id="deep"),
-    pytest.param(write_description("[]"), "it has no 'files'", id="list"),
-    pytest.param(edit_description(lambda d: d.pop("entry")), "no 'entry'", id="no_entry"),
-    pytest.param(
-        edit_description(lambda d: d["files"].clear()), "SHA-256 are missing", id="not_described"
-    ),
-    pytest.param(
-        edit_description(lambda d: d["files"][f"{NAME}.so"].pop("sha256")),
-        "SHA-256 are missing",
-        id="no_digest",
-    ),
-    pytest.param(
-        edit_description(lambda d: d["arguments"].pop()), "for other arguments", id="arguments"
-    ),
-]
+DAMAGES = {
+    "cut": (cut, r"\.so is damaged: \d+ bytes, not the \d+ described"),
+    "empty": (lambda library, _: os.truncate(library, 0), r"\.so is damaged: 0 bytes"),
+    "flip": (flip, r"\.so is damaged: its SHA-256"),
+    "no_description": (lambda _, description: description.unlink(), r"\.json is missing"),
+    "no_json": (describe("{"), r"\.json is no description"),
+    "zeros": (describe("\0" * 900), r"\.json is no description"),
+    "deep": (describe("[" * 100_000), r"\.json is no description"),
+    "list": (describe("[]"), "it has no 'files'"),
+    "no_entry": (edit(lambda d: d.pop("entry")), "no 'entry'"),
+    "not_described": (edit(lambda d: d["files"].clear()), "SHA-256 are missing"),
+    "no_digest": (edit(lambda d: d["files"][f"{NAME}.so"].pop("sha256")), "SHA-256 are missing"),
+    "arguments": (edit(lambda d: d["arguments"].pop()), "for other arguments"),
+}
+every_damage = pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+@every_damage
 def test_a_damaged_kernel_in_the_cache_is_built_again(damage, message, toolchain, cache):
     damage(library_of(cache), cache / f"{NAME}.json")
 
@@ -195,7 +170,7 @@ def test_a_damaged_kernel_in_the_cache_is_built_again(damage, message, toolchain
     assert sorted(path.suffix for path in cache.iterdir()) == [".json", ".so"]
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+@every_damage
 def test_a_damaged_kernel_in_kernel_dir_is_refused(damage, message, toolchain, cache, kernel_dir):
     damage(library_of(kernel_dir), kernel_dir / f"{NAME}.json")
     before = {path.name: path.read_bytes() for path in kernel_dir.iterdir()}
@@ -334,23 +309,23 @@ def test_what_everybody_can_write_is_refused(place, in_cache, cache, kernel_dir,
 
 
 @needs_root
+@pytest.mark.parametrize(
+    ("user", "group", "mode", "message"),
+    [
+        (0, STRANGER, 0o775, rf"\(mode 0775\) is open to group {STRANGER}.*chmod go-w"),
+        (STRANGER, 0, 0o755, f"belongs to uid {STRANGER}.*chown 0"),
+    ],
+)
 @pytest.mark.parametrize("place", PLACES)
-def test_what_a_group_can_write_is_refused(place, kernel_dir):
+def test_what_a_group_can_write_or_another_user_has_is_refused(
+    place, user, group, mode, message, kernel_dir
+):
     place = PLACES[place](kernel_dir)
+    os.chown(place, user, group)
+    place.chmod(mode)
+    refuses(kernel_dir, f"{place} {message} {place}")
     os.chown(place, 0, STRANGER)
-    place.chmod(0o775)
-    refuses(kernel_dir, rf"{place} \(mode 0775\) is open to group {STRANGER}.*chmod go-w {place}")
     place.chmod(0o755)
-    assert load(kernel_dir) == library_of(kernel_dir)
-
-
-@needs_root
-@pytest.mark.parametrize("place", PLACES)
-def test_what_belongs_to_another_user_is_refused(place, kernel_dir):
-    place = PLACES[place](kernel_dir)
-    os.chown(place, STRANGER, -1)
-    refuses(kernel_dir, rf"{place} belongs to uid {STRANGER}.*chown 0 {place}")
-    os.chown(place, 0, -1)
     assert load(kernel_dir) == library_of(kernel_dir)
 
 

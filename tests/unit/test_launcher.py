@@ -82,10 +82,9 @@ def test_a_death_that_is_expected_leaves_the_survivors():
 
 def test_a_pool_that_cannot_start_is_not_tried_for_ever():
     jobs = Jobs(1, dummy_jobs.fails_to_start)
-    with pytest.raises(launcher.WorkerFailed, match="rank 0 has no legs"):
-        jobs.run(dummy_jobs.where_am_i, factor=1)
-    with pytest.raises(launcher.WorkerFailed, match="rank 0 has no legs"):
-        jobs.run(dummy_jobs.where_am_i, factor=1)
+    for _ in range(2):
+        with pytest.raises(launcher.WorkerFailed, match="rank 0 has no legs"):
+            jobs.run(dummy_jobs.where_am_i, factor=1)
     started = time.monotonic()
     with pytest.raises(launcher.WorkerFailed, match="2 pools of 1 did not start"):
         jobs.run(dummy_jobs.where_am_i, factor=1)

@@ -45,6 +45,8 @@ def test_every_space_begins_with_its_header_or_with_what_resets():
     assert [r.name for r in order] == ["tickets", "weights", "rows"]
     assert list(LAYOUT.regions) == [r.name for r in TABLE]  # numbers are those of the table
     assert [LAYOUT.index(r.name) for r in TABLE] == list(range(len(TABLE)))
+    with pytest.raises(KeyError):
+        LAYOUT["no_such_region"]
 
 
 def test_offsets_by_hand():

@@ -22,9 +22,8 @@ PREFACE = """
 import torch
 from megamoe import InvalidExpertError
 from megamoe.faults import LaunchFailed
-from tests.machine import Layer
+from tests.machine import RING, Layer
 torch.set_num_threads(1)
-RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
 def launches(**options):
     layer = Layer(**({"patient": False, "max_steps": 6_000_000} | RING | options))
     for seed in range(6):

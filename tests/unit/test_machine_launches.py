@@ -12,15 +12,13 @@ from megamoe.machine.faults import Fault, StepLimit
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, quantize
 from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
-from tests.machine import Layer, WrongResult
+from tests.machine import RING, Layer, WrongResult
 from tests.mutants import Mutator, watch
 from tests.nights import at_night
 from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
-RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
 #: Operations of the machine that the async proxy performs.
 COPIES = ("load_bulk", "load_tensor", "store_bulk")
 FP8_RECIPES = ("fp8_block", "fp8_channel")

@@ -12,14 +12,12 @@ import pytest
 
 from megamoe.faults import InvalidExpertError, LaunchTimeout, MegaMoEError
 from megamoe.machine.faults import MachineError
-from tests.machine import Layer
+from tests.machine import RING, Layer
 from tests.mutants import Mutant, Mutator, install, watch
 from tests.nights import at_night
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
-#: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
-RING = dict(world=2, tokens=8, experts=12, hidden=384, inner=256, overrides={"pool_blocks": 2})
 #: Routed entries for more than one CTA, tokens that are reduced early, experts for two ballots.
 TOKENS = dict(world=2, tokens=200, experts=80, overrides={"pool_blocks": 3})
 #: Experts of one or two rows: the last rows of a warp complete different blocks.

@@ -5,24 +5,19 @@ from __future__ import annotations
 import argparse
 
 import pytest
-import torch
 
 import megamoe
 from megamoe import compile, reference
 from megamoe.precision import PRECISIONS
 from perf.__main__ import main, options_of
-from perf.against.roofline import Work
 from perf.commands import ablation
 from perf.commands.ablation import AblationRunner, fill_pool, fill_slots
 from perf.recording.environment import environment
 from perf.running.checks import check_here
 from perf.running.layer import layer_of
 from perf.running.plan import plan_of
-from perf.running.points import Point
-from perf.running.timing import EAGER, Times
-from perf.workload.cases import MODELS, Case
 from perf.workload.parts import ABLATION_KERNELS, MEGAMOE, PART_NAMES, PARTS, STAGING, part_name
-from tests.unit.perf_helpers import error_line
+from tests.unit.perf_helpers import measured
 
 RANKS = 2
 
@@ -96,16 +91,11 @@ def test_pool_and_slots_hold_normal_numbers(precision, one_thread):
             assert (values.flatten(1).std(dim=1) > 0.5).all()
 
 
-def point(impl: str, tokens: int, us: float) -> Point:
-    case = Case(MODELS["emulated"], num_ranks=RANKS, tokens=tokens)
-    return Point(case, EAGER, impl, Times((us,)), Work((1,), (1,), (0,)), None, None)
-
-
 def test_the_table_says_what_overlap_saves():
     us = (1000.0, 900.0, 250.0, 150.5)
     names = (MEGAMOE, *map(part_name, PARTS))
-    points = [point(name, 4, time) for name, time in zip(names, us, strict=True)]
-    points += [point(MEGAMOE, 8, 2000.0), point(names[1], 8, 1800.0)]  # stopped here
+    points = [measured(name, 4, time) for name, time in zip(names, us, strict=True)]
+    points += [measured(MEGAMOE, 8, 2000.0), measured(names[1], 8, 1800.0)]  # stopped here
     title, *lines = ablation.table(points).splitlines()
     assert title.split() == [
         "precision", "tokens/rank", "all", "gemms", "dispatch", "combine", "sum", "-", "all"
@@ -136,9 +126,3 @@ def test_room_and_kernels_of_all_parts_are_checked(monkeypatch):
     assert [plan.kernel_options for plan in checked] == [{"only": part} for part in PARTS]
     assert {plan.workspace_bytes for plan in checked} == {4 * whole.workspace_bytes}
     check_here(checked)  # a CPU needs nothing
-
-
-def test_without_a_gpu_it_says_so(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("would run")
-    assert "no CUDA device is available" in error_line(["ablation", "--device", "cuda"], capsys)

@@ -174,30 +174,27 @@ def test_no_tokens(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("form", [GROUPED, BLOCKED])
+@pytest.mark.parametrize(
+    ("baseline", "form", "bound"),
+    [
+        (TorchBf16, None, BOUND),
+        (TorchFp8, GROUPED, MAX_FP8_ERROR),
+        (TorchFp8, BLOCKED, MAX_FP8_ERROR),
+    ],
+)
 @pytest.mark.parametrize("routing", ["balanced", "masked"])
-def test_fp8_on_the_gpu_equals_the_oracle(cuda, routing, form, monkeypatch):
+def test_on_the_gpu_it_equals_the_oracle(cuda, routing, baseline, form, bound, monkeypatch):
+    """In a replayed graph where one can hold it."""
     monkeypatch.setattr(experts, "fp8_form", lambda device: form)
     case = Case(MODELS["tiny"], num_ranks=1, tokens=96, routing=routing)
     w13, w2 = make_weights(case, cuda)
-    layer = TorchFp8(w13, w2, masked=routing == "masked")
+    layer = baseline(w13, w2, masked=routing == "masked")
+    assert layer.capturable == (form != BLOCKED)
     i = make_inputs(case, cuda)[0]
     expected = reference.moe_forward(i.x, i.topk_idx, i.topk_weights, w13, w2)
     mode = GRAPH if layer.capturable else EAGER
-    _, out = measure(lambda: layer(i.x, i.topk_idx, i.topk_weights), cuda, mode, 5)
-    assert reference.relative_error(out, expected) < MAX_FP8_ERROR
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("routing", ["balanced", "masked"])
-def test_a_replayed_graph_on_the_gpu_equals_the_oracle(cuda, routing):
-    case = Case(MODELS["tiny"], num_ranks=1, tokens=96, routing=routing)
-    w13, w2 = make_weights(case, cuda)
-    layer = TorchBf16(w13, w2, masked=routing == "masked")
-    i = make_inputs(case, cuda)[0]
-    expected = reference.moe_forward(i.x, i.topk_idx, i.topk_weights, w13, w2)
-    times, out = measure(lambda: layer(i.x, i.topk_idx, i.topk_weights), cuda, GRAPH, 5)
-    assert reference.relative_error(out, expected) < BOUND
+    times, out = measure(lambda: layer(i.x, i.topk_idx, i.topk_weights), cuda, mode, 5)
+    assert reference.relative_error(out, expected) < bound
     assert len(times.us) == 5 and 0 < times.us_min < 1e5
 
 

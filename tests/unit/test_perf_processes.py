@@ -267,22 +267,23 @@ def test_place():
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ([], "torchrun needs --device cuda"),
-        (["--device", "cuda", "--ranks", "2"], "--ranks 2, but torchrun started 4 processes"),
-        (["--device", "cuda", "--num-experts", "18"], "num_experts=18 is not divisible by"),
+        (["sweep"], "torchrun needs --device cuda"),
+        (["accuracy"], "torchrun needs --device cuda"),
+        (["sweep", "--device", "cuda", "--ranks", "2"], "--ranks 2, but torchrun started 4 proces"),
+        (["sweep", "--device", "cuda", "--num-experts", "18"], "num_experts=18 is not divisible b"),
     ],
 )
 def test_bad_arguments_under_torchrun_are_one_line(argv, expected, monkeypatch, capsys):
     pretend_gpu(monkeypatch, count=4)
     for name, value in torchrun().items():
         monkeypatch.setenv(name, value)
-    assert expected in error_line(["sweep", *argv], capsys)
+    assert expected in error_line(argv, capsys)
 
 
 def test_plan_under_torchrun(monkeypatch):
     pretend_gpu(monkeypatch, count=4)
     argv = ["sweep", "--device", "cuda", "--model", "pro", "--tokens", "1,8", "--graph"]
-    args = options_of([*argv, "--experts-per-gpu", "8", "--baseline", "torch_bf16"])
+    args = options_of([*argv, "--num-experts", "32", "--baseline", "torch_bf16"])
     plan = plan_of(args, place_of(torchrun(2)))
     assert plan.device == torch.device("cuda:2") and plan.max_tokens == 8
     assert (plan.case.num_ranks, plan.case.ranks_per_gpu, plan.case.num_gpus) == (4, 1, 4)

@@ -1,4 +1,4 @@
-"""Routings with parameters, and recorded ones."""
+"""Routings by name, with parameters, and recorded ones."""
 
 from __future__ import annotations
 
@@ -25,12 +25,34 @@ def ids_of(routing: str, tokens: int = 2000, ranks: int = 4, **model) -> torch.T
     return torch.stack([inputs.topk_idx for inputs in make_inputs(case)])
 
 
-@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.2, 2.0])
-def test_zipf_follows_its_exponent(exponent):
+@pytest.mark.parametrize("routing", routings.ROUTINGS)
+def test_ids_have_shape_type_and_range(routing):
+    for inputs in make_inputs(Case(EMULATED, 4, 300, routing=routing)):
+        ids = inputs.topk_idx
+        assert ids.shape == (300, 4) and ids.dtype == torch.int32 and ids.is_contiguous()
+        assert ids.min() >= (-1 if routing == "masked" else 0) and ids.max() < 32
+
+
+@pytest.mark.parametrize("routing", routings.ROUTINGS)
+def test_only_random_routing_names_an_expert_twice(routing):
+    ordered = ids_of(routing, tokens=300).flatten(0, 1).sort(dim=1).values
+    repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    assert repeats.any() == (routing == "random")
+
+
+def test_balanced_is_uniform_over_experts():
+    counts = ids_of("balanced").flatten().long().bincount(minlength=32).double()
+    assert (counts - counts.mean()).abs().max() < 6 * counts.mean() ** 0.5
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 1.2, 2.0])
+def test_zipf_follows_its_exponent_and_ranks_agree_on_the_favourites(exponent):
     ids = ids_of(f"zipf:{exponent}", tokens=4000, top_k=1)
     share = ids.flatten().long().bincount(minlength=32).double().sort(descending=True).values
     expected = torch.arange(1, 33, dtype=torch.float64) ** -exponent
     assert (share / share.sum() - expected / expected.sum()).abs().max() < 0.02
+    favourites = {int(rank.flatten().long().bincount().argmax()) for rank in ids}
+    assert len(favourites) == 1 or exponent == 0
 
 
 @pytest.mark.parametrize("text", ["skewed", "zipf", "zipf:1", "skewed:1.0"])
@@ -42,6 +64,7 @@ def test_skewed_is_zipf(text):
 
 @pytest.mark.parametrize("top_k", [1, 4])
 def test_hot_expert_takes_its_share_of_the_tokens(top_k):
+    assert ((ids_of("hot-expert", top_k=top_k) == 31).sum(dim=2) == 1).all()
     ids = ids_of("hot-expert:0.3", top_k=top_k)
     hot = (ids == 31).sum(dim=2)
     assert hot.max() == 1 and 0.27 < hot.double().mean() < 0.33
@@ -58,6 +81,8 @@ def test_a_hot_expert_leaves_some_tokens_to_others():
 
 @pytest.mark.parametrize("ranks", [2, 16])
 def test_hot_rank_takes_its_share_of_the_tokens_whole(ranks):
+    """At 16 ranks a rank has 2 experts, K is 4."""
+    assert ids_of("hot-rank", tokens=50, ranks=ranks).unique().tolist() == [*range(32 // ranks)]
     ids = ids_of("hot-rank:0.6", ranks=ranks)
     there = ids < 32 // ranks
     assert torch.equal(there.any(dim=2), there.all(dim=2))
@@ -66,9 +91,10 @@ def test_hot_rank_takes_its_share_of_the_tokens_whole(ranks):
     assert (ids_of("hot-rank:0.6", ranks=1) < 32).all()
 
 
-def test_masked_drops_its_share_of_the_slots():
-    ids = ids_of("masked:0.2")
-    assert 0.18 < (ids < 0).double().mean() < 0.22
+@pytest.mark.parametrize(("text", "share"), [("masked", 0.5), ("masked:0.2", 0.2)])
+def test_masked_drops_its_share_of_the_slots_and_one_whole_token(text, share):
+    ids = ids_of(text)
+    assert share - 0.02 < (ids < 0).double().mean() < share + 0.02
     assert (ids[:, 0] == -1).all()
 
 

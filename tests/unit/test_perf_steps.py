@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -180,28 +179,24 @@ def test_files_are_named_after_the_gpu_that_is_measured(gpu, word, monkeypatch, 
         assert publish.command_of(step_named(name), tmp_path)[-1] == f"{tmp_path}/{file}.csv"
 
 
+def listed(directory: Path, *options: str) -> list[tuple]:
+    """(configuration, kernel) of what `publish` lists, which needs no GPU."""
+    assert main(["publish", str(directory), "--list-configs", *options]) == 0
+    return compile._configs_of(argparse.Namespace(list=directory / "configs.json"))
+
+
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 def test_kernels_of_every_step_can_be_listed(gpus, tmp_path):
-    assert main(["publish", str(tmp_path), "--list-configs", "--gpus", str(gpus)]) == 0
-    listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
-    most = {step.gpus for step in publish.steps_for(gpus)}
-    assert {config.num_ranks for config, _ in listed} == most | ({2, 4, 8} if gpus == 1 else set())
+    ranks = {config.num_ranks for config, _ in listed(tmp_path, "--gpus", str(gpus))}
+    assert ranks == {step.gpus for step in publish.steps_for(gpus)}
 
 
-def test_listing_configs_needs_no_gpu(tmp_path):
-    assert main(["publish", str(tmp_path), "--list-configs", "--gpus", "4"]) == 0
-    text = (tmp_path / "configs.json").read_text()
-    assert '"num_ranks": 4' in text and '"num_ranks": 2' in text and '"num_ranks": 1' not in text
-    assert main(["publish", str(tmp_path), "--list-configs", "--only", "pro_ep4"]) == 0
-    assert (tmp_path / "configs.json").read_text().count("num_ranks") == 1
-    only = "pro_ep4_fp8_channel,pro_ep4_fp8"
-    assert main(["publish", str(tmp_path), "--list-configs", "--only", only]) == 0
-    listed = json.loads((tmp_path / "configs.json").read_text())
-    assert [config["precision"] for config in listed] == ["fp8_block", "fp8_channel"]
-    both = "pro_ep4_fp8,pro_ablation_ep4_fp8"  # which share the kernel of the whole
-    assert main(["publish", str(tmp_path), "--list-configs", "--only", both]) == 0
-    listed = compile._configs_of(argparse.Namespace(list=tmp_path / "configs.json"))
-    assert [kernel.only for _, kernel in listed] == ["", *PARTS]
+def test_a_kernel_is_listed_once(tmp_path):
+    assert len(listed(tmp_path, "--only", "pro_ep4")) == 1
+    both = listed(tmp_path, "--only", "pro_ep4_fp8_channel,pro_ep4_fp8")
+    assert [config.precision for config, _ in both] == ["fp8_block", "fp8_channel"]
+    shared = listed(tmp_path, "--only", "pro_ep4_fp8,pro_ablation_ep4_fp8")  # the kernel of all
+    assert [kernel.only for _, kernel in shared] == ["", *PARTS]
 
 
 def test_a_step_of_several_processes_is_ended_politely(tmp_path):

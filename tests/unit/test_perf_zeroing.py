@@ -8,7 +8,6 @@ import torch
 import megamoe
 from megamoe import reference
 from perf.__main__ import main
-from perf.against.roofline import Work
 from perf.commands import zeroing
 from perf.commands.zeroing import (
     FULL_ZEROING,
@@ -19,12 +18,12 @@ from perf.commands.zeroing import (
 )
 from perf.recording.files import load
 from perf.running.layer import outputs_of
-from perf.running.points import Point
-from perf.running.timing import EAGER, Times
+from perf.running.timing import EAGER
 from perf.workload.cases import MODELS, Case, make_inputs, make_weights
 from perf.workload.parts import MEGAMOE
 from tests.machine import max_relative_error
 from tests.nights import at_night
+from tests.unit.perf_helpers import measured
 from workspace.layout import BARRIER
 
 CASE = Case(MODELS["emulated"], num_ranks=2, tokens=5)
@@ -93,15 +92,11 @@ def test_slots_are_added_in_float32():
     assert sum_of_slots(slots_TKH).dtype == torch.bfloat16
 
 
-def point(impl: str, tokens: int, us: float) -> Point:
-    work = Work((1,), (1,), (0,))
-    return Point(CASE.with_tokens(tokens), EAGER, impl, Times((us,)), work, None, None)
-
-
 def test_ratios_are_to_the_layer_at_the_same_tokens():
     points = [
-        point(MEGAMOE, 4, 100.0), point(FULL_ZEROING, 4, 250.0), point(SEPARATE_SUM, 4, 130.0),
-        point(MEGAMOE, 8, 200.0), point(FULL_ZEROING, 8, 300.0),  # stopped here
+        measured(MEGAMOE, 4, 100.0), measured(FULL_ZEROING, 4, 250.0),
+        measured(SEPARATE_SUM, 4, 130.0),
+        measured(MEGAMOE, 8, 200.0), measured(FULL_ZEROING, 8, 300.0),  # stopped here
     ]  # fmt: skip
     assert zeroing.ratios(points) == [("bf16", 4, 100.0, 2.5, 1.3)]
     assert "2.50x" in zeroing.table(points) and "1.30x" in zeroing.table(points)

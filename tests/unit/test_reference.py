@@ -30,8 +30,11 @@ def make_case(seed, tokens=T, experts=EXPERTS, hidden=H, intermediate=INTERMEDIA
     return x, w13, w2.bfloat16()
 
 
-def make_scaled_case(precision, seed, **sizes):
-    """(x, weights) of a recipe with scales."""
+def case_of(precision, seed, **sizes):
+    """(x, weights) of a recipe."""
+    if precision == "bf16":
+        x, *weights = make_case(seed, **sizes)
+        return x, reference.Weights(*weights)
     x, w13, w2 = make_case(seed, **(FP8_SIZES | sizes))
     return x, quantize_weights(w13, w2, precision)
 
@@ -70,31 +73,24 @@ def naive(x, idx, router, weights, clamp=math.inf):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_exact_form_equals_the_naive_loop(routing, seed):
-    x, w13, w2 = make_case(seed)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_exact_form_equals_the_naive_loop(precision, routing, seed):
+    """On tokens and weights as they are stored."""
+    x, weights = case_of(precision, seed)
     [idx], [router] = make_routing(routing, 1, T, K, EXPERTS, seed)
-    y = reference.moe_forward(x, idx, router, w13, w2, rounding=False)
-    assert y.dtype == torch.float64
-    expected = naive(x, idx, router, reference.Weights(w13, w2))
-    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("precision", FP8_RECIPES)
-@pytest.mark.parametrize("routing", ["masked", "repeated_expert"])
-def test_exact_form_of_a_scaled_recipe_takes_stored_values_as_they_are(precision, routing):
-    x, weights = make_scaled_case(precision, 0)
-    [idx], [router] = make_routing(routing, 1, T, K, EXPERTS, 0)
     y = reference.moe_forward(x, idx, router, *weights, precision=precision, rounding=False)
-    block = PRECISIONS[precision].tokens.scale_columns
-    travels = reference.dequantize(*reference.quantize(x, block))
-    expected = naive(travels, idx, router, weights)
+    assert y.dtype == torch.float64
+    if precision != "bf16":
+        block = PRECISIONS[precision].tokens.scale_columns
+        x = reference.dequantize(*reference.quantize(x, block))
+    expected = naive(x, idx, router, weights)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("precision", FP8_RECIPES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_rounded_form_of_a_scaled_recipe_is_near_the_exact_one(precision, routing):
-    x, weights = make_scaled_case(precision, 1)
+    x, weights = case_of(precision, 1)
     [idx], [router] = make_routing(routing, 1, T, K, EXPERTS, 1)
     arguments = (x, idx, router, *weights)
     y = reference.moe_forward(*arguments, precision=precision)
@@ -107,32 +103,9 @@ def test_rounded_form_of_a_scaled_recipe_is_near_the_exact_one(precision, routin
 
 
 @pytest.mark.parametrize("precision", FP8_RECIPES)
-def test_rounding_points_of_a_scaled_recipe_are_exactly_these(precision):
-    """Quantise the input row, the weighted hidden row by 128 columns, round each slot and the
-    sum.
-    """
-    x, weights = make_scaled_case(precision, 2)
-    [idx], [router] = make_routing("masked", 1, T, K, EXPERTS, 2)
-    y = reference.moe_forward(x, idx, router, *weights, precision=precision, compute=torch.float64)
-    block = x.shape[1] if precision == "fp8_channel" else 128
-    expected = torch.zeros(x.shape)
-    for t in range(T):
-        row = dequantized(x[t], block)
-        for k in range(K):
-            if idx[t, k] < 0:
-                continue
-            w13, w2 = naive_weights(weights, int(idx[t, k]))
-            gate, up = (w13 @ row).chunk(2)
-            hidden = gate * torch.sigmoid(gate) * up * router[t, k].double()
-            expected[t] += (w2 @ dequantized(hidden, 128)).bfloat16().float()
-    assert reference.relative_error(y, expected.bfloat16()) < HALF_ULP / 2
-    assert (y == expected.bfloat16()).float().mean() > 0.98
-
-
-@pytest.mark.parametrize("precision", FP8_RECIPES)
 @pytest.mark.parametrize("stage", ["input", "hidden", "hidden block", "slot"])
 def test_each_rounding_point_of_a_scaled_recipe_matters(monkeypatch, precision, stage):
-    x, weights = make_scaled_case(precision, 3, tokens=32)
+    x, weights = case_of(precision, 3, tokens=32)
     [idx], [router] = make_routing("uniform", 1, 32, K, EXPERTS, 3)
     arguments = (x, idx, router, *weights)
     y = reference.moe_forward(*arguments, precision=precision)
@@ -232,7 +205,7 @@ def test_no_rows_are_quantised_to_no_rows():
 
 @pytest.mark.parametrize("precision", FP8_RECIPES)
 def test_quantised_input_gives_the_same_bits(precision):
-    x, weights = make_scaled_case(precision, 4)
+    x, weights = case_of(precision, 4)
     [idx], [router] = make_routing("uniform", 1, T, K, EXPERTS, 4)
     stored, scale = reference.quantize(x, PRECISIONS[precision].tokens.scale_columns)
     y = reference.moe_forward(x, idx, router, *weights, precision=precision)
@@ -315,24 +288,32 @@ def test_rounded_form_is_near_the_exact_one(routing, seed):
     assert reference.relative_error(y, exact) <= 2 * HALF_ULP
 
 
+def stored(row, precision, hidden=False):
+    """A row in float64 as the recipe stores it: a token, or a weighted hidden row."""
+    if precision == "bf16":
+        return row.bfloat16().double()
+    return dequantized(row, 128 if hidden or precision == "fp8_block" else len(row))
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_rounding_points_are_exactly_these(seed):
-    """Stage by stage: round the weighted hidden row, each slot and the sum; nothing else."""
-    x, w13, w2 = make_case(seed)
-    [idx], [weights] = make_routing("masked", 1, T, K, EXPERTS, seed)
-    y = reference.moe_forward(x, idx, weights, w13, w2)
-    expected = torch.zeros(T, H)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rounding_points_are_exactly_these(precision, seed):
+    """Round the input row, the weighted hidden row, each slot and the sum; nothing else."""
+    x, weights = case_of(precision, seed)
+    [idx], [router] = make_routing("masked", 1, T, K, EXPERTS, seed)
+    y = reference.moe_forward(x, idx, router, *weights, precision=precision, compute=torch.float64)
+    expected = torch.zeros(x.shape)
     for t in range(T):
+        row = stored(x[t], precision)
         for k in range(K):
             if idx[t, k] < 0:
                 continue
-            expert = int(idx[t, k])
-            gate, up = (w13[expert].float() @ x[t].float()).chunk(2)
-            hidden = (gate * torch.sigmoid(gate) * up * weights[t, k]).bfloat16()
-            expected[t] += (w2[expert].float() @ hidden.float()).bfloat16().float()
-    # Only the order of float32 sums differs, which flips few roundings by one ulp.
-    torch.testing.assert_close(y.float(), expected.bfloat16().float(), rtol=2**-6, atol=2**-6)
-    assert (y.float() == expected.bfloat16().float()).float().mean() > 0.9
+            w13, w2 = naive_weights(weights, int(idx[t, k]))
+            gate, up = (w13 @ row).chunk(2)
+            hidden = gate * torch.sigmoid(gate) * up * router[t, k].double()
+            expected[t] += (w2 @ stored(hidden, precision, hidden=True)).bfloat16().float()
+    assert reference.relative_error(y, expected.bfloat16()) < HALF_ULP / 2
+    assert (y == expected.bfloat16()).float().mean() > 0.98
 
 
 def recipe_with(monkeypatch, **fields):

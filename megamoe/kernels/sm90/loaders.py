@@ -70,8 +70,12 @@ def load_stages(
 
 
 @cute.jit
-def load_columns(launch: Launch, budget: Budget, atom, side, pipes, position, k_blocks, rows, lane):
+def load_columns(
+    launch: Launch, budget: Budget, atom, tensor, smem_b, box, place, pipes, position, k_blocks,
+    rows, lane,
+):  # fmt: skip
     """Load the columns of a tile of weights over K, for `rows` rows of tokens."""
+    side = partition(atom, smem_b, tensor, box, place)
     load_stages(
         launch, atom, [side], 0, launch.shape.kernel.weight_run, pipes, position, k_blocks, rows,
         budget.b_stage_bytes, None, lane,
@@ -110,18 +114,16 @@ def load_weights(
         handed += 1
         if tile.phase == schedule.PHASE_FC1:
             place = ((0, 0, tile.column), None, tile.expert)
-            side = partition(gate_up_atom, smem_b, gate_up, gate_up_box(kernel), place)
             load_columns(
-                launch, budget, gate_up_atom, side, pipes, position, shape.fc1_k_blocks, tile.rows,
-                lane,
+                launch, budget, gate_up_atom, gate_up, smem_b, gate_up_box(kernel), place, pipes,
+                position, shape.fc1_k_blocks, tile.rows, lane,
             )  # fmt: skip
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
             place = (tile.column, None, tile.expert)
-            side = partition(down_atom, smem_b, down, down_box(kernel), place)
             load_columns(
-                launch, budget, down_atom, side, pipes, position, shape.fc2_k_blocks, tile.rows,
-                lane,
+                launch, budget, down_atom, down, smem_b, down_box(kernel), place, pipes, position,
+                shape.fc2_k_blocks, tile.rows, lane,
             )  # fmt: skip
             position += shape.fc2_k_blocks
         else:

@@ -86,15 +86,7 @@ class PeerOrder:
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        mine: Int64,
-        theirs: Int64,
-        errors: Int64,
-        timeout_ns: Int64,
-        channels: Int32,
-        messages: Int32,
-    ):
+    def kernel(self, mine, theirs, errors, timeout_ns, channels, messages):
         thread, _, _ = arch.thread_idx()
         cta, _, _ = arch.block_idx()
         role, channel = cta % ROLES, cta // ROLES
