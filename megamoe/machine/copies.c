@@ -67,10 +67,11 @@ static int mbarrier_wait(Warp *w, const Instruction *i, u32 m) {
   Barrier *b = barrier_at(w, place(w, i->a, i->b, i->n, l));
   if (!b) return FAULT;
   u32 passed = (b->flips & 1) != value(w, i->c, 0, l);
-  if (!passed && i->op == OP_mbarrier_try) {
+  if (!passed && i->op == OP_mbarrier_try && !w->timed_out) {
     b->waiting |= 1ull << w->index;
     return block(w, ON_MBARRIER, b->address);
   }
+  w->timed_out = 0;
   OUT_mask(passed ? ~0u : 0)
   if (passed && w->machine->settings.ordered && !(i->flags & RELAXED)) passed_phase(w, m, b);
   return passed ? RAN : PAUSED;
