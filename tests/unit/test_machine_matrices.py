@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megamoe.compile import cache_dir
+from megamoe.dsl import HAVE_DSL
 from megamoe.machine import alu, ptx, sums
 from megamoe.machine.decode import Unmodelled, decode
 from megamoe.machine.machine import Machine
@@ -118,6 +119,12 @@ def swizzled(rows: np.ndarray) -> np.ndarray:
     return tile[:, ROW, CHUNK ^ ROW]
 
 
+def in_rows(sums: np.ndarray) -> np.ndarray:
+    """[128 threads, N / 2] -> [64, N]: lane 4 g + t has pair t of each 8 columns."""
+    parts = sums.reshape(4, 8, 4, sums.shape[1] // 4, 2, 2)
+    return parts.transpose(0, 4, 1, 3, 2, 5).reshape(64, -1)
+
+
 def products(kind: str, columns: int, left: np.ndarray, right: np.ndarray, of_registers: bool):
     """Sums of two instructions, of A [64, 64] and B [N, 64] bytes: float32 [64, N]."""
     size, scales = 128 * (64 + columns), "1, 1" + ", 0" * (kind == "bf16")
@@ -145,10 +152,7 @@ def products(kind: str, columns: int, left: np.ndarray, right: np.ndarray, of_re
     body += "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
     body += keep([f"%d{i}" for i in range(columns // 2)])
     data = np.concatenate([part.reshape(-1) for part in given])
-    found = outcome(body, data, columns // 2, threads=128).view(np.float32)
-    # Lane 4 g + t: column pair t of each eight columns, rows g and g + 8.
-    found = found.reshape(4, 8, 4, columns // 8, 2, 2).transpose(0, 4, 1, 3, 2, 5)
-    return found.reshape(64, columns)
+    return in_rows(outcome(body, data, columns // 2, threads=128).view(np.float32))
 
 
 def stored(numbers: np.ndarray, kind: str) -> np.ndarray:
@@ -199,3 +203,30 @@ def test_what_is_not_modelled_is_named(instruction):
     with pytest.raises(Unmodelled) as error:
         code_of(instruction)
     assert instruction.split()[0] in str(error.value)
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(not HAVE_DSL, reason="the kernel is built here")
+@pytest.mark.parametrize("columns", [8, 64])
+def test_a_kernel_that_dequantises_into_registers(columns, tmp_path):
+    """All sums are exact: small numbers."""
+    from tests.unit.register_kernel import ARGUMENTS, DEPTH, build
+
+    rng = torch.Generator().manual_seed(columns)
+    nibbles = torch.randint(0, 8, (64, DEPTH), generator=rng)
+    x = torch.randint(-4, 5, (columns, DEPTH), generator=rng).to(torch.float8_e4m3fn)
+    # Row 16 w + 8 h + g, column 32 k + 16 j + 4 t + b: nibble 4 h + b of word 2 k + j of a thread.
+    order = nibbles.view(4, 2, 8, 4, 2, 4, 4).permute(0, 2, 5, 3, 4, 1, 6).reshape(128, 8, 8)
+    codes = (order << 4 * torch.arange(8)).sum(-1).to(torch.int32)
+    sums = torch.full((128, columns // 2), float("nan"))
+    kernel = build(columns, tmp_path)
+    machine = Machine(cache_dir(), checks=True, policy="tardy")
+    given = dict(zip((name for name, _ in ARGUMENTS), (codes, x, sums), strict=False))
+    for name, tensor in given.items():
+        machine.memory.add(name, tensor)
+    kernel.launches.on_launch = machine.launch
+    kernel.launcher()(0, **{name: tensor.data_ptr() for name, tensor in given.items()})
+    kernel.launches.check()
+    machine.run()
+    weights = torch.tensor([0.5, 1, 1.5, 2, -0.5, -1, -1.5, -2])[nibbles]
+    assert torch.equal(torch.from_numpy(in_rows(sums.numpy())), weights @ x.float().T)
