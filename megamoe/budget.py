@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.architecture import SM90A
-from megamoe.chunks import CHUNK_BYTES
-from megamoe.chunks import ROWS as CHUNK_ROWS
 from megamoe.config import KernelConfig, MoEConfig, supports
+from megamoe.fourbit_layout import CHUNK_BYTES, CHUNK_ROWS
 from megamoe.ordering import MBARRIERS
 from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 

@@ -1,10 +1,10 @@
 """4-bit weights on their way to the tensor cores: from chunks in shared memory to e4m3 in the
 registers that WGMMA reads as its first operand.
 
-A chunk (`megamoe.chunks`) holds 64 rows x 128 columns as the threads of a warpgroup read them: two
+A chunk (`megamoe.fourbit_layout`) holds 64 rows x 128 columns as the threads of a warpgroup read them: two
 loads of 16 bytes bring a thread 64 codes, one of 8 bytes their exponents. PRMT looks up four codes
 at a time in a table of the eight magnitudes, 8 bytes of e4m3, to which the exponent of their group
-has been added: exact, as long as no value leaves the normal range of e4m3 (`megamoe.fourbit`
+has been added: exact, as long as no value leaves the normal range of e4m3 (`megamoe.fourbit_pack`
 rebases exponents so).
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from megamoe.chunks import CODE_BYTES, STEPS
+from megamoe.fourbit_layout import CHUNK_COLUMNS, CODE_BYTES, MXFP4_GROUP
 from megamoe.kernels.ptx import load_shared_v2, load_shared_v4
 
 arch = cute.arch
@@ -44,7 +44,7 @@ def expand(fragment, codes, exponents):
     """Write a thread's part of a K block, e4m3, into `fragment` (Int32 [16]): register 4 s + half +
     2 k is row lane / 4 + 8 half, columns 32 s + 16 k + 4 (lane % 4) and following.
     """
-    for step in range(STEPS):
+    for step in range(CHUNK_COLUMNS // MXFP4_GROUP):
         for half in range(2):
             low, high = tables(exponents[half], step)
             word = codes[2 * step + half]

@@ -21,8 +21,8 @@ from cutlass.cute.nvgpu import warpgroup
 from megamoe import schedule
 from megamoe.architecture import SM90A
 from megamoe.budget import QUEUE_SLOTS
-from megamoe.chunks import CHUNK_BYTES
 from megamoe.config import GEMMS
+from megamoe.fourbit_layout import CHUNK_BYTES
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import as_float, load_shared_v2, opaque
