@@ -8,6 +8,7 @@ side; without a C compiler it runs launches by itself, slowly.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,7 +94,9 @@ class Warp:
             return self.rows[number : number + 2].reshape(-1).view(np.uint64)
         return self.code.constants[-1 - number :][:2].reshape(-1).view(np.uint64)
 
-    def read(self, kind: str, number: int) -> np.ndarray:
+    def read(self, kind: str, number: int) -> Any:
+        if kind == "number":
+            return number
         dtype = DTYPES[kind]
         if kind == "pred":
             return lanes_of(self.predicates[number])
@@ -155,7 +158,8 @@ class Warp:
         if op < len(OPERATIONS):
             operation = OPERATIONS[op]
             if active:
-                operands = [self.read(k, r) for k, r in zip(operation.ins, (a, b, c), strict=False)]
+                given = zip(operation.ins, (a, b, c, n), strict=False)
+                operands = [self.read(kind, number) for kind, number in given]
                 self.write(operation.out, d, operation.compute(*operands), active)
             self.go(self.pc + 1)
             return RAN
@@ -273,12 +277,21 @@ class Warp:
             if d >= 0:
                 (self.wide(d) if wide else self.rows[d])[lane] = old
 
-    def do_stmatrix(self, active, lanes, d, a, b, c, n, x):
+    def _matrices(self, a, b, n, x) -> Iterator[tuple[np.ndarray, int]]:
+        """(a row of eight as the lanes hold it, its address)"""
         count, transposed = self.code.extra[x : x + 2].tolist()
         for matrix, row in enumerate(self.code.extra[x + 2 : x + 2 + count].tolist()):
+        places = [self.place(a, b, n, lane) for lane in range(8 * count)]
             items = self.rows[row].view(np.uint16).reshape(8, 8)
-            for r, line in enumerate(items.T if transposed else items):
-                self.store(SHARED, self.place(a, b, n, 8 * matrix + r), line.tobytes())
+            yield from zip(items.T if transposed else items, places[8 * matrix :], strict=False)
+
+    def do_stmatrix(self, active, lanes, d, a, b, c, n, x):
+        for line, place in self._matrices(a, b, n, x):
+            self.store(SHARED, place, line.tobytes())
+
+    def do_ldmatrix(self, active, lanes, d, a, b, c, n, x):
+        for line, place in self._matrices(a, b, n, x):
+            line[:] = np.frombuffer(self.load(SHARED, place, 16), np.uint16)
 
     # Barriers, copies, tensor cores
 
@@ -443,7 +456,7 @@ class Reference:
     def run(self, turn: int = 1000) -> None:
         """Run all launches to their end, side by side."""
         while any(not warp.ended for warp in self.warps):
-            before = self.steps
+            before, places = self.steps, [warp.pc for warp in self.warps]
             for warp in self.warps:
                 for _ in range(0 if warp.ended else turn):
                     if warp.step() != RAN:
