@@ -19,7 +19,7 @@ from megamoe.machine.ptx import BITS, Entry, Instr
 INSTRUCTION = np.dtype(
     [("op", "u2"), ("flags", "u2"), *((name, "i4") for name in ("guard", *"dabcnx"))]
 )  # fmt: skip
-NEGATED, TOUCHES_SUMS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS, RELAXED = (
+NEGATED, USES_OPERANDS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS, RELAXED = (
     1 << bit for bit in range(8)
 )
 SEMANTICS = {
@@ -58,6 +58,7 @@ class Code:
     instructions: np.ndarray = field(init=False)
     extra: np.ndarray = field(init=False)  # int32: lists that instructions refer to
     constants: np.ndarray = field(init=False)  # uint32 [n, 32]
+    uses: np.ndarray = field(init=False)  # int32: by instruction, where its list in `extra` begins
     rows: dict[str, int] = field(default_factory=dict)  # by register
     predicates: dict[str, int] = field(default_factory=dict)
     num_rows: int = 0
@@ -82,6 +83,7 @@ class Decoder:
         self.made: list[tuple] = []
         self.extra: list[int] = []
         self.sums: set[str] = set()  # registers that tensor cores add up in
+        self.left: set[str] = set()  # registers that they read
         self.constants: list[np.ndarray] = []
         self.constant_at: dict[tuple[int, int], int] = {}
         self._registers()
@@ -445,6 +447,7 @@ class Decoder:
         a = NOBODY if left else self.row(args[1], "u64")
         x = self._list([KINDS[found[2] or found[3]], int(found[1]), *sums, *left])
         self.sums |= set(vector(args[0]))
+        self.left |= set(vector(args[1]) if left else ())
         self.emit("mma", a=a, b=self.row(args[2], "u64"), c=self.predicate(args[3]), x=x)
 
     # The end
@@ -457,16 +460,28 @@ class Decoder:
         joins = post_dominators(made)
         for branch in branches.tolist():
             made["n"][branch] = joins[branch]
-        self._touching(made)
+        self._using(made)
         code.instructions, code.extra = made, np.array([*self.extra, 0], np.int32)
         code.constants = np.array(self.constants or [np.zeros(32)], np.uint32)
 
-    def _touching(self, made: np.ndarray) -> None:
-        """Mark what reads or writes registers that tensor cores add up in."""
+    def _using(self, made: np.ndarray) -> None:
+        """Mark what writes registers of tensor cores, or reads those that they add up in. Its list:
+        [how many it writes, uses, rows ...]
+        """
+        self.code.uses = np.zeros(len(made), np.int32)
         for index, instr in enumerate(self.code.origin):
-            names = re.findall(r"%\w[\w@]*", " ".join(instr.args))
-            if not instr.op.startswith("wgmma") and not self.sums.isdisjoint(names):
-                made["flags"][index] |= TOUCHES_SUMS
+            if instr.op.startswith("wgmma"):
+                continue
+            results = instr.args[:1] if instr.args and instr.args[0][0] != "[" else []
+            others = instr.args[len(results) :]
+            written, read = (
+                [self.rows[name] for name in re.findall(r"%\w[\w@]*", " ".join(args)) if name in of]
+                for args, of in ((results, self.sums | self.left), (others, self.sums))
+            )
+            if written or read:
+                made["flags"][index] |= USES_OPERANDS
+                used = [len(written), len(written) + len(read), *written, *read]
+                self.code.uses[index] = self._list(used)
 
 
 METHODS = {

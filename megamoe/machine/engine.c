@@ -230,6 +230,15 @@ static int matrices(Warp *w, const Instruction *i, int loads) {
       if (loads) *held = at[l][c];
       else at[l][c] = *held;
     }
+  return RAN;
+}
+
+// Before an instruction that uses registers of products. x: how many of them it writes, uses; rows.
+static int use_operands(Warp *w, const s32 *x) {
+  for (s32 k = 0; k < x[1]; k++) {
+    Use *u = w->uses + x[2 + k];
+    if (u->summed > w->complete || (k < x[0] && u->read > w->complete)) return fail(w, IN_FLIGHT);
+    u->touched = w->fences;
   }
   return RAN;
 }
@@ -256,7 +265,7 @@ static int execute(Warp *w, s32 budget) {
     if (m) {
       const u32 *pa = row(w, i->a), *pb = row(w, i->b), *pc = row(w, i->c);
       u32 *pd = (u32 *)row(w, i->d);
-      if (i->flags & TOUCHES_SUMS) w->touched = 1;
+      if (i->flags & USES_OPERANDS && w->uses && (status = use_operands(w, w->code->extra + w->code->uses[at]))) break;
       if (i->op >= OP_shfl_idx && i->op <= OP_elect && m != row(w, i->x)[__builtin_ctz(m)]) {
         status = fail(w, DIVERGENT);
         break;
@@ -308,7 +317,7 @@ static int execute(Warp *w, s32 budget) {
         case OP_stmatrix: case OP_ldmatrix: status = matrices(w, i, i->op == OP_ldmatrix); break;
         case OP_bar_sync: case OP_bar_arrive: status = meet(w, i); break;
         case OP_mma: status = product(w, i); break;
-        case OP_mma_fence: w->touched = 0; break;
+        case OP_mma_fence: w->fences++; break;
         case OP_mma_commit: w->products_open++; break;
         case OP_mma_wait: finish_products(w, w->products_open - i->n); break;
       }

@@ -25,6 +25,8 @@ static void start(Machine *m, Launch *l, Launch *behind) {
       w->rows = calloc(l->code->num_rows + 1, 128);
       w->predicates = calloc(l->code->num_predicates, 4);
       w->predicates[1] = ~0u;
+      w->fences = 1;
+      if (m->settings.ordered) w->uses = calloc(l->code->num_rows + 1, sizeof(Use));
       for (int lane = 0; lane < 32; lane++) {  // the special registers are the first rows
         u32 special[] = {32 * k + lane, n, l->grid, l->code->threads, lane, k};
         for (int s = 0; s < 6; s++) w->rows[32 * s + lane] = special[s];
@@ -77,7 +79,7 @@ static int end_warp(Warp *w) {
   if (w->num_stores || w->num_products) return fail(w, UNFINISHED);
   if (m->settings.ordered) warp_ended(w);
   w->ended = 1;
-  free(w->rows), free(w->predicates), free(w->stores), free(w->products);
+  free(w->rows), free(w->predicates), free(w->stores), free(w->products), free(w->uses);
   if (--c->left) return RAN;
   for (u32 n = 0; n < c->num_barriers; n++)
     if (c->barriers[n].bytes) return w->address = c->barriers[n].address, fail(w, BYTES_MISSING);
@@ -251,7 +253,7 @@ static void free_launch(Launch *l) {
       Warp *w = c->warps + k;
       if (w->ended) continue;
       for (u32 s = 0; s < w->num_stores; s++) free(w->stores[s].clock);
-      free(w->rows), free(w->predicates), free(w->stores), free(w->products), free(w->held);
+      free(w->rows), free(w->predicates), free(w->stores), free(w->products), free(w->held), free(w->uses);
       for (int h = 0; h < 2; h++) free(w->clock[h]), free(w->fenced[h]), free(w->observed[h]);
     }
     if (c->left) free_barriers(c);
