@@ -67,10 +67,11 @@ static int mbarrier_wait(Warp *w, const Instruction *i, u32 m) {
   Barrier *b = barrier_at(w, place(w, i->a, i->b, i->n, l));
   if (!b) return FAULT;
   u32 passed = (b->flips & 1) != value(w, i->c, 0, l);
-  if (!passed && i->op == OP_mbarrier_try) {
+  if (!passed && i->op == OP_mbarrier_try && !w->timed_out) {
     b->waiting |= 1ull << w->index;
     return block(w, ON_MBARRIER, b->address);
   }
+  w->timed_out = 0;
   OUT_mask(passed ? ~0u : 0)
   if (passed && w->machine->settings.ordered && !(i->flags & RELAXED)) passed_phase(w, m, b);
   return passed ? RAN : PAUSED;
@@ -250,7 +251,6 @@ static int product(Warp *w, const Instruction *i) {
   w->wrote = 1, w->num_polls = 0;
   if (w->machine->settings.ordered) {
     p.stamp = ++w->machine->stamps;
-    if (p.a) operand_read(w, &p, p.a, 16 * (w->index % 4), 16);
     for (s32 k = 0; k < x[1] / 2 + (p.a ? 0 : 4); k++) {
       Use *u = w->uses + x[2 + k];
       int is_sum = k < x[1] / 2;
@@ -258,6 +258,7 @@ static int product(Warp *w, const Instruction *i) {
       if ((is_sum ? u->read : u->summed) > w->complete) return fail(w, IN_FLIGHT);
       *(is_sum ? &u->summed : &u->read) = p.stamp;
     }
+    if (p.a) operand_read(w, &p, p.a, 16 * (w->index % 4), 16);
     operand_read(w, &p, p.b, 0, x[1]);
   }
   if (w->late_products || reads_late(w->machine, 1)) w->late_products++;

@@ -99,6 +99,7 @@ class CWarp(Structure):
         uint32 mask blocked what ended wrote fences fault
         uint64 address count
         uint32 stores_open products_open num_stores num_products late_products slow lazy
+        uint32 timed_out
         pointer stores products"""),
         ("polls", Poll * 8),
     ]

@@ -14,7 +14,7 @@ enum {
   MANY_LANES, NOT_16, BAD_DESCRIPTOR, NO_FENCE, UNFINISHED, BYTES_MISSING, IN_FLIGHT
 };
 enum { FREE, ON_MBARRIER, ON_BARRIER, ON_LAUNCH };
-enum { BASE = 1024, FRAMES = 32, POLLS = 8, MAX_BARRIERS = 96, IDLE_ROUNDS = 64, PATIENCE_ROUNDS = 600 };
+enum { BASE = 1024, FRAMES = 32, POLLS = 8, MAX_BARRIERS = 96, IDLE_ROUNDS = 64, PATIENCE_ROUNDS = 600, TIMEOUTS = 8 };
 
 typedef struct Machine Machine;
 typedef struct Launch Launch;
@@ -69,7 +69,7 @@ struct Warp {
   s32 index, pc, rejoin, depth, segment, num_polls;
   u32 mask, blocked, what, ended, wrote, fences, fault;
   u64 address, count;  // of the last access; instructions
-  u32 stores_open, products_open, num_stores, num_products, late_products, slow, lazy;
+  u32 stores_open, products_open, num_stores, num_products, late_products, slow, lazy, timed_out;
   Store *stores;
   Product *products;
   struct { s32 pc; u64 hash, address; } polls[POLLS];
@@ -114,7 +114,7 @@ struct Machine {
   u64 time, rounds, steps, remote, random, watch_low, watch_high;
   Warp *stopped;
   Race *races;
-  s32 num_races, num_segments, num_ready, num_next, num_copies, idle, max_ready;
+  s32 num_races, num_segments, num_ready, num_next, num_copies, idle, max_ready, timeouts;
   Segment *segments;
   Warp **ready, **next;
   Copy *copies;

@@ -80,6 +80,7 @@ class Warp:
             self.rows[row] = value
         self.pc, self.rejoin, self.mask = 0, -1, ALL
         self.stack: list[tuple[int, int, int]] = []
+        self.timed_out = False
         self.waits: Any = None  # (barrier, parity), or the list of a named barrier
         self.ended = False
         self.pending: list = []
@@ -280,8 +281,8 @@ class Warp:
     def _matrices(self, a, b, n, x) -> Iterator[tuple[np.ndarray, int]]:
         """(a row of eight as the lanes hold it, its address)"""
         count, transposed = self.code.extra[x : x + 2].tolist()
-        for matrix, row in enumerate(self.code.extra[x + 2 : x + 2 + count].tolist()):
         places = [self.place(a, b, n, lane) for lane in range(8 * count)]
+        for matrix, row in enumerate(self.code.extra[x + 2 : x + 2 + count].tolist()):
             items = self.rows[row].view(np.uint16).reshape(8, 8)
             yield from zip(items.T if transposed else items, places[8 * matrix :], strict=False)
 
@@ -315,9 +316,11 @@ class Warp:
 
     def do_mbarrier_try(self, active, lanes, d, a, b, c, n, x):
         barrier = self.cta.barriers[self.place(a, b, n, lanes[0])]
-        if barrier.flips % 2 == self.value(c, lanes[0]):
+        passed = barrier.flips % 2 != self.value(c, lanes[0])
+        if not passed and not self.timed_out:
             return BLOCKED
-        self.write("pred", d, True, active)
+        self.timed_out = False
+        self.write("pred", d, passed, active)
 
     def do_mbarrier_test(self, active, lanes, d, a, b, c, n, x):
         barrier = self.cta.barriers[self.place(a, b, n, lanes[0])]
@@ -454,7 +457,10 @@ class Reference:
             self.memory.at(address, len(data))[:] = np.frombuffer(data, np.uint8)
 
     def run(self, turn: int = 1000) -> None:
-        """Run all launches to their end, side by side."""
+        """Run all launches to their end, side by side. Where nobody can go on, waits for mbarriers
+        end without their phase, as they may at any time.
+        """
+        stuck: list[int] = []
         while any(not warp.ended for warp in self.warps):
             before, places = self.steps, [warp.pc for warp in self.warps]
             for warp in self.warps:
@@ -464,4 +470,8 @@ class Reference:
                     self.steps += 1
             self.time += turn
             if self.steps == before:
-                raise Deadlock("nobody can go on")
+                if places == stuck:
+                    raise Deadlock("nobody can go on")
+                stuck = places
+                for warp in self.warps:
+                    warp.timed_out = True

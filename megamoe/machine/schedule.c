@@ -126,6 +126,21 @@ static int land(Machine *m, int everything) {
   return done;
 }
 
+// Nobody can go on: waits for mbarriers end without their phase, as they may at any time. Whether there
+// are any.
+static int time_out(Machine *m) {
+  int found = 0;
+  for (s32 r = 0; r < m->settings.num_ranks; r++)
+    for (Launch *l = m->current[r]; l; l = l->behind)
+      for (s32 n = 0; n < l->grid; n++)
+        for (u32 k = 0; k < l->ctas[n].num_barriers; k++) {
+          u64 *waiting = &l->ctas[n].barriers[k].waiting;
+          for (u64 rest = *waiting; rest; rest &= rest - 1) l->ctas[n].warps[__builtin_ctzll(rest)].timed_out = found = 1;
+          wake_all(l->ctas + n, waiting);
+        }
+  return found;
+}
+
 // Run until all is done or something stops it; `m->stopped` is then the warp that it is about.
 int machine_run(Machine *m, s32 max_rounds) {
   while (max_rounds--) {
@@ -134,7 +149,7 @@ int machine_run(Machine *m, s32 max_rounds) {
     if (!m->num_ready) {  // a new round
       for (s32 r = 0; r < m->settings.num_ranks; r++)
         if (!m->current[r] && m->streams[r] && next_launch(m, r)) return HOST_TURN;
-      if (!m->num_next && !m->num_copies) {
+      if (!m->num_next && !m->num_copies && (m->timeouts++ == TIMEOUTS || !time_out(m))) {
         for (s32 r = 0; r < m->settings.num_ranks; r++)
           if (m->current[r]) return DEADLOCK;
         return DONE;
@@ -170,6 +185,8 @@ int machine_run(Machine *m, s32 max_rounds) {
     if (landed < 0) return FAULTED;
     if (m->settings.max_steps && m->steps > m->settings.max_steps) return TOO_LONG;
     m->idle = busy || landed ? 0 : m->idle + 1;
+    if (!m->idle) m->timeouts = 0;
+    if (m->idle == IDLE_ROUNDS / 2) time_out(m);
     if (m->idle == IDLE_ROUNDS) {  // everybody waits
       if (!m->settings.patient) return DEADLOCK;
       m->time += 100000000000000;  // more than any timeout, which ends the launch

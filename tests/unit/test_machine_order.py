@@ -307,6 +307,14 @@ def test_registers_of_products_belong_to_them(policy, after_fence, in_flight, on
         run(text, threads=128, policy=policy)
 
 
+def test_waits_for_an_mbarrier_may_end_without_its_phase():
+    """Where nobody else can go on: a wait is a loop, or it gives up."""
+    once = "mbarrier.try_wait.parity.shared.b64 %p5, [%r2], 0; @!%p5 st.global.b32 [%rd0], 5;"
+    assert run(f"INIT | {once}", f"INIT | {once}", checks=False).data[0] == 5
+    polls = "AWAIT | ACQUIRE"  # of somebody who waits for the other to give up
+    assert run(f"INIT | {once} | SIGNAL", polls).data[0] == 5
+
+
 @pytest.mark.parametrize(
     ("a", "message"),
     [
