@@ -5,7 +5,7 @@ C core is compiled with `c_cases`, the reference evaluates `Operation.compute`. 
 differ the expression calls a function that has one form here and one in `lanes.h`.
 
 A register of up to 32 bits is a row of 32 uint32, one of 64 bits a row of uint64, a predicate a
-mask with a bit per lane.
+mask with a bit per lane; n is a number that is part of the instruction.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Operation:
     expression: str
 
     def compute(self, *operands: np.ndarray) -> np.ndarray:
-        names = dict(zip("abc", operands, strict=False))
+        names = dict(zip("abcn", operands, strict=False))
         with np.errstate(all="ignore"):
             result = eval(self.expression, globals(), names)
         if self.out == "f32":  # every NaN is the same one
@@ -74,6 +74,7 @@ def _integers() -> Iterator[tuple[str, str, str, str]]:
     for name in ("popc", "clz", "brev"):
         yield f"{name}.b32", "u32", "u32", f"{name}(a)"
     yield "prmt.b32", "u32", "u32 u32 u32", "prmt(a, b, c)"
+    yield "lop3.b32", "u32", "u32 u32 u32 number", "lop3(a, b, c, n)"
 
 
 def _moves() -> Iterator[tuple[str, str, str, str]]:
@@ -166,7 +167,7 @@ def c_cases() -> str:
     for operation in OPERATIONS:
         text, masks, out = operation.expression, "", operation.out
         whole = {out, *operation.ins} == {"pred"}  # all lanes at once
-        for name, kind in zip("abc", operation.ins, strict=False):
+        for name, kind in zip("abcn", operation.ins, strict=False):
             text = re.sub(rf"\b{name}\b", f"q{name}" if whole else f"IN({kind}, {name})", text)
             if kind == "pred":
                 masks += f"u32 q{name} = w->predicates[i->{name}]; "
@@ -219,6 +220,15 @@ def prmt(a, b, selector):
         signs = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
         result |= np.where(pick & np.uint64(8), signs, byte) << np.uint64(8 * i)
     return result.astype(np.uint32)
+
+
+def lop3(a, b, c, table):
+    """Bit 4 a + 2 b + c of the table, bit by bit."""
+    result = np.zeros_like(a)
+    for i in range(8):
+        if table >> i & 1:
+            result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return result
 
 
 def fused(a, b, c):

@@ -67,10 +67,11 @@ static int mbarrier_wait(Warp *w, const Instruction *i, u32 m) {
   Barrier *b = barrier_at(w, place(w, i->a, i->b, i->n, l));
   if (!b) return FAULT;
   u32 passed = (b->flips & 1) != value(w, i->c, 0, l);
-  if (!passed && i->op == OP_mbarrier_try) {
+  if (!passed && i->op == OP_mbarrier_try && !w->timed_out) {
     b->waiting |= 1ull << w->index;
     return block(w, ON_MBARRIER, b->address);
   }
+  w->timed_out = 0;
   OUT_mask(passed ? ~0u : 0)
   if (passed && w->machine->settings.ordered && !(i->flags & RELAXED)) passed_phase(w, m, b);
   return passed ? RAN : PAUSED;
@@ -249,8 +250,14 @@ static int product(Warp *w, const Instruction *i) {
   p.group = w->products_open;
   w->wrote = 1, w->num_polls = 0;
   if (w->machine->settings.ordered) {
-    if (w->touched) return fail(w, NO_FENCE);
     p.stamp = ++w->machine->stamps;
+    for (s32 k = 0; k < x[1] / 2 + (p.a ? 0 : 4); k++) {
+      Use *u = w->uses + x[2 + k];
+      int is_sum = k < x[1] / 2;
+      if (u->touched == w->fences) return fail(w, NO_FENCE);
+      if ((is_sum ? u->read : u->summed) > w->complete) return fail(w, IN_FLIGHT);
+      *(is_sum ? &u->summed : &u->read) = p.stamp;
+    }
     if (p.a) operand_read(w, &p, p.a, 16 * (w->index % 4), 16);
     operand_read(w, &p, p.b, 0, x[1]);
   }
@@ -266,7 +273,7 @@ static void finish_products(Warp *w, s64 group) {
   for (; n < w->num_products && (s64)w->products[n].group < group; n++) {
     Product *p = w->products + n;
     if (!p->performed) multiply(w, p), w->late_products--;
-    if (w->machine->settings.ordered) finished(w, ~0u, 3, p->stamp);
+    if (w->machine->settings.ordered) finished(w, ~0u, 3, w->complete = p->stamp);
   }
   w->num_products -= n;
   memmove(w->products, w->products + n, w->num_products * sizeof(Product));

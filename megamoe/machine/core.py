@@ -31,8 +31,9 @@ FAULTS = (
     "no mbarrier there", "too many arrivals at an mbarrier", "too many threads at a barrier",
     "no tensor map that fits", "several lanes issue a tensor copy", "no multiple of 16",
     "a descriptor that is not modelled, or leads out of shared memory",
-    "registers of the sums were used since the last wgmma.fence",
+    "registers of a product were used since the last wgmma.fence",
     "the warp ends before its bulk stores or products", "the CTA ends while copies come in",
+    "uses registers of a wgmma that no wgmma.wait_group has completed",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def _fields(text: str) -> list[tuple[str, type]]:
 class CCode(Structure):
     _fields_ = [
         *_fields("""
-        pointer instructions extra constants
+        pointer instructions extra constants uses
         int32 num_rows num_predicates threads number"""),
         ("shift", c_int32 * 2), ("seen", c_void_p),
     ]  # fmt: skip
@@ -95,9 +96,10 @@ class CWarp(Structure):
         *_fields("""
         pointer machine cta code rows predicates
         int32 index pc rejoin depth segment num_polls
-        uint32 mask blocked what ended wrote touched fault
+        uint32 mask blocked what ended wrote fences fault
         uint64 address count
         uint32 stores_open products_open num_stores num_products late_products slow lazy
+        uint32 timed_out
         pointer stores products"""),
         ("polls", Poll * 8),
     ]

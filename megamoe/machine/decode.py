@@ -19,7 +19,7 @@ from megamoe.machine.ptx import BITS, Entry, Instr
 INSTRUCTION = np.dtype(
     [("op", "u2"), ("flags", "u2"), *((name, "i4") for name in ("guard", *"dabcnx"))]
 )  # fmt: skip
-NEGATED, TOUCHES_SUMS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS, RELAXED = (
+NEGATED, USES_OPERANDS, STRONG, ACQUIRE, RELEASE, SYSTEM, STOPS, RELAXED = (
     1 << bit for bit in range(8)
 )
 SEMANTICS = {
@@ -33,8 +33,8 @@ CORE = (
     "vote_ballot", "vote_any", "vote_all", "elect", "ld", "st", "atom", "sleep", "fence",
     "fence_proxy", "launch_wait", "launch_let", "mbarrier_init", "mbarrier_arrive",
     "mbarrier_expect", "mbarrier_try", "mbarrier_test", "load_bulk", "load_tensor", "store_bulk",
-    "stores_commit", "stores_wait", "warp_sync", "stmatrix", "bar_sync", "bar_arrive", "mma",
-    "mma_fence", "mma_commit", "mma_wait",
+    "stores_commit", "stores_wait", "warp_sync", "stmatrix", "ldmatrix", "bar_sync", "bar_arrive",
+    "mma", "mma_fence", "mma_commit", "mma_wait",
 )  # fmt: skip
 #: Numbers of the operations of `CORE`, after those of lanes.
 NUMBER = {name: len(alu.OPERATIONS) + i for i, name in enumerate(CORE)}
@@ -58,6 +58,7 @@ class Code:
     instructions: np.ndarray = field(init=False)
     extra: np.ndarray = field(init=False)  # int32: lists that instructions refer to
     constants: np.ndarray = field(init=False)  # uint32 [n, 32]
+    uses: np.ndarray = field(init=False)  # int32: by instruction, where its list in `extra` begins
     rows: dict[str, int] = field(default_factory=dict)  # by register
     predicates: dict[str, int] = field(default_factory=dict)
     num_rows: int = 0
@@ -82,6 +83,7 @@ class Decoder:
         self.made: list[tuple] = []
         self.extra: list[int] = []
         self.sums: set[str] = set()  # registers that tensor cores add up in
+        self.left: set[str] = set()  # registers that they read
         self.constants: list[np.ndarray] = []
         self.constant_at: dict[tuple[int, int], int] = {}
         self._registers()
@@ -145,6 +147,13 @@ class Decoder:
         except ValueError:
             raise Unmodelled(f"operand {text}") from None
 
+    def registers(self, text: str) -> list[int]:
+        """Rows of a vector of registers of 32 bits."""
+        rows = [self.row(name, "u32") for name in vector(text)]
+        if min(rows) < 0:
+            raise Unmodelled("a constant in a vector")
+        return rows
+
     def predicate(self, text: str) -> int:
         """Number of a predicate; of a constant 0 or 1, which never change."""
         if text.startswith("!"):
@@ -197,11 +206,14 @@ class Decoder:
         target = self.target(d, operation.out)
         if target is None:
             return
-        rows = [
-            self.predicate(text) if kind == "pred" else self.row(text, kind)
-            for text, kind in zip(operands, operation.ins, strict=True)
-        ]
-        self.emit(operation.number, target, *rows)
+        rows, n = [], 0
+        for text, kind in zip(operands, operation.ins, strict=True):
+            if kind == "number":
+                n = int(text, 0)
+            else:
+                rows.append(self.predicate(text) if kind == "pred" else self.row(text, kind))
+        a, b, c = [*rows, 0, 0][:3]
+        self.emit(operation.number, target, a, b, c, n)
 
     def _decode(self) -> None:
         op, args = self.instr.op, self.instr.args
@@ -358,11 +370,12 @@ class Decoder:
         self.emit(op, d, row, wide, c, offset, x, flags)
 
     def matrices(self, words, args) -> None:
-        """stmatrix; x: [matrices, transposed, rows ...]"""
-        rows = [self.row(name, "u32") for name in vector(args[1])]
+        """stmatrix and ldmatrix; x: [matrices, transposed, rows ...]"""
+        place, names = args if words[0] == "stmatrix" else args[::-1]
+        rows = self.registers(names)
         if words[-1] != "b16" or "m8n8" not in words or "shared" not in words:
             raise Unmodelled(words[-1])
-        self._at("stmatrix", args[0], self._list([len(rows), int("trans" in words), *rows]))
+        self._at(words[0], place, self._list([len(rows), int("trans" in words), *rows]))
 
     # Order, barriers, copies, tensor cores
 
@@ -425,13 +438,16 @@ class Decoder:
         if words[1] in ("commit_group", "wait_group"):
             return self.emit(f"mma_{words[1][:-6]}", n=int(args[0], 0) if args else 0)
         found = SHAPE.search(self.instr.op)
-        if not found or set(args[4:6]) != {"1"} or set(args[6:]) > {"0"}:
+        if not found or set(args[4:6]) != {"1"} or not set(args[6:]) <= {"0"}:
             raise Unmodelled("a shape, a scale or a transposition")
-        sums = [self.row(name, "u32") for name in vector(args[0])]
-        left = [self.row(name, "u32") for name in vector(args[1])] if args[1][0] == "{" else []
+        sums = self.registers(args[0])
+        left = self.registers(args[1]) if args[1][0] == "{" else []
+        if len(sums) != int(found[1]) // 2 or len(left) not in (0, 4):
+            raise Unmodelled("a number of registers")
         a = NOBODY if left else self.row(args[1], "u64")
         x = self._list([KINDS[found[2] or found[3]], int(found[1]), *sums, *left])
         self.sums |= set(vector(args[0]))
+        self.left |= set(vector(args[1]) if left else ())
         self.emit("mma", a=a, b=self.row(args[2], "u64"), c=self.predicate(args[3]), x=x)
 
     # The end
@@ -444,22 +460,35 @@ class Decoder:
         joins = post_dominators(made)
         for branch in branches.tolist():
             made["n"][branch] = joins[branch]
-        self._touching(made)
+        self._using(made)
         code.instructions, code.extra = made, np.array([*self.extra, 0], np.int32)
         code.constants = np.array(self.constants or [np.zeros(32)], np.uint32)
 
-    def _touching(self, made: np.ndarray) -> None:
-        """Mark what reads or writes registers that tensor cores add up in."""
+    def _using(self, made: np.ndarray) -> None:
+        """Mark what writes registers of tensor cores, or reads those that they add up in. Its list:
+        [how many it writes, uses, rows ...]
+        """
+        self.code.uses = np.zeros(len(made), np.int32)
         for index, instr in enumerate(self.code.origin):
-            names = re.findall(r"%\w[\w@]*", " ".join(instr.args))
-            if not instr.op.startswith("wgmma") and not self.sums.isdisjoint(names):
-                made["flags"][index] |= TOUCHES_SUMS
+            if instr.op.startswith("wgmma"):
+                continue
+            results = instr.args[:1] if instr.args and instr.args[0][0] != "[" else []
+            others = instr.args[len(results) :]
+            written, read = (
+                [self.rows[name] for name in re.findall(r"%\w[\w@]*", " ".join(args)) if name in of]
+                for args, of in ((results, self.sums | self.left), (others, self.sums))
+            )
+            if written or read:
+                made["flags"][index] |= USES_OPERANDS
+                used = [len(written), len(written) + len(read), *written, *read]
+                self.code.uses[index] = self._list(used)
 
 
 METHODS = {
     "setp": Decoder.compare, "mov": Decoder.move, "bra": Decoder.branch, "ret": Decoder.leave,
     "exit": Decoder.leave, "ld.param": Decoder.parameter, "shfl.sync": Decoder.shuffle,
-    "vote.sync": Decoder.vote, "elect.sync": Decoder.elect, "ld": Decoder.memory,
+    "vote.sync": Decoder.vote, "elect.sync": Decoder.elect,
+    "ldmatrix": Decoder.matrices, "ld": Decoder.memory,
     "stmatrix": Decoder.matrices, "st": Decoder.memory,
     "atom": Decoder.atomic, "red": Decoder.atomic,
     **dict.fromkeys(NOTHING, Decoder.nothing),

@@ -209,23 +209,36 @@ static void shuffle(Warp *w, const Instruction *i, int mode, u32 m) {
   if (i->n >= 0) w->predicates[i->n] = (w->predicates[i->n] & ~m) | (valid & m);
 }
 
-// stmatrix: rows of 8 x 8 matrices of 16 bits. x: matrices, transposed, rows; lane 8 k + r has the
-// address of row r of matrix k.
-static int store_matrix(Warp *w, const Instruction *i) {
+// ldmatrix and stmatrix: rows of 8 x 8 matrices of 16 bits. x: matrices, transposed, rows; lane 8 k + r
+// has the address of row r of matrix k.
+static int matrices(Warp *w, const Instruction *i, int loads) {
   const s32 *x = w->code->extra + i->x;
-  w->num_polls = 0, w->wrote = 1;
   u64 address[32];
+  u16 *at[32];
+  if (!loads) w->num_polls = 0, w->wrote = 1;
+  if (w->num_held) flush_held(w, NULL);
   for (int l = 0; l < 8 * x[0]; l++) {
     address[l] = place(w, i->a, i->b, i->n, l);
-    u8 *at = find(w, SHARED, address[l], 16);
-    if (!at) return FAULT;
+    if (!(at[l] = (u16 *)find(w, SHARED, address[l], 16))) return FAULT;
     if (address[l] & 15) return fail(w, MISALIGNED);
-    if (w->machine->settings.ordered) before_access(w, i, 1u << l, SHARED, address, 16, 0, 1);
+    if (w->machine->settings.ordered) before_access(w, i, 1u << l, SHARED, address, 16, loads, !loads);
+  }
+  for (int l = 0; l < 8 * x[0]; l++)
     for (int c = 0; c < 8; c++) {
       int high = x[1] ? l % 8 : c, low = x[1] ? c : l % 8;  // element (low, high) of what lanes hold
-      u32 pair = row(w, x[2 + l / 8])[4 * low + high / 2];
-      ((u16 *)at)[c] = high & 1 ? pair >> 16 : pair;
+      u16 *held = (u16 *)(row(w, x[2 + l / 8]) + 4 * low) + high;
+      if (loads) *held = at[l][c];
+      else at[l][c] = *held;
     }
+  return RAN;
+}
+
+// Before an instruction that uses registers of products. x: how many of them it writes, uses; rows.
+static int use_operands(Warp *w, const s32 *x) {
+  for (s32 k = 0; k < x[1]; k++) {
+    Use *u = w->uses + x[2 + k];
+    if (u->summed > w->complete || (k < x[0] && u->read > w->complete)) return fail(w, IN_FLIGHT);
+    u->touched = w->fences;
   }
   return RAN;
 }
@@ -252,7 +265,7 @@ static int execute(Warp *w, s32 budget) {
     if (m) {
       const u32 *pa = row(w, i->a), *pb = row(w, i->b), *pc = row(w, i->c);
       u32 *pd = (u32 *)row(w, i->d);
-      if (i->flags & TOUCHES_SUMS) w->touched = 1;
+      if (i->flags & USES_OPERANDS && w->uses && (status = use_operands(w, w->code->extra + w->code->uses[at]))) break;
       if (i->op >= OP_shfl_idx && i->op <= OP_elect && m != row(w, i->x)[__builtin_ctz(m)]) {
         status = fail(w, DIVERGENT);
         break;
@@ -301,10 +314,10 @@ static int execute(Warp *w, s32 budget) {
         case OP_stores_commit: w->stores_open++; break;
         case OP_stores_wait: finish_stores(w, m, w->stores_open - i->n); break;
         case OP_warp_sync: warp_sync(w); break;
-        case OP_stmatrix: status = store_matrix(w, i); break;
+        case OP_stmatrix: case OP_ldmatrix: status = matrices(w, i, i->op == OP_ldmatrix); break;
         case OP_bar_sync: case OP_bar_arrive: status = meet(w, i); break;
         case OP_mma: status = product(w, i); break;
-        case OP_mma_fence: w->touched = 0; break;
+        case OP_mma_fence: w->fences++; break;
         case OP_mma_commit: w->products_open++; break;
         case OP_mma_wait: finish_products(w, w->products_open - i->n); break;
       }

@@ -24,6 +24,7 @@ typedef float f32;
 #define IN_f32(x) (((const f32 *)p##x)[l])
 #define IN_u64(x) (((const u64 *)p##x)[l])
 #define IN_s64(x) (((const s64 *)p##x)[l])
+#define IN_number(x) (i->x)
 #define IN_pred(x) (q##x >> l & 1)
 
 // For the active lanes `m`; all of them are a loop that the compiler vectorises.
@@ -79,6 +80,12 @@ static inline u32 prmt(u32 a, u32 b, u32 selector) {
     if (pick & 8) byte = byte & 128 ? 255 : 0;
     r |= byte << 8 * k;
   }
+  return r;
+}
+static inline u32 lop3(u32 a, u32 b, u32 c, u32 table) {
+  u32 r = 0;
+  for (int k = 0; k < 8; k++)
+    r |= -(table >> k & 1) & (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
   return r;
 }
 static inline u32 word_of(f32 x) { u32 w; memcpy(&w, &x, 4); return w; }

@@ -4,17 +4,17 @@
 
 enum { E4M3, BF16 };
 enum { GLOBAL, SHARED };
-enum { NEGATED = 1, TOUCHES_SUMS = 2, STRONG = 4, ACQUIRE = 8, RELEASE = 16, SYSTEM = 32, STOPS = 64, RELAXED = 128 };
+enum { NEGATED = 1, USES_OPERANDS = 2, STRONG = 4, ACQUIRE = 8, RELEASE = 16, SYSTEM = 32, STOPS = 64, RELAXED = 128 };
 enum { EAGER, LATE, TARDY, RANDOM };
 // What ends a turn of a warp, and a run.
 enum { RAN, POLLED, PAUSED, BLOCKED, ENDED, FAULT, STOPPED };
 enum { DONE, HOST_TURN, FAULTED, DEADLOCK, TOO_LONG, BREAK, MORE };
 enum {
   NO_FAULT, UNMAPPED, MISALIGNED, DIVERGENT, TOO_DEEP, NO_BARRIER, MANY_ARRIVALS, MANY_THREADS, NO_MAP,
-  MANY_LANES, NOT_16, BAD_DESCRIPTOR, NO_FENCE, UNFINISHED, BYTES_MISSING, OUT_OF_TENSOR
+  MANY_LANES, NOT_16, BAD_DESCRIPTOR, NO_FENCE, UNFINISHED, BYTES_MISSING, IN_FLIGHT
 };
 enum { FREE, ON_MBARRIER, ON_BARRIER, ON_LAUNCH };
-enum { BASE = 1024, FRAMES = 32, POLLS = 8, MAX_BARRIERS = 96, IDLE_ROUNDS = 64, PATIENCE_ROUNDS = 600 };
+enum { BASE = 1024, FRAMES = 32, POLLS = 8, MAX_BARRIERS = 96, IDLE_ROUNDS = 64, PATIENCE_ROUNDS = 600, TIMEOUTS = 8 };
 
 typedef struct Machine Machine;
 typedef struct Launch Launch;
@@ -27,6 +27,7 @@ typedef struct {
   const Instruction *instructions;
   const s32 *extra;
   const u32 *constants;
+  const s32 *uses;  // by instruction: what it does to registers of products, in `extra`
   s32 num_rows, num_predicates, threads, number;
   s32 shift[2];  // log2 of the smallest access by space
   struct { u64 address, warps; } *seen;  // by instruction, if somebody asks: last access, who executed it
@@ -57,6 +58,8 @@ typedef struct {
 typedef struct { u64 target; u32 source, bytes, where, stamp, group, performed; Clock *clock; } Store;
 typedef struct { const Instruction *i; u64 a, b; u32 keep, group, performed, stamp; } Product;
 typedef struct { u8 *target; u32 bytes, clock, agent; u8 data[16]; } Held;
+// A register of products: at which fence an instruction used it; the last products that add up in it, that read it.
+typedef struct { u32 touched, summed, read; } Use;
 
 struct Warp {
   Machine *machine;
@@ -64,9 +67,9 @@ struct Warp {
   const Code *code;
   u32 *rows, *predicates;
   s32 index, pc, rejoin, depth, segment, num_polls;
-  u32 mask, blocked, what, ended, wrote, touched, fault;
+  u32 mask, blocked, what, ended, wrote, fences, fault;
   u64 address, count;  // of the last access; instructions
-  u32 stores_open, products_open, num_stores, num_products, late_products, slow, lazy;
+  u32 stores_open, products_open, num_stores, num_products, late_products, slow, lazy, timed_out;
   Store *stores;
   Product *products;
   struct { s32 pc; u64 hash, address; } polls[POLLS];
@@ -75,6 +78,8 @@ struct Warp {
   u32 agent;  // number of lane 0's; then the others', bulk stores', products'
   Clock *clock[2], *fenced[2], *observed[2];
   s32 fence_scope[2];
+  Use *uses;  // by row; null without checks
+  u32 complete;  // stamp of the last product that is
   Held *held;
   u32 num_held;
   u64 held_low, held_high;
@@ -109,7 +114,7 @@ struct Machine {
   u64 time, rounds, steps, remote, random, watch_low, watch_high;
   Warp *stopped;
   Race *races;
-  s32 num_races, num_segments, num_ready, num_next, num_copies, idle, max_ready;
+  s32 num_races, num_segments, num_ready, num_next, num_copies, idle, max_ready, timeouts;
   Segment *segments;
   Warp **ready, **next;
   Copy *copies;

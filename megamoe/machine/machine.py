@@ -218,7 +218,7 @@ class Machine:
         number = self.codes.index(code)
         c_code = core.CCode(
             code.instructions.ctypes.data, code.extra.ctypes.data, code.constants.ctypes.data,
-            code.num_rows, code.num_predicates, code.entry.threads, number,
+            code.uses.ctypes.data, code.num_rows, code.num_predicates, code.entry.threads, number,
             (ctypes.c_int32 * 2)(*(size.bit_length() - 1 for size in code.granule)),
             None if code.seen is None else code.seen.ctypes.data,
         )  # fmt: skip

@@ -8,6 +8,7 @@ side; without a C compiler it runs launches by itself, slowly.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,7 @@ class Warp:
             self.rows[row] = value
         self.pc, self.rejoin, self.mask = 0, -1, ALL
         self.stack: list[tuple[int, int, int]] = []
+        self.timed_out = False
         self.waits: Any = None  # (barrier, parity), or the list of a named barrier
         self.ended = False
         self.pending: list = []
@@ -93,7 +95,9 @@ class Warp:
             return self.rows[number : number + 2].reshape(-1).view(np.uint64)
         return self.code.constants[-1 - number :][:2].reshape(-1).view(np.uint64)
 
-    def read(self, kind: str, number: int) -> np.ndarray:
+    def read(self, kind: str, number: int) -> Any:
+        if kind == "number":
+            return number
         dtype = DTYPES[kind]
         if kind == "pred":
             return lanes_of(self.predicates[number])
@@ -155,7 +159,8 @@ class Warp:
         if op < len(OPERATIONS):
             operation = OPERATIONS[op]
             if active:
-                operands = [self.read(k, r) for k, r in zip(operation.ins, (a, b, c), strict=False)]
+                given = zip(operation.ins, (a, b, c, n), strict=False)
+                operands = [self.read(kind, number) for kind, number in given]
                 self.write(operation.out, d, operation.compute(*operands), active)
             self.go(self.pc + 1)
             return RAN
@@ -273,12 +278,21 @@ class Warp:
             if d >= 0:
                 (self.wide(d) if wide else self.rows[d])[lane] = old
 
-    def do_stmatrix(self, active, lanes, d, a, b, c, n, x):
+    def _matrices(self, a, b, n, x) -> Iterator[tuple[np.ndarray, int]]:
+        """(a row of eight as the lanes hold it, its address)"""
         count, transposed = self.code.extra[x : x + 2].tolist()
+        places = [self.place(a, b, n, lane) for lane in range(8 * count)]
         for matrix, row in enumerate(self.code.extra[x + 2 : x + 2 + count].tolist()):
             items = self.rows[row].view(np.uint16).reshape(8, 8)
-            for r, line in enumerate(items.T if transposed else items):
-                self.store(SHARED, self.place(a, b, n, 8 * matrix + r), line.tobytes())
+            yield from zip(items.T if transposed else items, places[8 * matrix :], strict=False)
+
+    def do_stmatrix(self, active, lanes, d, a, b, c, n, x):
+        for line, place in self._matrices(a, b, n, x):
+            self.store(SHARED, place, line.tobytes())
+
+    def do_ldmatrix(self, active, lanes, d, a, b, c, n, x):
+        for line, place in self._matrices(a, b, n, x):
+            line[:] = np.frombuffer(self.load(SHARED, place, 16), np.uint16)
 
     # Barriers, copies, tensor cores
 
@@ -302,9 +316,11 @@ class Warp:
 
     def do_mbarrier_try(self, active, lanes, d, a, b, c, n, x):
         barrier = self.cta.barriers[self.place(a, b, n, lanes[0])]
-        if barrier.flips % 2 == self.value(c, lanes[0]):
+        passed = barrier.flips % 2 != self.value(c, lanes[0])
+        if not passed and not self.timed_out:
             return BLOCKED
-        self.write("pred", d, True, active)
+        self.timed_out = False
+        self.write("pred", d, passed, active)
 
     def do_mbarrier_test(self, active, lanes, d, a, b, c, n, x):
         barrier = self.cta.barriers[self.place(a, b, n, lanes[0])]
@@ -441,9 +457,12 @@ class Reference:
             self.memory.at(address, len(data))[:] = np.frombuffer(data, np.uint8)
 
     def run(self, turn: int = 1000) -> None:
-        """Run all launches to their end, side by side."""
+        """Run all launches to their end, side by side. Where nobody can go on, waits for mbarriers
+        end without their phase, as they may at any time.
+        """
+        stuck: list[int] = []
         while any(not warp.ended for warp in self.warps):
-            before = self.steps
+            before, places = self.steps, [warp.pc for warp in self.warps]
             for warp in self.warps:
                 for _ in range(0 if warp.ended else turn):
                     if warp.step() != RAN:
@@ -451,4 +470,8 @@ class Reference:
                     self.steps += 1
             self.time += turn
             if self.steps == before:
-                raise Deadlock("nobody can go on")
+                if places == stuck:
+                    raise Deadlock("nobody can go on")
+                stuck = places
+                for warp in self.warps:
+                    warp.timed_out = True

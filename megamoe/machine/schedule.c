@@ -25,6 +25,8 @@ static void start(Machine *m, Launch *l, Launch *behind) {
       w->rows = calloc(l->code->num_rows + 1, 128);
       w->predicates = calloc(l->code->num_predicates, 4);
       w->predicates[1] = ~0u;
+      w->fences = 1;
+      if (m->settings.ordered) w->uses = calloc(l->code->num_rows + 1, sizeof(Use));
       for (int lane = 0; lane < 32; lane++) {  // the special registers are the first rows
         u32 special[] = {32 * k + lane, n, l->grid, l->code->threads, lane, k};
         for (int s = 0; s < 6; s++) w->rows[32 * s + lane] = special[s];
@@ -77,7 +79,7 @@ static int end_warp(Warp *w) {
   if (w->num_stores || w->num_products) return fail(w, UNFINISHED);
   if (m->settings.ordered) warp_ended(w);
   w->ended = 1;
-  free(w->rows), free(w->predicates), free(w->stores), free(w->products);
+  free(w->rows), free(w->predicates), free(w->stores), free(w->products), free(w->uses);
   if (--c->left) return RAN;
   for (u32 n = 0; n < c->num_barriers; n++)
     if (c->barriers[n].bytes) return w->address = c->barriers[n].address, fail(w, BYTES_MISSING);
@@ -124,6 +126,21 @@ static int land(Machine *m, int everything) {
   return done;
 }
 
+// Nobody can go on: waits for mbarriers end without their phase, as they may at any time. Whether there
+// are any.
+static int time_out(Machine *m) {
+  int found = 0;
+  for (s32 r = 0; r < m->settings.num_ranks; r++)
+    for (Launch *l = m->current[r]; l; l = l->behind)
+      for (s32 n = 0; n < l->grid; n++)
+        for (u32 k = 0; k < l->ctas[n].num_barriers; k++) {
+          u64 *waiting = &l->ctas[n].barriers[k].waiting;
+          for (u64 rest = *waiting; rest; rest &= rest - 1) l->ctas[n].warps[__builtin_ctzll(rest)].timed_out = found = 1;
+          wake_all(l->ctas + n, waiting);
+        }
+  return found;
+}
+
 // Run until all is done or something stops it; `m->stopped` is then the warp that it is about.
 int machine_run(Machine *m, s32 max_rounds) {
   while (max_rounds--) {
@@ -132,7 +149,7 @@ int machine_run(Machine *m, s32 max_rounds) {
     if (!m->num_ready) {  // a new round
       for (s32 r = 0; r < m->settings.num_ranks; r++)
         if (!m->current[r] && m->streams[r] && next_launch(m, r)) return HOST_TURN;
-      if (!m->num_next && !m->num_copies) {
+      if (!m->num_next && !m->num_copies && (m->timeouts++ == TIMEOUTS || !time_out(m))) {
         for (s32 r = 0; r < m->settings.num_ranks; r++)
           if (m->current[r]) return DEADLOCK;
         return DONE;
@@ -168,6 +185,8 @@ int machine_run(Machine *m, s32 max_rounds) {
     if (landed < 0) return FAULTED;
     if (m->settings.max_steps && m->steps > m->settings.max_steps) return TOO_LONG;
     m->idle = busy || landed ? 0 : m->idle + 1;
+    if (!m->idle) m->timeouts = 0;
+    if (m->idle == IDLE_ROUNDS / 2) time_out(m);
     if (m->idle == IDLE_ROUNDS) {  // everybody waits
       if (!m->settings.patient) return DEADLOCK;
       m->time += 100000000000000;  // more than any timeout, which ends the launch
@@ -251,7 +270,7 @@ static void free_launch(Launch *l) {
       Warp *w = c->warps + k;
       if (w->ended) continue;
       for (u32 s = 0; s < w->num_stores; s++) free(w->stores[s].clock);
-      free(w->rows), free(w->predicates), free(w->stores), free(w->products), free(w->held);
+      free(w->rows), free(w->predicates), free(w->stores), free(w->products), free(w->held), free(w->uses);
       for (int h = 0; h < 2; h++) free(w->clock[h]), free(w->fenced[h]), free(w->observed[h]);
     }
     if (c->left) free_barriers(c);

@@ -113,6 +113,8 @@ def test_the_reference_runs_a_launch(monkeypatch):
 
 
 def operand(rng: random.Random, kind: str, registers: dict[str, list[str]]) -> str:
+    if kind == "number":
+        return str(rng.randrange(256))
     if kind == "pred" or rng.random() < 0.8:
         return rng.choice(registers[CLASS[kind]])
     if kind == "f32":
@@ -123,7 +125,7 @@ def operand(rng: random.Random, kind: str, registers: dict[str, list[str]]) -> s
 CLASS = {
     kind: "%rd" if kind[1:] == "64" else "%p" if kind == "pred" else "%r" for kind in alu.DTYPES
 }
-CLASS |= {"u16": "%rs", "s16": "%rs"}
+CLASS |= {"u16": "%rs", "s16": "%rs", "number": "%r"}
 WORDS = [0, 1, 2, 31, 32, 0x7F, 0x80, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x3F800000,
          0xBF800000, 0x7F800000, 0xFF800000, 0x7FC00000, 0x00000001, 0x80000001, 0x42280000,
          0x43E00000, 0xC3E80001, 0x3C000000, 0x39800000, 0x3A400000, 0x7F7FFFFF]  # fmt: skip

@@ -269,6 +269,52 @@ def test_tensor_cores_read_after_a_proxy_fence():
         run(f"{fill} fence.proxy.async.shared::cta; bar.sync 0; | {touched}", threads=128)
 
 
+def group(a: int, d: int) -> str:
+    """A product of A in %r{a}..., added up in %r{d}..., as a group of its own."""
+    left, sums = (", ".join(f"%r{first + i}" for i in range(4)) for first in (a, d))
+    return f"""wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {{{sums}}}, {{{left}}}, %rd7, 1, 1, 1;
+        wgmma.commit_group.sync.aligned;"""
+
+
+@pytest.mark.parametrize("policy", ["eager", "tardy"])
+@pytest.mark.parametrize(
+    ("after_fence", "in_flight", "one_left", "message"),
+    [
+        ("", "", "", ""),
+        ("", "mov.b32 %r3, %r20;", "", ""),  # A is read
+        ("", "mov.b32 %r28, 0;", "", ""),  # of nobody
+        ("", "", "mov.b32 %r20, 0; mov.b32 %r3, %r30;", ""),  # of the group that is complete
+        ("mov.b32 %r21, 0;", "", "", "used since the last wgmma.fence"),
+        ("", "mov.b32 %r20, 0;", "", "mov.b32.*no wgmma.wait_group has completed"),
+        ("", "ld.shared.v2.b32 {%r3, %r23}, [%r2];", "", "ld.shared.*has completed"),
+        ("", "", "shl.b32 %r27, %r3, 1;", "shl.b32.*has completed"),
+        ("", "mov.b32 %r3, %r31;", "", "mov.b32.*has completed"),
+        ("", "", "mov.b32 %r3, %r35;", "mov.b32.*has completed"),
+        ("", "st.shared.b32 [%r15], %r35;", "", "st.shared.*has completed"),
+    ],
+)
+def test_registers_of_products_belong_to_them(policy, after_fence, in_flight, one_left, message):
+    """%r20 to 23 and 24 to 27 are A of two groups, %r30 to 33 and 34 to 37 their sums."""
+    text = f"""shl.b32 %r15, %r1, 5; add.s32 %r15, %r2, %r15; st.shared.b32 [%r15], %r9;
+        fence.proxy.async.shared::cta; bar.sync 0; mov.b64 %rd7, 0x4000004000010040;
+        mov.b32 %r20, 1; mov.b32 %r24, 1; wgmma.fence.sync.aligned; {after_fence}
+        {group(20, 30)} {group(24, 34)} {in_flight} wgmma.wait_group.sync.aligned 1; {one_left}
+        wgmma.wait_group.sync.aligned 0; mov.b32 %r20, %r30; mov.b32 %r24, %r34;"""
+    if not message:
+        run(text, threads=128, policy=policy)
+        return
+    with pytest.raises(Fault, match=message):
+        run(text, threads=128, policy=policy)
+
+
+def test_waits_for_an_mbarrier_may_end_without_its_phase():
+    """Where nobody else can go on: a wait is a loop, or it gives up."""
+    once = "mbarrier.try_wait.parity.shared.b64 %p5, [%r2], 0; @!%p5 st.global.b32 [%rd0], 5;"
+    assert run(f"INIT | {once}", f"INIT | {once}", checks=False).data[0] == 5
+    polls = "AWAIT | ACQUIRE"  # of somebody who waits for the other to give up
+    assert run(f"INIT | {once} | SIGNAL", polls).data[0] == 5
+
+
 @pytest.mark.parametrize(
     ("a", "message"),
     [
