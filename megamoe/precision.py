@@ -128,7 +128,7 @@ def e4m3(rows: int, columns: int) -> Operand:
 
 
 #: 4-bit values (e2m1) with a power of two per 32 columns: OCP Microscaling Formats 1.0.
-MXFP4 = Operand("uint8", 4, "float8_e4m3fn", (1, 32), "float8_e8m0fnu")
+MXFP4 = Operand("uint8", 4, "float8_e4m3fn", (1, 32), "uint8")
 
 PRECISIONS = {
     recipe.name: recipe
