@@ -24,7 +24,6 @@ from megamoe.weights import (
     pack_weights,
     resident_shapes,
     unpack_weights,
-    weight_shapes,
     write_tile_scales,
 )
 

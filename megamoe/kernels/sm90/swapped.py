@@ -71,7 +71,10 @@ def operands_of(smem_tokens, registers, tokens: int) -> Operands:
     size = SM90A.group_rows * width // SM90A.group_threads
     layout = cute.make_layout(shape)
     a = [mma.make_fragment_A(part.partition_shape_A((SM90A.group_rows, 128))) for _ in fragments]
-    a = [cute.make_tensor(words.iterator, one.layout) for words, one in zip(fragments, a)]
+    a = [
+        cute.make_tensor(words.iterator, one.layout)
+        for words, one in zip(fragments, a, strict=True)
+    ]
     return Operands(
         mma,
         a,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
 
 from megamoe import schedule, wire
 from megamoe.activation import SWIGLU
@@ -86,12 +86,15 @@ def scale_and_activate(launch: Launch, accumulators, tile, warp, g):
                 part[index + 2 + q] = part[index + 2 + q] * of_ups[block]
     if launch.clamp < NO_LIMIT:  # a branch around the work: most layers have none
         bound(accumulators, activation.bound, launch.clamp)
-    for block in range_constexpr(len(accumulators)):
-        for part, index in parts_of(accumulators, block):
-            gates, ups = ([part[index + r + q] for q in range(2)] for r in (0, 2))
+    first, second = (parts_of(accumulators, block) for block in range(2))
+    for slab in range_constexpr(len(first)):
+        pair = first[slab], second[slab]  # of one token: outputs of a pair share roundings
+        for q in range_constexpr(2):
+            gates, ups = ([part[index + r + q] for part, index in pair] for r in (0, 2))
             outputs = activation.outputs(gates, ups, ())
-            for q in range_constexpr(2):
-                part[index + q] = outputs[q]
+            for block in range_constexpr(2):
+                part, index = pair[block]
+                part[index + q] = outputs[block]
 
 
 @cute.jit
@@ -196,7 +199,7 @@ def store_fc2(
 ):
     """FC2 tile: real rows to `combine_output` of their source rank."""
     shape, kernel = launch.shape, launch.shape.kernel
-    g, t = lane // 4, lane % 4
+    g = lane // 4
     targets = smem.targets + slot * (8 * kernel.block_m)
     store_targets(launch, tokens, targets, metadata, tile, warp * 32 + lane)
     channel = tile.column * kernel.block_n + warp * 32
