@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megamoe.config import KernelConfig, MoEConfig, supports
+from megamoe.fourbit_layout import CHUNK_BYTES, CHUNK_ROWS
 from megamoe.ordering import MBARRIERS
 from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 
@@ -86,6 +87,8 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
 def weight_scale_bytes(config: MoEConfig) -> int:
     """Block scales of one tile's weights over all of K; 0 for recipes without."""
     weights = config.recipe.weights
+    if weights.packed:
+        return 0
     columns = max(config.hidden_size, config.intermediate_size)
     return WEIGHT_SCALE_BYTES * weights.num_scales(columns) if weights.scales_along_k else 0
 
@@ -102,12 +105,30 @@ def barriers(kernel: KernelConfig) -> list[Part]:
     ]
 
 
+def exchange(kernel: KernelConfig) -> list[Part]:
+    """What math warps tell each other in an epilogue with swapped operands, by token: the largest
+    output of each warp, the factor of the outputs, and where a row goes.
+    """
+    parts = {
+        "maxima": 4 * kernel.num_math_warps, "factors": 4, "targets": 8 * QUEUE_SLOTS
+    }  # fmt: skip
+    return [Part(name, "uint8", size * kernel.block_m, 128) for name, size in parts.items()]
+
+
+def b_stage_bytes(config: MoEConfig, kernel: KernelConfig) -> int:
+    """A K block of a tile's weights, with their scales if they are packed."""
+    weights = config.recipe.weights
+    if weights.packed:
+        return kernel.block_n // CHUNK_ROWS * CHUNK_BYTES
+    return weights.num_bytes(kernel.block_n * kernel.block_k)
+
+
 def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
     """The budget; see `check` for what must hold."""
     recipe, local = config.recipe, config.local_experts
     row_bytes = recipe.tokens.num_bytes(config.hidden_size)
     a_stage = recipe.tokens.num_bytes(kernel.block_m * kernel.block_k)
-    b_stage = recipe.weights.num_bytes(kernel.block_n * kernel.block_k)
+    b_stage = b_stage_bytes(config, kernel)
     piece = piece_bytes(row_bytes, kernel.pull_piece_bytes)
     zeros = piece_bytes(row_bytes, ZERO_BYTES)
 
@@ -129,6 +150,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         # Of all sources for the expert that is being pulled.
         words("pull_counts", COUNT_RECORD_BYTES // 4 * config.num_ranks),
         words("metadata", QUEUE_SLOTS * kernel.block_m),
+        *(exchange(kernel) if recipe.weights.packed else ()),
         *barriers(kernel),
         words("received", local),
         words("expert_ids", local, "int16"),

@@ -57,6 +57,8 @@ HOST_ONLY = {
     "kernel_files.py",
     "reference.py",
     "weights.py",
+    "fourbit.py",
+    "fourbit_pack.py",
     "__init__.py",
     "views.py",
     "symmetric.py",

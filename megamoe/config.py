@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from megamoe.architecture import Architecture, architecture_of
-from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
+from megamoe.precision import MXFP4, NO_SCALES, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
 MAX_TOP_K = 16
@@ -155,6 +155,8 @@ PROMOTION_DEFAULTS = {
     "frontend_registers": 56,
     "math_registers": 224,
 }
+#: What 4-bit weights change: a stage has half the bytes.
+PACKED_DEFAULTS = {"num_stages": 5}
 #: Smallest legal value of the integer fields of `KernelConfig`.
 KERNEL_MINIMA = {
     "block_m": 1,
@@ -256,8 +258,10 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
     """
     _check_problem(config)
     _check_known(overrides)
-    recipe = PROMOTION_DEFAULTS if config.recipe.promotes else {}
-    kernel = replace(KernelConfig(), **(recipe | overrides))
+    recipe = config.recipe
+    defaults = PROMOTION_DEFAULTS if recipe.promotes else {}
+    packed = PACKED_DEFAULTS if recipe.weights.packed else {}
+    kernel = replace(KernelConfig(), **(defaults | packed | overrides))
     _check_kernel_fields(kernel)
     return replace(
         kernel,
@@ -293,6 +297,8 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
             refuse(f"{name}.mma", operand.mma, f"{target.name} multiplies {dict(target.mma_bits)}")
         if operand.mma != recipe.tokens.mma:
             refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
+        if name == "weights" and operand == MXFP4:
+            continue  # in chunks, which are converted
         if operand.storage != operand.mma:
             refuse(f"{name}.storage", operand.storage, f"nothing makes it {operand.mma}")
         if operand.bits != bits:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megamoe.budget import weight_scale_bytes
+from megamoe.budget import b_stage_bytes, weight_scale_bytes
 from megamoe.config import KernelConfig, MoEConfig, pool_blocks
 from megamoe.regions import LayerLayout
 from megamoe.schedule import ceil_div
@@ -99,6 +99,11 @@ class LaunchShape:
     def weight_scale_bytes(self) -> int:
         """Shared memory for the block scales of one tile's weights."""
         return weight_scale_bytes(self.config)
+
+    @property
+    def b_stage_bytes(self) -> int:
+        """Shared memory for a K block of a tile's weights."""
+        return b_stage_bytes(self.config, self.kernel)
 
     @property
     def output_row_bytes(self) -> int:

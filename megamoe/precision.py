@@ -38,6 +38,13 @@ class Operand:
         return self.scale_block != NO_SCALES
 
     @property
+    def packed(self) -> bool:
+        """True if values are parts of a byte: they lie in chunks with their scales, which come
+        with the stages, and are converted behind shared memory.
+        """
+        return self.bits < 8
+
+    @property
     def scale_columns(self) -> int:
         """Columns of a row that share a scale: 0 without scales, WHOLE_ROW for one per row."""
         return self.scale_block[1]
@@ -120,6 +127,9 @@ def e4m3(rows: int, columns: int) -> Operand:
     return Operand("float8_e4m3fn", 8, "float8_e4m3fn", (rows, columns))
 
 
+#: 4-bit values (e2m1) with a power of two per 32 columns: OCP Microscaling Formats 1.0.
+MXFP4 = Operand("uint8", 4, "float8_e4m3fn", (1, 32), "uint8")
+
 PRECISIONS = {
     recipe.name: recipe
     for recipe in (
@@ -135,6 +145,13 @@ PRECISIONS = {
             name="fp8_channel",
             tokens=e4m3(1, WHOLE_ROW),
             weights=e4m3(1, WHOLE_ROW),
+            hidden=e4m3(1, FP8_BLOCK),
+            output="bfloat16",
+        ),
+        Precision(
+            name="fp8_mxfp4",
+            tokens=e4m3(1, FP8_BLOCK),
+            weights=MXFP4,
             hidden=e4m3(1, FP8_BLOCK),
             output="bfloat16",
         ),

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from megamoe.fourbit import dequantize as dequantize_4bit
 from megamoe.precision import (
     FP8_BLOCK,
     FP8_MAX,
@@ -236,6 +237,8 @@ def expert_rows(
     router_R1 = router_R.to(compute).unsqueeze(-1)
 
     def multiply(values, scale, weights, weight_scale):
+        if recipe.weights.packed:
+            (weights,), weight_scale = dequantize_4bit(weights[None], weight_scale[None]), None
         scales = (scale, scale_rows(weight_scale, weights.shape[0]))
         converted = (None if one is None else one.to(compute) for one in scales)
         return product(values.to(compute), weights.to(compute), *converted)

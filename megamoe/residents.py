@@ -21,7 +21,9 @@ from megamoe.weights import (
     check_weights,
     empty_tile_scales,
     empty_weights,
-    weight_shapes,
+    pack_weights,
+    resident_shapes,
+    unpack_weights,
     write_tile_scales,
 )
 
@@ -42,7 +44,10 @@ class ResidentWeights(torch.nn.Module):
 
     def _declare(self) -> None:
         """Declare the weights, of which there are none yet."""
-        self._names = tuple(weight_shapes(*self._sizes()))
+        self._names = tuple(resident_shapes(*self._sizes()))
+        #: Groups of 4-bit weights that loading has rounded anew, because their exponents were too
+        #: far below the highest of their row.
+        self.requantized_groups = 0
         for name in (*self._names, *TABLES):
             self.register_buffer(name, None, persistent=name not in TABLES)
         self._version, self._captured = 0, False
@@ -94,6 +99,8 @@ class ResidentWeights(torch.nn.Module):
         """
         self._check_open()
         weights = Weights(w13, w2, w13_scale, w2_scale)
+        if self.config.recipe.weights.packed:
+            weights = self._pack(weights)
         self._check_weights(weights, replace)
         for name in self._names:
             self._hold(name, getattr(weights, name))
@@ -158,7 +165,7 @@ class ResidentWeights(torch.nn.Module):
 
     def _check_weights(self, given: Weights, replace: bool) -> None:
         """Raise ValueError unless `_adopt` may take these."""
-        check_weights(self.config, self.num_local_experts, self.device, given)
+        check_weights(self.config, self.num_local_experts, self.device, given, resident=True)
         moved = self._addresses and _places(given) != self._addresses
         if moved and self._captured and not replace:
             raise ValueError(
@@ -166,6 +173,22 @@ class ResidentWeights(torch.nn.Module):
                 "new values into the tensors that the layer has, or load with replace=True and "
                 "capture again"
             )
+
+    def _pack(self, given: Weights) -> Weights:
+        """4-bit weights of a checkpoint as the kernel reads them: in the place of those that the
+        layer has, if any.
+        """
+        exponents = [
+            scale.view(torch.uint8)
+            if isinstance(scale, torch.Tensor) and scale.dtype == torch.float8_e8m0fnu
+            else scale
+            for scale in given[2:]
+        ]
+        given = Weights(*given[:2], *exponents)
+        check_weights(self.config, self.num_local_experts, self.device, given)
+        there = self._held() if self._holds_any() else None
+        packed, self.requantized_groups = pack_weights(given, there)
+        return packed
 
     def _adopt(self, replace: bool = False) -> None:
         """Let launches read what the module holds; captured graphs get new scales too."""
@@ -230,10 +253,19 @@ class ResidentWeights(torch.nn.Module):
         return watched
 
     # ---------------------------------------------------------------- as torch calls it
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """As of any module; 4-bit weights in the layout of checkpoints, so of another memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.config.recipe.weights.packed and self._holds_any():
+            unpacked = unpack_weights(self._held(), self.config.recipe)
+            destination.update((prefix + name, getattr(unpacked, name)) for name in self._names)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists) -> None:
         """As of any module: values are copied into the weights that are there, or with assign=True
         take their place. A layer without weights gets some.
         """
+        if self.config.recipe.weights.packed:
+            state_dict = self._packed_state(state_dict, prefix, lists[-1])
         given = [state_dict.get(prefix + name) for name in self._names]
         complete = all(tensor is not None for tensor in given)
         if complete and not self._holds_any():
@@ -248,6 +280,18 @@ class ResidentWeights(torch.nn.Module):
                 self._adopt()
             except ValueError as error:
                 errors.append(str(error))
+
+    def _packed_state(self, state_dict, prefix, errors) -> dict:
+        """A state with the 4-bit weights as the layer holds them."""
+        names = {name: prefix + name for name in self._names}
+        if not all(key in state_dict for key in names.values()):
+            return state_dict
+        try:
+            packed = self._pack(Weights(**{n: state_dict[key] for n, key in names.items()}))
+        except ValueError as error:
+            errors.append(str(error))
+            return state_dict
+        return dict(state_dict) | {key: getattr(packed, n) for n, key in names.items()}
 
     def _apply(self, fn, recurse=True):
         """`.to` and its like: to where and what the layer is; from "meta", where it shall be."""

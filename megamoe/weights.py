@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
+from megamoe.fourbit import quantize_mxfp4
+from megamoe.fourbit_pack import DOWN, GATE_UP, Packed, pack, packed_shapes, unpack
+from megamoe.precision import MXFP4, NO_SCALES, WHOLE_ROW, Precision, precision_of
 from megamoe.reference import Weights, quantize
 
 ALIGNMENT = 16  # bytes: what TMA and vector accesses of the kernel ask of an address
@@ -32,13 +34,55 @@ def weight_shapes(
     matrices = {"w13": (experts, 2 * intermediate, hidden), "w2": (experts, hidden, intermediate)}
     storage = getattr(torch, recipe.weights.storage)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        name: (shape, storage) for name, shape in matrices.items()
+        name: ((*shape[:2], shape[2] * recipe.weights.bits // (8 * storage.itemsize)), storage)
+        for name, shape in matrices.items()
     }
     if recipe.weights.has_scales:
         for name, shape in matrices.items():
             scales = _scale_shape(recipe.weights.scale_block, *shape)
             expected[f"{name}_scale"] = scales, getattr(torch, recipe.weights.scale)
     return expected
+
+
+def resident_shapes(
+    recipe: Precision, experts: int, hidden: int, intermediate: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """As `weight_shapes`, of what launches read: packed weights lie otherwise."""
+    if not recipe.weights.packed:
+        return weight_shapes(recipe, experts, hidden, intermediate)
+    w13 = packed_shapes(experts, 2 * intermediate, hidden)
+    w2 = packed_shapes(experts, hidden, intermediate)
+    return {
+        "w13": w13["chunks"], "w2": w2["chunks"],
+        "w13_scale": w13["row_scale"], "w2_scale": w2["row_scale"],
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights, int]:
+    """(4-bit weights as the kernel reads them, how many groups were rounded anew) of weights in
+    checkpoint layout: w13 and w2 are chunks, their scales those of rows. See `fourbit_pack.pack`,
+    also for `out`.
+    """
+    packed, changed = [], 0
+    for order, name in ((GATE_UP, "w13"), (DOWN, "w2")):
+        into = out and Packed(getattr(out, name), getattr(out, f"{name}_scale"))
+        codes, scales = getattr(weights, name), getattr(weights, f"{name}_scale")
+        matrix, count = pack(codes, scales, order, into)
+        packed.append(matrix)
+        changed += count
+    w13, w2 = packed
+    return Weights(w13.chunks, w2.chunks, w13.row_scale, w2.row_scale), changed
+
+
+@torch.no_grad()
+def unpack_weights(weights: Weights, recipe: Precision) -> Weights:
+    """The checkpoint layout of what `pack_weights` has made."""
+    assert weights.w13_scale is not None and weights.w2_scale is not None
+    form = "mxfp4" if recipe.weights == MXFP4 else "int4"
+    w13 = unpack(Packed(weights.w13, weights.w13_scale), GATE_UP, form)
+    w2 = unpack(Packed(weights.w2, weights.w2_scale), DOWN, form)
+    return Weights(w13[0], w2[0], w13[1], w2[1])
 
 
 def empty_weights(
@@ -101,6 +145,10 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
         )
     if hidden % 128 or intermediate % 128:
         raise ValueError(f"w2 has shape {list(w2.shape)}: H and I must be multiples of 128")
+    if recipe.weights.packed:
+        w13, w13_scale = quantize_mxfp4(w13)
+        w2, w2_scale = quantize_mxfp4(w2)
+        return Weights(w13, w2, w13_scale, w2_scale)
     weights = empty_weights(recipe, experts, hidden, intermediate, w13.device)
     for expert in range(experts):
         for source, name in ((w13, "w13"), (w2, "w2")):
@@ -117,7 +165,7 @@ def empty_tile_scales(
     for a recipe without a scale per weight block.
     """
     rows, columns = config.recipe.weights.scale_block
-    if columns <= 0:
+    if columns <= 0 or config.recipe.weights.packed:
         return None
     hidden, intermediate = config.hidden_size, config.intermediate_size
     shapes = (
@@ -151,15 +199,19 @@ def write_tile_scales(
 
 
 def check_weights(
-    config: MoEConfig, num_local_experts: int, device: torch.device, weights: Weights
+    config: MoEConfig,
+    num_local_experts: int,
+    device: torch.device,
+    weights: Weights,
+    resident: bool = False,
 ) -> None:
-    """Raise ValueError, naming the tensor, unless all have the checkpoint layout, dtype and device,
-    and those that the kernel reads where they are its alignment.
+    """Raise ValueError, naming the tensor, unless all have the checkpoint layout (or with
+    `resident` that of the kernel), dtype and device, and those that the kernel reads where they are
+    its alignment.
     """
     recipe, precision = config.recipe, config.precision
-    expected = weight_shapes(
-        recipe, num_local_experts, config.hidden_size, config.intermediate_size
-    )
+    shapes = resident_shapes if resident else weight_shapes
+    expected = shapes(recipe, num_local_experts, config.hidden_size, config.intermediate_size)
     for name, tensor in zip(Weights._fields, weights, strict=True):
         if name not in expected:
             if tensor is not None:

@@ -16,10 +16,10 @@ os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 #: Modules of `-m quick`, without their slow tests: what a change breaks first. Of launches on a CPU
 #: only the simplest, whose kernels the cache has after the first time.
 QUICK = frozenset({
-    "test_backends", "test_budget", "test_config", "test_faults", "test_gpu_configs",
-    "test_imports", "test_kernel_names", "test_layout", "test_module", "test_reference",
-    "test_regions", "test_routing", "test_schedule", "test_turns", "test_views", "test_weights",
-    "test_wire", "test_workspace_bytes",
+    "test_backends", "test_budget", "test_config", "test_faults", "test_fourbit",
+    "test_gpu_configs", "test_imports", "test_kernel_names", "test_layout", "test_module",
+    "test_reference", "test_regions", "test_routing", "test_schedule", "test_turns",
+    "test_views", "test_weights", "test_wire", "test_workspace_bytes",
 })  # fmt: skip
 LEFT_OUT = ("gpu", "nightly", "slow")
 

@@ -81,6 +81,14 @@ def load_shared(pointer):
     )
 
 
+def load_shared_v2(pointer):
+    return arch.inline_ptx(
+        "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];",
+        write_only_types=[Int32] * 2,
+        read_only_args=[pointer],
+    )
+
+
 def load_shared_v4(pointer):
     return arch.inline_ptx(
         "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
@@ -103,6 +111,25 @@ def store_shared_volatile(pointer, word):
 
 def store_shared(pointer, word):
     arch.inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[pointer, word])
+
+
+def store_shared_v2(pointer, first, second):
+    arch.inline_ptx(
+        "st.shared.v2.b32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[pointer, first, second]
+    )
+
+
+def store_matrices_transposed(pointer, matrices):
+    """Columns of 8 x 8 matrices of 16 bits, 1, 2 or 4 of them, as rows of 16 bytes: lane 8 m + i
+    has the address of column i of matrix m, and of every matrix row lane / 4, columns
+    2 (lane % 4) and the next, in a word.
+    """
+    count = len(matrices)
+    words = ", ".join(f"{{$r{number + 1}}}" for number in range(count))
+    arch.inline_ptx(
+        f"stmatrix.sync.aligned.m8n8.x{count}.trans.shared.b16 [{{$r0}}], {{{words}}};",
+        read_only_args=[pointer, *matrices],
+    )
 
 
 def pack_bf16x2(low, high):

@@ -44,9 +44,10 @@ from megamoe.kernels.dispatch import PullBuffers, count, pull
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import store_shared
 from megamoe.kernels.report import report
-from megamoe.kernels.sm90 import operands
+from megamoe.kernels.sm90 import operands, swapped
 from megamoe.kernels.sm90.loaders import load_tokens, load_weights
 from megamoe.kernels.sm90.math_warps import math
+from megamoe.kernels.sm90.swapped_epilogue import Exchange
 from megamoe.kernels.tiles import Pipes
 from megamoe.launch_shape import LaunchShape
 from megamoe.ordering import FRONTEND, HANDOVER, REPORTED, SHARED_CLEARED
@@ -83,18 +84,20 @@ class MegaMoEKernel:
         tokens = operands.token_maps(dtype, kernel, pool, rows, hidden)
         outputs = arguments.local_base + shape.layout["fc1_output"].offset
         fc1_outs = operands.token_maps(dtype, kernel, outputs, rows, intermediate)
-        gate_up = operands.gate_up_map(dtype, kernel, host.w13, experts, intermediate, hidden)
-        down = operands.down_map(dtype, kernel, host.w2, experts, hidden, intermediate)
-        self.kernel(
-            tokens, fc1_outs, gate_up[0], gate_up[1], down[0], down[1],
-            layout_a, layout_b, arguments,
-        ).launch(
+        if const_expr(config.recipe.weights.packed):
+            weights = operands.PackedWeights(host.w13, host.w2)
+        else:
+            weights = operands.WeightMaps(
+                *operands.gate_up_map(dtype, kernel, host.w13, experts, intermediate, hidden),
+                *operands.down_map(dtype, kernel, host.w2, experts, hidden, intermediate),
+            )
+        self.kernel(tokens, fc1_outs, weights, layout_a, layout_b, arguments).launch(
             grid=(host.num_ctas, 1, 1),
             block=(kernel.num_threads, 1, 1),
             min_blocks_per_mp=1,
             use_pdl=True,
             stream=stream,
-        )  # fmt: skip
+        )
 
     # ---------------------------------------------------------------- device
     @cute.kernel
@@ -102,10 +105,7 @@ class MegaMoEKernel:
         self,
         tokens: operands.TokenMaps,
         fc1_outs: operands.TokenMaps,
-        gate_up_atom: cute.CopyAtom,
-        gate_up: cute.Tensor,
-        down_atom: cute.CopyAtom,
-        down: cute.Tensor,
+        weights: operands.WeightMaps | operands.PackedWeights,
         layout_a: cute.ComposedLayout,
         layout_b: cute.ComposedLayout,
         arguments: Arguments,
@@ -193,15 +193,18 @@ class MegaMoEKernel:
                 sync.arrive(launch, HANDOVER)
             elif warp == WARP_LOAD_WEIGHTS:
                 load_weights(
-                    launch, budget, gate_up_atom, gate_up, down_atom, down, smem_b, received,
-                    expert_ids, num_live, pipes, lane,
-                )  # fmt: skip
+                    launch, budget, weights, smem_b, received, expert_ids, num_live, pipes, lane
+                )
             elif warp == WARP_LOAD_TOKENS:
                 load_tokens(launch, budget, tokens, fc1_outs, smem_a, pipes, lane)
         else:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)
-            math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)
+            if const_expr(self.config.recipe.weights.packed):
+                exchange = Exchange(**{name: smem[name] for name in Exchange._fields})
+                swapped.math(launch, smem_a, smem_b, exchange, pipes, warp - 4, lane)
+            else:
+                math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)
             sync.cta_barrier(launch, REPORTED)
             combine(launch, flags, thread - SM90A.group_threads, epoch)
 
@@ -209,7 +212,7 @@ class MegaMoEKernel:
         """Shared memory by the map of the budget: A and B as tensors, other parts as pointers."""
         memory, smem = SmemAllocator(), {}
         for name, part in self.budget.parts.items():
-            if name in ("a", "b"):
+            if name == "a" or name == "b" and not self.config.recipe.weights.packed:
                 layout = layout_a if name == "a" else layout_b
                 smem[name] = memory.allocate_tensor(
                     self.dtype, layout.outer, part.alignment, swizzle=layout.inner

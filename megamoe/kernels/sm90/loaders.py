@@ -83,13 +83,27 @@ def load_columns(
 
 
 @cute.jit
+def load_chunks(launch: Launch, base, index, smem_b, pipes, position, k_blocks, lane):
+    """Load the packed weights of a tile over K: number `index` of tiles with so many K blocks, of
+    which the first lies at `base`.
+    """
+    stages, num_bytes = launch.shape.kernel.num_stages, launch.shape.b_stage_bytes
+    source = base + Int64(index) * (k_blocks * num_bytes)
+    for k in cutlass.range(k_blocks, unroll=1):
+        stage = (position + k) % stages
+        wait_for_stage(launch, pipes, position + k)
+        if lane == 0:
+            full = pipes.full + stage
+            arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
+            bulk_load(smem_b + stage * num_bytes, source + Int64(k) * num_bytes, full, num_bytes)
+        arch.sync_warp()
+
+
+@cute.jit
 def load_weights(
     launch: Launch,
     budget: Budget,
-    gate_up_atom,
-    gate_up,
-    down_atom,
-    down,
+    weights,
     smem_b,
     received,
     expert_ids,
@@ -101,6 +115,7 @@ def load_weights(
     stages.
     """
     shape, kernel = launch.shape, launch.shape.kernel
+    packed = shape.config.recipe.weights.packed
     tickets = global_ptr(address(launch, "load_balance_counter"))
     stream = shape.stream(launch.num_ctas, num_live)
     walk = schedule.start_walk(received, num_live)
@@ -113,18 +128,31 @@ def load_weights(
         )
         handed += 1
         if tile.phase == schedule.PHASE_FC1:
-            place = ((0, 0, tile.column), None, tile.expert)
-            load_columns(
-                launch, budget, gate_up_atom, gate_up, smem_b, gate_up_box(kernel), place, pipes,
-                position, shape.fc1_k_blocks, tile.rows, lane,
-            )  # fmt: skip
+            if const_expr(packed):
+                index = tile.expert * shape.fc1_columns + tile.column
+                load_chunks(
+                    launch, weights.w13, index, smem_b, pipes, position, shape.fc1_k_blocks, lane
+                )
+            else:
+                place = ((0, 0, tile.column), None, tile.expert)
+                load_columns(
+                    launch, budget, weights.gate_up_atom, weights.gate_up, smem_b,
+                    gate_up_box(kernel), place, pipes, position, shape.fc1_k_blocks, tile.rows,
+                    lane,
+                )  # fmt: skip
             position += shape.fc1_k_blocks
         elif tile.phase == schedule.PHASE_FC2:
-            place = (tile.column, None, tile.expert)
-            load_columns(
-                launch, budget, down_atom, down, smem_b, down_box(kernel), place, pipes, position,
-                shape.fc2_k_blocks, tile.rows, lane,
-            )  # fmt: skip
+            if const_expr(packed):
+                index = tile.expert * shape.fc2_columns + tile.column
+                load_chunks(
+                    launch, weights.w2, index, smem_b, pipes, position, shape.fc2_k_blocks, lane
+                )
+            else:
+                place = (tile.column, None, tile.expert)
+                load_columns(
+                    launch, budget, weights.down_atom, weights.down, smem_b, down_box(kernel),
+                    place, pipes, position, shape.fc2_k_blocks, tile.rows, lane,
+                )  # fmt: skip
             position += shape.fc2_k_blocks
         else:
             running = Int32(0)

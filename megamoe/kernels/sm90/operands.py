@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import BFloat16, Float8E4M3FN, Float32
+from cutlass import BFloat16, Float8E4M3FN, Float32, Int64
 from cutlass.cute.nvgpu import cpasync
 from cutlass.tensor_utils import LayoutEnum
 
@@ -72,6 +72,22 @@ class TokenMaps(NamedTuple):
     rows: cute.Tensor
     fine_atom: cute.CopyAtom
     fine_rows: cute.Tensor
+
+
+class WeightMaps(NamedTuple):
+    """Maps over w13 and w2 in checkpoint layout."""
+
+    gate_up_atom: cute.CopyAtom
+    gate_up: cute.Tensor
+    down_atom: cute.CopyAtom
+    down: cute.Tensor
+
+
+class PackedWeights(NamedTuple):
+    """Addresses of packed weights (`chunks`)."""
+
+    w13: Int64
+    w2: Int64
 
 
 def token_maps(dtype, kernel: KernelConfig, address, rows: int, columns: int) -> TokenMaps:

@@ -1,0 +1,224 @@
+"""The math role with its operands swapped, for weights that are stored in 4 bits: a tile's weights
+are A, which each thread dequantises into registers, and its tokens are B in shared memory.
+
+A warpgroup has two blocks of 64 weight rows, the tile's 128 between them and the other warpgroup's;
+an accumulator holds the block's rows by the tile's tokens, as many as there are: a multiple of 8
+for which there is a variant. Both warpgroups work on every tile. Sums of a K block start fresh and
+are promoted, times the scale of their token; exponents of weights are in their e4m3 already, but
+for one factor per row, which the epilogue applies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Constexpr, Float32, Int32, const_expr, range_constexpr
+from cutlass.cute.nvgpu import warpgroup
+
+from megamoe import schedule
+from megamoe.architecture import SM90A
+from megamoe.budget import QUEUE_SLOTS
+from megamoe.config import GEMMS
+from megamoe.fourbit_layout import CHUNK_BYTES
+from megamoe.kernels import sync
+from megamoe.kernels.launch import Launch
+from megamoe.kernels.ptx import as_float, load_shared_v2, opaque
+from megamoe.kernels.sm90 import swapped_epilogue
+from megamoe.kernels.sm90.dequantize import expand, load_codes
+from megamoe.kernels.sm90.mainloop import release
+from megamoe.kernels.tiles import Pipes, release_tile, take_tile
+
+arch = cute.arch
+
+BLOCKS = 2  # of 64 weight rows, of a warpgroup
+#: Tokens of a tile that there are variants for.
+SWAPPED_TOKENS = (16, 32, 64, 128)
+PART_TOKENS = 64  # sums of a part of a block's tokens have registers beside the accumulators
+
+
+class Operands(NamedTuple):
+    """One warpgroup's for some number of tokens: `a` are the registers of two fragments of weights,
+    used in turn, `words` the same as Int32; `b` descriptors of the tokens, by part; `sums` of one
+    part; `accumulators` by block and part.
+    """
+
+    mma: cute.TiledMma
+    a: list
+    words: list
+    b: list
+    sums: cute.Tensor
+    accumulators: list
+
+
+def operands_of(smem_tokens, registers, tokens: int) -> Operands:
+    """Operands for `tokens` tokens. registers: (fragments, sums, accumulators by block), for the
+    most tokens: smaller variants use their first ones.
+    """
+    fragments, sums, accumulators = registers
+    width = min(tokens, PART_TOKENS)
+    major, dtype = cute.nvgpu.OperandMajorMode.K, smem_tokens.element_type
+    mma = sm90.make_trivial_tiled_mma(
+        dtype, dtype, major, major, Float32, atom_layout_mnk=(1, 1, 1), tiler_mn=(64, width),
+        a_source=warpgroup.OperandSource.RMEM,
+    )  # fmt: skip
+    part = mma.get_slice(0)
+    shape = part.partition_shape_C((SM90A.group_rows, width))
+    columns = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_tokens)), (None, 1))
+    parts = range(tokens // width)
+    size = SM90A.group_rows * width // SM90A.group_threads
+    layout = cute.make_layout(shape)
+    a = [mma.make_fragment_A(part.partition_shape_A((SM90A.group_rows, 128))) for _ in fragments]
+    a = [
+        cute.make_tensor(words.iterator, one.layout)
+        for words, one in zip(fragments, a, strict=True)
+    ]
+    return Operands(
+        mma,
+        a,
+        [cute.recast_tensor(words, Int32) for words in fragments],
+        [columns[None, (None, n), None, None] for n in parts],
+        cute.make_tensor(sums.iterator, layout),
+        [
+            [cute.make_tensor(block.iterator + n * size, layout) for n in parts]
+            for block in accumulators
+        ],
+    )
+
+
+@cute.jit
+def issue(operands, number: Constexpr, part: Constexpr, stage):
+    """sums = weights of fragment `number` @ tokens of part `part`, as one WGMMA group."""
+    a, b = operands.a[number], operands.b[part]
+    atom = cute.make_mma_atom(operands.mma.op)
+    warpgroup.fence()
+    for k in range_constexpr(cute.size(a, mode=[2])):
+        atom.set(warpgroup.Field.ACCUMULATE, k != 0)
+        cute.gemm(atom, operands.sums, a[None, None, k], b[None, None, k, stage], operands.sums)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def promote(operands, block: Constexpr, part: Constexpr, scales):
+    """accumulator += sums * scale of the token. `scales`: shared pointer to the scale of this
+    lane's first token in the part; every 8 tokens it has two more.
+    """
+    accumulator = operands.accumulators[block][part]
+    for slab in range_constexpr(cute.size(accumulator) // 4):
+        pair = [as_float(word) for word in load_shared_v2(scales + 32 * slab)]
+        for i in range_constexpr(4):
+            index = 4 * slab + i
+            accumulator[index] = accumulator[index] + operands.sums[index] * pair[i % 2]
+
+
+@cute.jit
+def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_blocks, lane):
+    """accumulators = weights @ tokens^T over `k_blocks` K blocks, the first of which is number
+    `position` of the ring. `chunks`: shared memory of the warpgroup's first chunk in stage 0;
+    `thread`: in the warpgroup.
+
+    The next fragment is dequantised while the tensor cores work with the last one.
+    """
+    stages = launch.shape.kernel.num_stages
+    stage_bytes, scale_bytes = launch.shape.b_stage_bytes, 4 * launch.shape.kernel.block_m
+    scales = pipes.row_scales + lane % 4 * 8
+    parts = len(operands.b)
+    for block in operands.accumulators:
+        for part in block:
+            part.fill(0.0)
+    stage = position % stages
+    arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
+    codes, exponents = load_codes(chunks + stage * stage_bytes, thread)
+    expand(operands.words[0], codes, exponents)
+    for block in cutlass.range(k_blocks, unroll=1):
+        stage = (position + block) % stages
+        ahead = min(block + 1, k_blocks - 1)  # behind the last, it again: its stage is still held
+        next_stage = (position + ahead) % stages
+        for number in range_constexpr(BLOCKS):
+            for part in range_constexpr(parts):
+                issue(operands, number, part, stage)
+                if const_expr(part == 0):
+                    if const_expr(number == 0):
+                        here = chunks + (stage * stage_bytes + CHUNK_BYTES)
+                    else:
+                        arch.mbarrier_wait(
+                            pipes.full + next_stage, ((position + ahead) // stages) % 2
+                        )
+                        here = chunks + next_stage * stage_bytes
+                    codes, exponents = load_codes(here, thread)
+                    expand(operands.words[1 - number], codes, exponents)
+                warpgroup.wait_group(0)
+                of_part = scales + (stage * scale_bytes + part * (4 * PART_TOKENS))
+                promote(operands, number, part, of_part)
+        arch.sync_warp()  # every lane has read its scales and codes
+        release(pipes.empty, stage, lane, 1)
+
+
+@cute.jit
+def multiply_and_store(
+    launch: Launch, operands, tokens: Constexpr, pipes, smem, tile, taken, position, k_blocks,
+    chunks, warp, lane,
+):  # fmt: skip
+    """A tile with up to `tokens` tokens. Returns when its product was done."""
+    accumulate(launch, operands, pipes, chunks, warp % 4 * 32 + lane, position, k_blocks, lane)
+    multiplied = sync.trace_clock(launch)
+    slot = taken % QUEUE_SLOTS
+    arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
+    lane = opaque(lane)
+    metadata = pipes.metadata + slot * launch.shape.kernel.block_m
+    sums = operands.accumulators
+    if tile.phase == schedule.PHASE_FC1:
+        swapped_epilogue.store_fc1(launch, sums, tokens, smem, metadata, tile, warp, lane)
+    else:
+        swapped_epilogue.store_fc2(launch, sums, tokens, smem, metadata, slot, tile, warp, lane)
+    return multiplied
+
+
+@cute.jit
+def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, lane):
+    """One math warp, 0..7 of the CTA: 16 rows of each of its warpgroup's blocks, in every tile.
+    `smem`: shared memory of the epilogue.
+    """
+    shape, kernel = launch.shape, launch.shape.kernel
+    most = kernel.block_m * SM90A.group_rows // SM90A.group_threads
+    dtype = smem_tokens.element_type
+    registers = (
+        [cute.make_rmem_tensor((64,), dtype) for _ in range(BLOCKS)],
+        cute.make_rmem_tensor((PART_TOKENS // 2,), Float32),
+        [cute.make_rmem_tensor((most,), Float32) for _ in range(BLOCKS)],
+    )
+    variants = [operands_of(smem_tokens, registers, tokens) for tokens in SWAPPED_TOKENS]
+    chunks = smem_weights + warp // 4 * (BLOCKS * CHUNK_BYTES)
+    position, taken = Int32(0), Int32(0)
+    running = Int32(kernel.runs(GEMMS))
+    while running == 1:
+        tile = take_tile(pipes, taken)
+        begin = sync.trace_clock(launch)
+        if tile.phase == schedule.PHASE_DONE:
+            running = Int32(0)
+        else:
+            k_blocks = Int32(shape.fc1_k_blocks)
+            if tile.phase == schedule.PHASE_FC2:
+                k_blocks = Int32(shape.fc2_k_blocks)
+            multiplied = begin
+            for number in range_constexpr(len(variants)):
+                tokens = SWAPPED_TOKENS[number]
+                fewer = SWAPPED_TOKENS[number - 1] if number else 0
+                if tile.rows > fewer and tile.rows <= tokens:
+                    multiplied = multiply_and_store(
+                        launch, variants[number], tokens, pipes, smem, tile, taken, position,
+                        k_blocks, chunks, warp, lane,
+                    )  # fmt: skip
+            arch.sync_warp()
+            if lane == 0:
+                arch.mbarrier_arrive(pipes.stored + taken % QUEUE_SLOTS)
+            if warp == 0 and lane == 0:
+                times = [begin, multiplied, sync.trace_clock(launch)]
+                sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
+            position += k_blocks
+        release_tile(pipes, taken, lane)
+        taken += 1
+    if warp == 0 and lane == 0:
+        sync.mark(launch, "last_tile")
