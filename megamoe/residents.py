@@ -83,15 +83,22 @@ class ResidentWeights(torch.nn.Module):
         """Take the experts of the ranks of this process, in checkpoint layout.
 
         w13: [n, 2I, H], gate rows then up rows; w2: [n, H, I]; bfloat16, or float8_e4m3fn for the
-        precisions with scales. w13_scale, w2_scale: float32, what the stored weights are multiplied
-        by; for "fp8_block" [n, 2I/128, H/128] and [n, H/128, I/128], for "fp8_channel" [n, 2I] and
-        [n, H]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W
-        with a process per rank (its experts are number rank * e and following).
+        precisions "fp8_block" and "fp8_channel". w13_scale, w2_scale: float32, what the stored
+        weights are multiplied by; for "fp8_block" [n, 2I/128, H/128] and [n, H/128, I/128], for
+        "fp8_channel" [n, 2I] and [n, H]. For "fp8_mxfp4" w13 is uint8 [n, 2I, H/2] and w2 uint8
+        [n, H, I/2], two e2m1 codes a byte, the first in the low nibble, and the scales are
+        exponents of two, uint8 or float8_e8m0fnu [n, 2I, H/32] and [n, H, I/32].
+        `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W with a
+        process per rank (its experts are number rank * e and following).
 
         All are contiguous and on the device, and start at a multiple of 16 bytes. Raises
         ValueError, naming the tensor, otherwise. Weights are not copied: the layer holds them as
         buffers of these names, or as parameters if that is what they are, and a forward reads what
         they hold then. Only scales of weight blocks are laid out anew, now and by `refresh_scales`.
+        4-bit weights are copied, into the order in which the kernel reads them: the given tensors
+        can be freed, loading again writes into the same place, and new values come only so.
+        Exponents are kept to 2^-11 of the largest of their row; lower groups are rounded to that
+        and counted (`requantized_groups`).
 
         Once a CUDA graph has captured a forward, tensors at other addresses are refused, because
         the graph reads the old ones; `replace` takes them, for who captures again
@@ -269,7 +276,8 @@ class ResidentWeights(torch.nn.Module):
         given = [state_dict.get(prefix + name) for name in self._names]
         complete = all(tensor is not None for tensor in given)
         if complete and not self._holds_any():
-            if not local_metadata.get("assign_to_params_buffers"):
+            copies = not local_metadata.get("assign_to_params_buffers")
+            if copies and not self.config.recipe.weights.packed:  # which were packed just now
                 given = [*empty_weights(*self._sizes(), self.device).present]
             for name, tensor in zip(self._names, given, strict=True):
                 self._hold(name, tensor)

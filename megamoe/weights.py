@@ -11,7 +11,15 @@ import torch
 
 from megamoe.config import MoEConfig
 from megamoe.fourbit import quantize_mxfp4
-from megamoe.fourbit_pack import DOWN, GATE_UP, Packed, pack, packed_shapes, unpack
+from megamoe.fourbit_pack import (
+    DOWN,
+    GATE_UP,
+    Packed,
+    empty_packed,
+    pack,
+    packed_shapes,
+    unpack,
+)
 from megamoe.precision import MXFP4, NO_SCALES, WHOLE_ROW, Precision, precision_of
 from megamoe.reference import Weights, quantize
 
@@ -62,9 +70,14 @@ def resident_shapes(
 def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights, int]:
     """(4-bit weights as the kernel reads them, how many groups were rounded anew) of weights in
     checkpoint layout: w13 and w2 are chunks, their scales those of rows. See `fourbit_pack.pack`,
-    also for `out`.
+    also for `out`. On "meta" there is nothing to pack.
     """
     packed, changed = [], 0
+    if weights.w13.is_meta:
+        experts, hidden, half = weights.w2.shape
+        w13 = empty_packed(experts, 4 * half, hidden, "meta")
+        w2 = empty_packed(experts, hidden, 2 * half, "meta")
+        return Weights(w13.chunks, w2.chunks, w13.row_scale, w2.row_scale), 0
     for order, name in ((GATE_UP, "w13"), (DOWN, "w2")):
         into = out and Packed(getattr(out, name), getattr(out, f"{name}_scale"))
         codes, scales = getattr(weights, name), getattr(weights, f"{name}_scale")

@@ -18,7 +18,7 @@ from perf.running.layer import columns_of, config_of, layer_bound, layer_call
 from perf.running.plan import Plan
 from perf.running.processes import Job
 from perf.running.timing import EAGER
-from perf.workload.cases import Inputs, make_weights
+from perf.workload.cases import Inputs, expanded_weights, make_weights
 from perf.workload.parts import MEGAMOE, STAGING
 from perf.workload.routings import may_mask
 
@@ -84,8 +84,9 @@ def baseline_contenders(
 ) -> list[Contender]:
     """The plan's baselines over the experts of this process; where it is alone the tokens of all
     ranks become one batch. They take the layer's quantised weights if they say so, else bf16
-    weights: the layer's if it has such, else the same drawn once more. Where the oracle itself
-    rounds these to FP8, its error comes on top of the baseline's, independent of it.
+    weights: the layer's if it has such, those that its 4-bit weights stand for (what engines do
+    that have no kernel for them), else the same drawn once more. Where the oracle itself rounds
+    operands to FP8, its error comes on top of the baseline's, independent of it.
     """
     if not plan.baselines:
         return []
@@ -93,7 +94,9 @@ def baseline_contenders(
     masked, scaled = may_mask(plan.case.routing), plan.case.recipe.weights.has_scales
     matrices = weights[:2]
     if scaled and not all(table[name].quantised for name in plan.baselines):
-        matrices = make_weights(plan.case, plan.device, experts)
+        packed = plan.case.recipe.weights.packed
+        drawn = partial(make_weights, plan.case, plan.device, experts)
+        matrices = expanded_weights(weights) if packed else drawn()
 
     def contender(name: str) -> Contender:
         if table[name].quantised:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megamoe import fourbit
 from megamoe.config import MoEConfig
 from megamoe.precision import FP8_BLOCK, Precision, precision_of
 from megamoe.reference import Weights
@@ -179,6 +180,20 @@ def make_weights(
             gate_up[inter:] *= of_hidden.unsqueeze(1)
             down /= of_hidden
     return w13, w2
+
+
+def expanded_weights(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """(w13, w2) in bf16 of 4-bit weights: the values that they stand for."""
+    matrices = []
+    for codes, scales in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
+        assert scales is not None
+        experts, rows, row_bytes = codes.shape
+        matrix = codes.new_empty(experts, rows, 2 * row_bytes, dtype=torch.bfloat16)
+        for expert in range(experts):
+            one = slice(expert, expert + 1)
+            matrix[one] = fourbit.dequantize(codes[one], scales[one])
+        matrices.append(matrix)
+    return matrices[0], matrices[1]
 
 
 def make_layer_weights(
