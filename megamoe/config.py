@@ -271,9 +271,10 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
 
 
 def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
-    """Whether the kernel can run this row: no conversion on the way to the tensor cores; a scale of
-    A per K block comes with its stage, one of the whole row is applied at the end; an FC1 tile
-    holds half its columns of a row of FC1's output, and scales those.
+    """Whether the kernel can run this row: no conversion on the way to the tensor cores but that of
+    packed weights; a scale of A per K block comes with its stage, one of the whole row is applied
+    at the end, which packed weights leave no place for; an FC1 tile holds half its columns of a
+    row of FC1's output, and scales those.
     """
 
     def refuse(field: str, value: object, why: str) -> None:
@@ -286,7 +287,7 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
     blocks: dict[str, list] = {
-        "tokens": list(weights_of),
+        "tokens": list(along_k if recipe.weights.packed else weights_of),
         "weights": [weights_of.get(recipe.tokens.scale_block)],
         "hidden": [(1, kernel.block_n // 2)],
     }
@@ -297,8 +298,12 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
             refuse(f"{name}.mma", operand.mma, f"{target.name} multiplies {dict(target.mma_bits)}")
         if operand.mma != recipe.tokens.mma:
             refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
-        if name == "weights" and operand == MXFP4:
-            continue  # in chunks, which are converted
+        if name == "weights" and operand.packed:  # in chunks, which are converted
+            for field in ("storage", "bits", "scale_block", "scale"):
+                value, runs = getattr(operand, field), getattr(MXFP4, field)
+                if value != runs:
+                    refuse(f"{name}.{field}", value, f"packed weights have {runs!r}")
+            continue
         if operand.storage != operand.mma:
             refuse(f"{name}.storage", operand.storage, f"nothing makes it {operand.mma}")
         if operand.bits != bits:

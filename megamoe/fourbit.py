@@ -88,6 +88,15 @@ def _check_all(name: str, good_ENG: torch.Tensor, what: str) -> None:
         raise ValueError(f"{name} has {what} at expert {expert}, row {row}, group {group}")
 
 
+def check_exponents(name: str, exponents_ENG: torch.Tensor) -> None:
+    """Raise ValueError, naming the argument, expert, row and group, for an exponent that is NaN.
+    Waits for the device.
+    """
+    if exponents_ENG.numel() and int(exponents_ENG.max()) == NAN_EXPONENT:
+        good_ENG = exponents_ENG != NAN_EXPONENT
+        _check_all(name, good_ENG, f"the exponent {NAN_EXPONENT} (NaN)")
+
+
 def check_checkpoint(codes: torch.Tensor, scales: torch.Tensor) -> tuple[Format, torch.Tensor]:
     """(format, scales with exponents as uint8) of weights in checkpoint layout.
 
@@ -118,8 +127,7 @@ def check_checkpoint(codes: torch.Tensor, scales: torch.Tensor) -> tuple[Format,
         _check_all("scales", torch.isfinite(scales), "a scale that is not finite")
         return form, scales
     exponents = scales.view(torch.uint8)
-    if exponents.numel() and int(exponents.max()) == NAN_EXPONENT:
-        _check_all("scales", exponents != NAN_EXPONENT, f"the exponent {NAN_EXPONENT} (NaN)")
+    check_exponents("scales", exponents)
     return form, exponents
 
 

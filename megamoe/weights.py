@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.fourbit import quantize_mxfp4
+from megamoe.fourbit import check_exponents, quantize_mxfp4
 from megamoe.fourbit_pack import (
     DOWN,
     GATE_UP,
@@ -70,7 +70,8 @@ def resident_shapes(
 def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights, int]:
     """(4-bit weights as the kernel reads them, how many groups were rounded anew) of weights in
     checkpoint layout: w13 and w2 are chunks, their scales those of rows. See `fourbit_pack.pack`,
-    also for `out`. On "meta" there is nothing to pack.
+    also for `out`. On "meta" there is nothing to pack. Raises ValueError for an exponent that is
+    NaN, in either matrix before one is written.
     """
     packed, changed = [], 0
     if weights.w13.is_meta:
@@ -78,6 +79,9 @@ def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights,
         w13 = empty_packed(experts, 4 * half, hidden, "meta")
         w2 = empty_packed(experts, hidden, 2 * half, "meta")
         return Weights(w13.chunks, w2.chunks, w13.row_scale, w2.row_scale), 0
+    for name, scales in (("w13_scale", weights.w13_scale), ("w2_scale", weights.w2_scale)):
+        if scales is not None and scales.dtype == torch.uint8:
+            check_exponents(name, scales)
     for order, name in ((GATE_UP, "w13"), (DOWN, "w2")):
         into = out and Packed(getattr(out, name), getattr(out, f"{name}_scale"))
         codes, scales = getattr(weights, name), getattr(weights, f"{name}_scale")

@@ -12,8 +12,9 @@ from tests.routing import make_routing
 
 #: By how hidden rows are stored. In BF16 a unit in the last place: products that are added in
 #: another order move a rounding here and there. In FP8 such a rounding, of an element of the hidden
-#: row, moves it by a sixteenth. A wrong row is off by fifty times as much.
-MAX_RELATIVE_ERROR = {"bfloat16": 2**-8, "float8_e4m3fn": 2**-6}
+#: row, moves it by a sixteenth, and a rank may have two rows. A wrong row is off by forty times as
+#: much.
+MAX_RELATIVE_ERROR = {"bfloat16": 2**-8, "float8_e4m3fn": 2**-5}
 
 
 def max_relative_error(precision: str) -> float:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from megamoe import MegaMoE, quantize_weights, reference
+from megamoe.precision import PRECISIONS
 from tests.machine import max_relative_error
 from tests.routing import make_routing
 
 E, K, H, I, T, W = 8, 2, 256, 128, 12, 2  # noqa: E741
+#: Recipes whose launches read the given tensors; packed weights are copied.
+READ_WHERE_THEY_ARE = [name for name, recipe in PRECISIONS.items() if not recipe.weights.packed]
 
 
 def make(**changes) -> MegaMoE:

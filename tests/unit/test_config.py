@@ -28,6 +28,7 @@ from megamoe.config import (
 from megamoe.precision import (
     BF16,
     ITEM_BYTES,
+    MXFP4,
     PRECISIONS,
     WHOLE_ROW,
     Operand,
@@ -264,9 +265,11 @@ def test_precision_rows(name):
     recipe = precision_of(name)
     assert recipe.name == name
     for operand in (recipe.tokens, recipe.weights, recipe.hidden):
-        assert 8 * getattr(torch, operand.storage).itemsize == operand.bits
-        assert operand.has_scales == (operand.bits == 8)
-        assert getattr(torch, operand.scale) is torch.float32
+        item_bits = 8 * getattr(torch, operand.storage).itemsize
+        assert item_bits == (8 if operand.packed else operand.bits)
+        assert operand.has_scales == (operand.bits <= 8)
+        assert getattr(torch, operand.scale) is (torch.uint8 if operand.packed else torch.float32)
+    assert not recipe.tokens.packed and not recipe.hidden.packed
     assert recipe.output_bytes == ITEM_BYTES[recipe.output]
     # FC1's epilogue holds half a tile of a row: as many columns as share a scale.
     assert recipe.hidden.scale_columns in (0, KernelConfig().block_n // 2)
@@ -277,7 +280,6 @@ def e5m2(operand: Operand) -> Operand:
 
 
 FLOAT16 = Operand("float16", 16, "float16")
-W4 = Operand("uint8", 4, "float8_e4m3fn", (1, 32), "uint8")
 #: Rows that the kernel cannot run: what differs from a recipe, and words of the message.
 IMPOSSIBLE = {
     "hidden scales of half a tile": ("fp8_block", {"hidden": e4m3(1, 64)}, "hidden.*scale_block"),
@@ -307,7 +309,40 @@ IMPOSSIBLE = {
                       (("tokens", (1, 128)), ("weights", (128, 128)), ("hidden", (1, 128)))},
         "float8_e5m2",
     ),
-    "4-bit weights": ("fp8_block", {"weights": W4}, "weights.*uint8"),
+    "packed weights of bytes": (
+        "fp8_mxfp4", {"weights": replace(MXFP4, storage="int8")}, "weights.storage='int8'.*'uint8'"
+    ),
+    "packed weights of 2 bits": (
+        "fp8_mxfp4", {"weights": replace(MXFP4, bits=2)}, "weights.bits=2: .* 4"
+    ),
+    "packed groups of 64": (
+        "fp8_mxfp4", {"weights": replace(MXFP4, scale_block=(1, 64))},
+        r"weights.scale_block=\(1, 64\): .*\(1, 32\)"
+    ),
+    "packed groups of rows": (
+        "fp8_mxfp4", {"weights": replace(MXFP4, scale_block=(32, 32))}, "weights.scale_block"
+    ),
+    "packed weights without scales": (
+        "fp8_mxfp4", {"weights": replace(MXFP4, scale_block=(0, 0))}, "weights.scale_block"
+    ),
+    "packed weights with float32 scales": (
+        "fp8_mxfp4", {"weights": replace(MXFP4, scale="float32")}, "weights.scale='float32'"
+    ),
+    "packed weights that BF16 multiplies": (
+        "fp8_mxfp4", {"weights": replace(MXFP4, mma="bfloat16")},
+        "weights.mma='bfloat16'.*float8_e4m3fn"
+    ),
+    "packed weights and BF16 tokens": (
+        "bf16", {"weights": MXFP4}, "weights.mma='float8_e4m3fn'.*bfloat16"
+    ),
+    "packed weights and tokens by row": (
+        "fp8_channel", {"weights": MXFP4}, "tokens.scale_block.*128"
+    ),
+    "packed weights and BF16 hidden rows": ("fp8_mxfp4", {"hidden": BF16}, "hidden.mma='bfloat16'"),
+    "packed weights and one hidden scale": (
+        "fp8_mxfp4", {"hidden": e4m3(1, WHOLE_ROW)}, "hidden.scale_block"
+    ),
+    "packed hidden rows": ("fp8_mxfp4", {"hidden": MXFP4}, "hidden.storage='uint8'"),
     "scales of 8 bits": (
         "fp8_block", {"weights": replace(e4m3(128, 128), scale="uint8")}, "weights.*scale=.*uint8"
     ),

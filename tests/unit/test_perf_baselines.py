@@ -14,6 +14,7 @@ from megamoe.precision import PRECISIONS
 from perf.against import experts
 from perf.against.baselines import BASELINES, TorchBf16, TorchFp8
 from perf.against.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
+from perf.running import contenders as contenders_module
 from perf.running.contenders import baseline_contenders
 from perf.running.expected import expected_of
 from perf.running.layer import layer_bound
@@ -202,17 +203,19 @@ def test_on_the_gpu_it_equals_the_oracle(cuda, routing, baseline, form, bound, m
 def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, monkeypatch):
     case = dataclasses.replace(case_of(), precision=precision)
     weights = make_layer_weights(case)
-    scaled = case.recipe.tokens.has_scales
+    scaled, packed = case.recipe.tokens.has_scales, case.recipe.weights.packed
     plan = SimpleNamespace(case=case, baselines=(), mode=EAGER, device=torch.device("cpu"))
     made, every = [], range(case.model.num_experts)
-    monkeypatch.setattr(
-        "perf.running.contenders.make_weights", lambda *a: made.append(a) or make_weights(*a)
-    )
+    for name in ("make_weights", "expanded_weights"):
+        make = getattr(contenders_module, name)
+        monkeypatch.setattr(
+            contenders_module, name, lambda *a, n=name, m=make: made.append(n) or m(*a)
+        )
     assert baseline_contenders(plan, ALONE, weights, every) == [] and not made
 
     plan.baselines = ("torch_bf16", "torch_fp8")
     contenders = baseline_contenders(plan, ALONE, weights, every)
-    assert len(made) == scaled
+    assert made == (["expanded_weights"] if packed else ["make_weights"] * scaled)
     assert [contender.impl for contender in contenders] == list(plan.baselines)
     bounds = [contender.max_error for contender in contenders]
     assert bounds == pytest.approx([0.102, 0.1414] if scaled else [0.02, 0.1], rel=1e-3)

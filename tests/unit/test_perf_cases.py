@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megamoe import quantize_weights, reference
+from megamoe.precision import PRECISIONS
 from perf.workload.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
 
 EMULATED = MODELS["emulated"]
@@ -62,7 +63,7 @@ def test_activations_stay_of_order_one():
     assert 0.1 < out.float().std() < 2
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_block", "fp8_channel"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_layer_gets_the_same_draws_in_every_precision(precision):
     case = dataclasses.replace(case_of(tokens=4), precision=precision)
     experts, drawn = range(3, 6), make_weights(case, experts=range(3, 6))

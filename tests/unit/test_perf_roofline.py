@@ -40,15 +40,18 @@ def test_work_per_gpu():
 
 
 @pytest.mark.parametrize(
-    "precision,weight_scales,token_scales",
-    [("fp8_block", 3 * H * I // 128**2, H // 128), ("fp8_channel", 2 * I + H, 1)],
+    "precision,weight_bytes,token_scales",
+    [
+        ("fp8_block", 3 * H * I + 4 * (3 * H * I // 128**2), H // 128),
+        ("fp8_channel", 3 * H * I + 4 * (2 * I + H), 1),
+        ("fp8_mxfp4", 3 * H * I // 2 + 3 * H * I // 32, H // 128),
+    ],
 )
-def test_bytes_of_fp8_have_their_scales(precision, weight_scales, token_scales):
-    """Weights and rows that travel are stored in FP8; input, results and output are bf16."""
+def test_bytes_of_fp8_have_their_scales(precision, weight_bytes, token_scales):
+    """Weights and rows that travel are stored in FP8 or 4 bits; input, results and output are bf16."""
     work = work_of(dataclasses.replace(case_of(1), precision=precision), IDS)
     assert work.flops == work_of(case_of(1), IDS).flops
-    expert_bytes = 3 * H * I + 4 * weight_scales
-    assert work.hbm_bytes == (2 * expert_bytes + 3 * TOKEN_BYTES, expert_bytes + TOKEN_BYTES)
+    assert work.hbm_bytes == (2 * weight_bytes + 3 * TOKEN_BYTES, weight_bytes + TOKEN_BYTES)
     # GPU 0 pulls 2 rows and sends 1; 1 result comes back and 2 leave: more leaves it.
     there, back = H + 4 * token_scales, 2 * H
     assert work.nvlink_bytes == (there + 2 * back, there + 2 * back)

@@ -15,7 +15,7 @@ from tests.routing import ROUTINGS, make_routing
 
 H, INTERMEDIATE, EXPERTS, K, T = 24, 10, 5, 3, 11
 FP8_SIZES = {"hidden": 384, "intermediate": 256}
-FP8_RECIPES = ("fp8_block", "fp8_channel")
+FP8_RECIPES = [name for name, recipe in PRECISIONS.items() if recipe.tokens.has_scales]
 FLOAT32 = Operand("float32", 32, "float32")
 HALF_ULP = 2.0**-9  # of bfloat16: largest relative error of one rounding
 #: What storing the hidden rows in e4m3 may cost in norm: three bits of mantissa.
@@ -46,12 +46,24 @@ def spread(scale, channels, columns):
     return scale.repeat_interleave(columns // scale.shape[1], 1)
 
 
+def naive_e2m1(codes, exponents):
+    """Two codes a byte, the first in the low nibble, with 2 ** (exponent - 127) per 32."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1).long()
+    values = magnitudes[codes & 7] * (1 - 2.0 * (codes >> 3))
+    return values * 2.0 ** (exponents.double() - 127).repeat_interleave(32, 1)
+
+
 def naive_weights(weights, expert):
     """(w13, w2) of one expert, dequantised, in float64."""
     w13, w2 = weights.w13[expert].double(), weights.w2[expert].double()
     if weights.w13_scale is None:
         return w13, w2
     scales = weights.w13_scale[expert], weights.w2_scale[expert]
+    if weights.w13.dtype == torch.uint8:  # packed
+        return (
+            naive_e2m1(weights.w13[expert], scales[0]), naive_e2m1(weights.w2[expert], scales[1])
+        )  # fmt: skip
     return w13 * spread(scales[0], *w13.shape), w2 * spread(scales[1], *w2.shape)
 
 
@@ -292,7 +304,9 @@ def stored(row, precision, hidden=False):
     """A row in float64 as the recipe stores it: a token, or a weighted hidden row."""
     if precision == "bf16":
         return row.bfloat16().double()
-    return dequantized(row, 128 if hidden or precision == "fp8_block" else len(row))
+    recipe = PRECISIONS[precision]
+    columns = (recipe.hidden if hidden else recipe.tokens).scale_columns
+    return dequantized(row, len(row) if columns == WHOLE_ROW else columns)
 
 
 @pytest.mark.parametrize("seed", range(5))
