@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 
 from megamoe.config import DISPATCH, GEMMS, PARTS, MoEConfig, select
+from megamoe.kernels.sm90.swapped import PART_TOKENS, SWAPPED_TOKENS
+from megamoe.precision import PRECISIONS
 from tests.compile.sass import compile_kernel
 from tests.gpu.configs import CONFIGS, split
 from tests.nights import at_night
@@ -26,7 +28,8 @@ MODELS = {
 
 #: Close to others, in what the compiler makes of them: compiled with --nightly.
 SELDOM = (
-    "mimo_ep8", "pro_ep1", "wide_ep72", "v3_ep1", "flash_ep4-fp8_channel", "pro_ep8-fp8_block"
+    "mimo_ep8", "pro_ep1", "wide_ep72", "v3_ep1", "flash_ep4-fp8_channel", "pro_ep8-fp8_block",
+    "flash_ep4-fp8_mxfp4",
 )  # fmt: skip
 
 
@@ -42,14 +45,27 @@ def variants() -> list:
     for name in ("small8", "odd_hidden", "narrow", "one_block_ring"):
         marks = [pytest.mark.nightly] * (name != "odd_hidden")
         params.append(pytest.param(*split(CONFIGS[name]), id=name, marks=marks))
-    for precision in ("fp8_block", "fp8_channel"):
+    for precision in PRECISIONS:
+        if precision == "bf16":
+            continue
         for name, config in MODELS.items():
             add(f"{name}-{precision}", replace(config, precision=precision))
-    for name in ("block_odd", "block_ring", "channel_odd"):
+    for name in ("block_odd", "block_ring", "channel_odd", "mxfp4_odd"):
         params.append(pytest.param(*split(CONFIGS[name]), id=name))
     traced = MODELS["flash_ep4"]
     params.append(pytest.param(traced, select(traced, trace=True), id="flash_ep4-trace"))
     return params
+
+
+def swapped_wgmma() -> Counter:
+    """Weights in registers by tokens in shared memory: for every number of tokens both blocks of a
+    warpgroup, in parts, with four steps over a K block.
+    """
+    found: Counter = Counter()
+    for tokens in SWAPPED_TOKENS:
+        width = min(tokens, PART_TOKENS)
+        found[f"QGMMA.64x{width}x32.F32.E4M3.E4M3"] += 2 * (tokens // width) * 4
+    return found
 
 
 #: WGMMA instructions by recipe and columns. BF16: one K block peeled and one in the loop, of the
@@ -66,17 +82,20 @@ WGMMA = {
             "QGMMA.64x64x32.F32.E4M3.E4M3": 4 * 4,
         }
     ),
+    "fp8_mxfp4": swapped_wgmma(),
 }
 
 
 #: Waits for WGMMA groups, by groups that may still be in flight: a sum is read, or a stage given
-#: back, only behind one. One more or less in flight reads a sum that is not complete, or lets the
+#: back, only behind one. With weights in registers each part of a block is read at once: its wait
+#: is also what lets the next fragment be written. One more or less in flight reads a sum that is not complete, or lets the
 #: tensor cores idle. BF16: in the loop and behind it. With a scale per K block: both halves
 #: complete; and of four quarters the first three with the next in flight, then the last.
 WAITS = {
     "bf16": Counter({1: 1, 0: 1}),
     "fp8_block": Counter({0: 2 + 1, 1: 3}),
     "fp8_channel": Counter({1: 1 + 3, 0: 1 + 2 + 1}),
+    "fp8_mxfp4": Counter({0: sum(swapped_wgmma().values()) // 4}),
 }
 
 
@@ -100,8 +119,8 @@ def test_variant(config, kernel, tmp_path, capfd):
     assert found == WGMMA[config.precision]
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)", built.sass)
     assert Counter(int(wait, 16) for wait in waits) == WAITS[config.precision]
-    # FC1 and FC2: two boxes of A or three fine ones, and one of B.
-    assert built.count("UTMALDG") == 2 * (2 + 3 + 1)
+    # FC1 and FC2: two boxes of A or three fine ones, and one of B unless it is packed.
+    assert built.count("UTMALDG") == 2 * (2 + 3 + (not config.recipe.weights.packed))
     assert built.count("UBLKCP") >= 2  # bulk pull and bulk store
 
 

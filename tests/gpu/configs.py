@@ -50,7 +50,11 @@ def _scaled(short: str, precision: str) -> dict[str, dict]:
     }
 
 
-SCALED = {**_scaled("block", "fp8_block"), **_scaled("channel", "fp8_channel")}
+SCALED = {
+    **_scaled("block", "fp8_block"),
+    **_scaled("channel", "fp8_channel"),
+    **_scaled("mxfp4", "fp8_mxfp4"),
+}
 STRESS["block_stress8"] = layer(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
 QWEN3 = {"qwen3_block": layer(16, 4, 256, 128, 512, 1)}  # of a small Qwen3-MoE
 #: 1.6 GB of weights: some 0.4 ms on H200, long beside what timing adds, whatever the clocks do.

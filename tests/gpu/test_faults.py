@@ -191,7 +191,7 @@ def test_ctas_that_never_become_resident_are_told_from_a_rank_that_is_late():
     assert_correct(moe, forward(moe, xs, ids, weights), xs, ids, weights)
 
 
-@pytest.mark.parametrize("name", ["small2", "block4", "channel4"])
+@pytest.mark.parametrize("name", ["small2", "block4", "channel4", "mxfp44"])
 @pytest.mark.parametrize("clamp", [None, 7.0])
 def test_nan_stays_nan_behind_a_clamp(name, clamp):
     """min.f32 returns the operand that is no NaN, and would turn it into the limit."""

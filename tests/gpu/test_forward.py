@@ -34,7 +34,7 @@ def test_forward_matches_the_oracle(name, routing):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 127, 128, 129, 255])
-@pytest.mark.parametrize("name", [*SMALL, "block4", "channel4"])
+@pytest.mark.parametrize("name", [*SMALL, "block4", "channel4", "mxfp44"])
 def test_token_counts(name, tokens):
     moe = shared_moe(name)
     poison(moe)
@@ -43,7 +43,9 @@ def test_token_counts(name, tokens):
     assert_at_rest(moe)
 
 
-@pytest.mark.parametrize("name", ["small1", "small8", "tiny_ring", "block4", "channel_ring"])
+@pytest.mark.parametrize(
+    "name", ["small1", "small8", "tiny_ring", "block4", "channel_ring", "mxfp4_ring"]
+)
 def test_two_runs_are_bit_identical(name):
     moe = shared_moe(name)
     inputs = inputs_of(moe, "skewed", seed=11)
@@ -83,7 +85,7 @@ def test_input_buffer_needs_no_copy():
     )
 
 
-@pytest.mark.parametrize("name", ["small1", "small4", "block4", "channel4"])
+@pytest.mark.parametrize("name", ["small1", "small4", "block4", "channel4", "mxfp44"])
 def test_received_rows_are_added_to_expert_counts(name):
     moe = shared_moe(name)
     xs, ids, weights = inputs_of(moe, "masked", seed=9)
@@ -101,7 +103,7 @@ def test_received_rows_are_added_to_expert_counts(name):
     assert torch.equal(counts[0], (2 * rows[0]).int())
 
 
-@pytest.mark.parametrize("name", ["small4", "block4", "channel1"])
+@pytest.mark.parametrize("name", ["small4", "block4", "channel1", "mxfp41"])
 def test_a_clamped_activation(name):
     moe = make_moe(name, activation_clamp=0.4)
     inputs = inputs_of(moe, "uniform", seed=10)

@@ -12,6 +12,7 @@ from tests.gpu.harness import capture, forward, inputs_of, launch, make_moe, wei
 pytestmark = pytest.mark.gpu
 
 NAMES = ["small1", "small4", "block1", "block4", "channel4"]
+PACKED = ["mxfp41", "mxfp44"]  # launches read a copy, which loading again writes in place
 
 
 def other_weights(moe, seed: int) -> reference.Weights:
@@ -40,8 +41,11 @@ def overwrite(given: reference.Weights, other: reference.Weights) -> None:
             tensor.data.copy_(new)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("how", ["load", "refresh"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, how) for name in NAMES for how in ("load", "refresh")),
+     *((name, "load") for name in PACKED)],
+)  # fmt: skip
 def test_replay_and_eager_see_new_values_in_the_same_tensors(name, how):
     moe = make_moe(name)
     given = clone(harness.all_weights(moe))
@@ -89,7 +93,7 @@ def test_a_captured_refresh_brings_new_scales_with_every_replay(name):
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + PACKED)
 def test_expert_rows_may_be_moved_in_what_the_kernel_reads(name):
     """As by an engine that balances load: rows of all kernel tensors, ids renamed, same results."""
     moe = make_moe(name)
@@ -131,7 +135,7 @@ def test_other_addresses_after_a_capture_are_refused(name):
     assert all(map(torch.equal, forward(moe, *held), forward(fresh, *held)))
 
 
-@pytest.mark.parametrize("name", ["small1", "block4", "channel4"])
+@pytest.mark.parametrize("name", ["small1", "block4", "channel4", "mxfp44"])
 def test_a_state_dict_brings_new_values_to_a_graph(name):
     moe = make_moe(name)
     moe.load_weights(*clone(harness.all_weights(moe)))

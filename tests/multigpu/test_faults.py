@@ -41,7 +41,7 @@ def test_a_rank_that_misses_a_launch(jobs, how, absent):
 
 
 @pytest.mark.parametrize("refuses", [0, 1])
-@pytest.mark.parametrize("variant", ["", "_block", "_channel"])
+@pytest.mark.parametrize("variant", ["", "_block", "_channel", "_mxfp4"])
 def test_a_rank_that_refuses_its_input_tells_the_others(jobs, variant, refuses):
     """At once, with the reason; and the next forward is right on every rank."""
     name = f"mp{jobs.world}{variant}"

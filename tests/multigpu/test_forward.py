@@ -10,7 +10,7 @@ from tests.routing import ROUTINGS, seed_of
 
 pytestmark = pytest.mark.gpu
 
-VARIANTS = ("", "_ring", "_odd", "_stress", "_block", "_channel")
+VARIANTS = ("", "_ring", "_odd", "_stress", "_block", "_channel", "_mxfp4")
 LARGE_ROUTINGS = ("uniform", "skewed", "all_to_one_rank", "ragged")
 
 
@@ -43,7 +43,7 @@ def test_bits_are_those_of_virtual_ranks_on_one_gpu(jobs, variant):
             assert numpy.array_equal(one, other), f"rank {rank}, {case}: {(one != other).sum()}"
 
 
-@pytest.mark.parametrize("variant", ["", "_block", "_channel"])
+@pytest.mark.parametrize("variant", ["", "_block", "_channel", "_mxfp4"])
 def test_staged_input_narrow_indices_and_out(jobs, variant):
     jobs.run(work.input_buffer, name=f"mp{jobs.world}{variant}")
 

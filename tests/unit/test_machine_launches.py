@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megamoe.faults import InvalidExpertError, LaunchTimeout
+from megamoe.kernels.sm90.swapped import SWAPPED_TOKENS
 from megamoe.machine.faults import Fault, StepLimit
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, quantize
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: Operations of the machine that the async proxy performs.
 COPIES = ("load_bulk", "load_tensor", "store_bulk")
-FP8_RECIPES = ("fp8_block", "fp8_channel")
+FP8_RECIPES = [name for name, recipe in PRECISIONS.items() if recipe.tokens.has_scales]
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
@@ -86,6 +87,7 @@ def test_many_ranks(precision, world):
         at_night("bf16", 3),
         ("fp8_block", 3),
         at_night("fp8_channel", 2),
+        at_night("fp8_mxfp4", 3),
     ],
 )
 def test_experts_of_several_blocks(precision, num_ctas):
@@ -95,6 +97,27 @@ def test_experts_of_several_blocks(precision, num_ctas):
     )
     for routing in ("skewed", "all_to_one_expert"):
         layer.check(routing, num_ctas)
+        layer.assert_at_rest()
+
+
+#: Rows of an expert: none, one, and both sides of where a tile takes another variant.
+ROWS = (1, 16, 0, 17, 32, 33, 64, 65, 128)
+
+
+@pytest.mark.parametrize("precision", [at_night("bf16"), at_night("fp8_block"), "fp8_mxfp4"])
+def test_every_number_of_tokens_of_a_tile(precision):
+    assert {min(n for n in SWAPPED_TOKENS if n >= rows) for rows in ROWS} == {*SWAPPED_TOKENS}
+    layer = Layer(
+        1, sum(ROWS), 1, len(ROWS), inner=256, precision=precision, overrides={"pool_blocks": 3}
+    )
+    xs, [idx], weights = layer.inputs("uniform", 1)
+    for seed in range(2):
+        order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(seed))
+        experts = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS)[order])
+        mixed = torch.randperm(len(experts), generator=torch.Generator().manual_seed(seed))
+        idx[:, 0] = experts[mixed]
+        inputs = xs, [idx], weights
+        layer.compare(layer.forward(inputs, seed), inputs)
         layer.assert_at_rest()
 
 

@@ -12,10 +12,10 @@ from megamoe.architecture import ARCHITECTURES
 from megamoe.machine.faults import StepLimit
 from megamoe.precision import PRECISIONS
 from tests.unit.layers import (
+    READ_WHERE_THEY_ARE,
     E,
     H,
     K,
-    READ_WHERE_THEY_ARE,
     T,
     W,
     check,

@@ -48,7 +48,7 @@ def test_work_per_gpu():
     ],
 )
 def test_bytes_of_fp8_have_their_scales(precision, weight_bytes, token_scales):
-    """Weights and rows that travel are stored in FP8 or 4 bits; input, results and output are bf16."""
+    """Weights and rows that travel are stored in few bits; input, results and output are bf16."""
     work = work_of(dataclasses.replace(case_of(1), precision=precision), IDS)
     assert work.flops == work_of(case_of(1), IDS).flops
     assert work.hbm_bytes == (2 * weight_bytes + 3 * TOKEN_BYTES, weight_bytes + TOKEN_BYTES)
