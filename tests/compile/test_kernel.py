@@ -50,7 +50,7 @@ def variants() -> list:
             continue
         for name, config in MODELS.items():
             add(f"{name}-{precision}", replace(config, precision=precision))
-    for name in ("block_odd", "block_ring", "channel_odd", "mxfp4_odd"):
+    for name in ("block_odd", "block_ring", "channel_odd", "mxfp4_odd", "mxfp41"):
         params.append(pytest.param(*split(CONFIGS[name]), id=name))
     traced = MODELS["flash_ep4"]
     params.append(pytest.param(traced, select(traced, trace=True), id="flash_ep4-trace"))

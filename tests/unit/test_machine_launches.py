@@ -110,15 +110,11 @@ def test_every_number_of_tokens_of_a_tile(precision):
     layer = Layer(
         1, sum(ROWS), 1, len(ROWS), inner=256, precision=precision, overrides={"pool_blocks": 3}
     )
-    xs, [idx], weights = layer.inputs("uniform", 1)
-    for seed in range(2):
-        order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(seed))
-        experts = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS)[order])
-        mixed = torch.randperm(len(experts), generator=torch.Generator().manual_seed(seed))
-        idx[:, 0] = experts[mixed]
-        inputs = xs, [idx], weights
-        layer.compare(layer.forward(inputs, seed), inputs)
-        layer.assert_at_rest()
+    inputs = xs, [idx], weights = layer.inputs("uniform", 1)
+    experts = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS))
+    idx[:, 0] = experts[torch.randperm(len(experts), generator=torch.Generator().manual_seed(1))]
+    layer.compare(layer.forward(inputs, 1), inputs)
+    layer.assert_at_rest()
 
 
 @pytest.mark.parametrize(("piece_bytes", "pieces"), [(400, 2), (100, 8)])
@@ -236,7 +232,10 @@ def test_wrong_numbers_are_noticed(ring):
     outputs = ring.forward(inputs)
     if ring.config.recipe.tokens.has_scales:
         scale = right.w2_scale.clone()
-        scale.view(scale.shape[0], -1)[0] *= 1.2
+        if ring.config.recipe.weights.packed:
+            scale[0, ::16] += 1  # exponents: twice as much, in few channels
+        else:
+            scale.view(scale.shape[0], -1)[0] *= 1.2
         ring.weights = right._replace(w2_scale=scale)
     else:
         ring.weights = Weights(right.w13, right.w2 * torch.tensor([1.2] + [1] * 11)[:, None, None])
@@ -245,10 +244,13 @@ def test_wrong_numbers_are_noticed(ring):
     ring.weights = right
 
 
-def test_a_map_that_leads_out_of_its_tensor_is_refused(ring):
+def test_a_read_that_leads_out_of_its_tensor_is_refused(ring):
     named = ring.backend.weights[0]
     ring.backend.weights[0] = named | {"w2": named["w2"][:-1]}
-    with pytest.raises(Fault, match="lie in no tensor; near: w2 of rank 0"):
+    words = "lie in no tensor; near: w2 of rank 0"
+    if ring.config.recipe.weights.packed:  # which come by bulk copies, without a map
+        words = r"load_weights\): .* in bulk_load .*: no memory there"
+    with pytest.raises(Fault, match=words):
         ring.check("uniform", 0)
     ring.backend.weights[0] = named
     ring.check("uniform", 0)
