@@ -87,10 +87,10 @@ WGMMA = {
 
 
 #: Waits for WGMMA groups, by groups that may still be in flight: a sum is read, or a stage given
-#: back, only behind one. With weights in registers each part of a block is read at once: its wait
-#: is also what lets the next fragment be written. One more or less in flight reads a sum that is not complete, or lets the
+#: back, only behind one. One more or less in flight reads a sum that is not complete, or lets the
 #: tensor cores idle. BF16: in the loop and behind it. With a scale per K block: both halves
-#: complete; and of four quarters the first three with the next in flight, then the last.
+#: complete; and of four quarters the first three with the next in flight, then the last. With
+#: weights in registers: every part of a block complete.
 WAITS = {
     "bf16": Counter({1: 1, 0: 1}),
     "fp8_block": Counter({0: 2 + 1, 1: 3}),
