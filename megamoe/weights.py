@@ -137,9 +137,9 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     at least two bytes, on any device. A block of weights (128 x 128 or an output channel, see
     `Weights`) is stored as value / scale with scale = max |value| / 448. For "fp8_mxfp4" 32 columns
     of a row share a power of two, and codes of 4 bits lie two a byte (`fourbit.quantize_mxfp4`).
-    One expert after the other, to spare memory. Nothing is recorded for autograd. Raises ValueError for a recipe without
-    scales, for what is no tensor of such a dtype, and for shapes that do not fit each other or are
-    no multiples of 128.
+    One expert after the other, to spare memory. Nothing is recorded for autograd. Raises ValueError
+    for a recipe without scales, for what is no tensor of such a dtype, and for shapes that do not
+    fit each other or are no multiples of 128.
     """
     recipe = precision_of(precision)
     if not recipe.weights.has_scales:

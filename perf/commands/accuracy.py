@@ -12,7 +12,8 @@ The unfused pipeline is the baseline of the precision, over the very weights and
 layer: tokens quantised; FC1, stored in BF16; SwiGLU; hidden rows quantised; FC2, rows stored in
 BF16; weighted sum. On a GPU its products are torch's scaled ones, on a CPU float32 products of
 dequantised operands; the layer is the kernel, on a CPU too. With `fp8_channel` it
-stores hidden rows with one scale each, the finest that torch multiplies by output channels.
+stores hidden rows with one scale each, the finest that torch multiplies by output channels. 4-bit
+weights it takes as e4m3 with a scale per 128 x 128 block, which holds nearly all of them exactly.
 
 Errors are over the tokens of all ranks together, at most SAMPLED of each rank, spread evenly.
 """
@@ -43,7 +44,7 @@ from perf.running.processes import ALONE, Job
 from perf.running.runner import Runner
 from perf.running.session import run_plans
 from perf.running.timing import EAGER
-from perf.workload.cases import Case, Inputs, make_weights
+from perf.workload.cases import Case, Inputs, fp8_weights, make_weights
 from perf.workload.parts import MEGAMOE
 from perf.workload.routings import may_mask
 
@@ -173,9 +174,13 @@ class AccuracyRunner(Runner):
         """The unfused pipeline, over the layer's own weights."""
         plan, case = self.plan, self.plan.case
         name = baseline_name(case.recipe)
-        scales = self.weights[2:] if case.recipe.weights.has_scales else ()
+        matrices, scales = self.weights[:2], self.weights[2:]
+        if case.recipe.weights.packed:
+            matrices, scales = fp8_weights(self.weights)
+        elif not case.recipe.weights.has_scales:
+            scales = ()
         masked = may_mask(case.routing)
-        layer = baseline_of(self.job, name, *self.weights[:2], masked=masked, scales=scales)
+        layer = baseline_of(self.job, name, *matrices, masked=masked, scales=scales)
         emulated = plan.emulated and case.recipe.weights.has_scales
         config = f"{layer.config} products=float32" if emulated else layer.config
         return [Contender(name, one_batch(layer), EAGER, layer.max_error, config)]

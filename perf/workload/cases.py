@@ -196,6 +196,14 @@ def expanded_weights(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
     return matrices[0], matrices[1]
 
 
+def fp8_weights(weights: Weights) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """((w13, w2), their scales) of 4-bit weights as "fp8_block" takes them."""
+    assert weights.w13_scale is not None and weights.w2_scale is not None
+    w13 = fourbit.to_fp8_block(weights.w13, weights.w13_scale)
+    w2 = fourbit.to_fp8_block(weights.w2, weights.w2_scale)
+    return (w13.stored, w2.stored), (w13.scale, w2.scale)
+
+
 def make_layer_weights(
     case: Case, device: torch.device | str = "cpu", experts: range | None = None
 ) -> Weights:

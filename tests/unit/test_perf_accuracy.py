@@ -166,7 +166,7 @@ def test_a_cpu_is_within_the_bounds(shape, seed, one_thread, tmp_path, capsys):
 
 def test_rows_say_what_was_compared_where(one_thread, tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    argv = [*FEW, "--precision", "fp8_block,fp8_channel", "--csv", str(path)]
+    argv = [*FEW, "--precision", "fp8_block,fp8_channel,fp8_mxfp4", "--csv", str(path)]
     assert main(["accuracy", *argv]) == 0
     rows = rows_of(path)
     launch = [field.name for field in dataclasses.fields(Launched)]
@@ -174,9 +174,10 @@ def test_rows_say_what_was_compared_where(one_thread, tmp_path, capsys):
     assert list(rows[0]) == [field.name for field in dataclasses.fields(AccuracyRow)]
     pairs = [(row["exact"], row["impl"]) for row in rows]
     one = [(exact, impl) for exact in (STORED, ORIGINAL) for impl in (MEGAMOE, "torch_fp8")]
-    assert pairs == one * 2
+    assert pairs == one * 3
     configs = [row["config"] for row in rows if row["impl"] == "torch_fp8"]
     assert configs[0] == configs[1] == "form=blocked scales=1x128 products=float32"
+    assert configs[4] == configs[5] == configs[0]
     assert configs[2] == configs[3] == "form=grouped scales=row products=float32"
     title, *lines = [line for line in capsys.readouterr().out.splitlines() if "  " in line][:5]
     assert {len(line) for line in lines} == {len(title)}
