@@ -174,11 +174,10 @@ class AccuracyRunner(Runner):
         """The unfused pipeline, over the layer's own weights."""
         plan, case = self.plan, self.plan.case
         name = baseline_name(case.recipe)
-        matrices, scales = self.weights[:2], self.weights[2:]
+        matrices: tuple = self.weights[:2]
+        scales: tuple = self.weights[2:] if case.recipe.weights.has_scales else ()
         if case.recipe.weights.packed:
             matrices, scales = fp8_weights(self.weights)
-        elif not case.recipe.weights.has_scales:
-            scales = ()
         masked = may_mask(case.routing)
         layer = baseline_of(self.job, name, *matrices, masked=masked, scales=scales)
         emulated = plan.emulated and case.recipe.weights.has_scales
