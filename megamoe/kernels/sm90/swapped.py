@@ -53,11 +53,10 @@ class Operands(NamedTuple):
     accumulators: list
 
 
-def operands_of(smem_tokens, registers, tokens: int) -> Operands:
-    """Operands for `tokens` tokens. registers: (fragment, sums, accumulators by block), for the
-    most tokens: smaller variants use their first ones.
+def operands_of(smem_tokens, tokens: int) -> Operands:
+    """Operands for `tokens` tokens, for one tile: registers that outlived it would be carried
+    around the loop over tiles, sums too, which WGMMAs are said to read.
     """
-    fragment, sums, accumulators = registers
     width = min(tokens, PART_TOKENS)
     major, dtype = cute.nvgpu.OperandMajorMode.K, smem_tokens.element_type
     mma = sm90.make_trivial_tiled_mma(
@@ -68,19 +67,14 @@ def operands_of(smem_tokens, registers, tokens: int) -> Operands:
     shape = part.partition_shape_C((SM90A.group_rows, width))
     columns = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_tokens)), (None, 1))
     parts = range(tokens // width)
-    size = SM90A.group_rows * width // SM90A.group_threads
-    layout = cute.make_layout(shape)
     a = mma.make_fragment_A(part.partition_shape_A((SM90A.group_rows, CHUNK_COLUMNS)))
     return Operands(
         mma,
-        cute.make_tensor(fragment.iterator, a.layout),
-        cute.recast_tensor(fragment, Int32),
+        a,
+        cute.recast_tensor(a, Int32),
         [columns[None, (None, n), None, None] for n in parts],
-        cute.make_tensor(sums.iterator, layout),
-        [
-            [cute.make_tensor(block.iterator + n * size, layout) for n in parts]
-            for block in accumulators
-        ],
+        cute.make_rmem_tensor(shape, Float32),
+        [[cute.make_rmem_tensor(shape, Float32) for _ in parts] for _ in range(BLOCKS)],
     )
 
 
@@ -155,10 +149,11 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
 
 @cute.jit
 def multiply_and_store(
-    launch: Launch, operands, tokens: Constexpr, pipes, smem, tile, taken, position, k_blocks,
+    launch: Launch, smem_tokens, tokens: Constexpr, pipes, smem, tile, taken, position, k_blocks,
     chunks, warp, lane,
 ):  # fmt: skip
     """A tile with up to `tokens` tokens. Returns when its product was done."""
+    operands = operands_of(smem_tokens, tokens)
     accumulate(launch, operands, pipes, chunks, warp % 4 * 32 + lane, position, k_blocks, lane)
     multiplied = sync.trace_clock(launch)
     slot = taken % QUEUE_SLOTS
@@ -179,14 +174,6 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
     `smem`: shared memory of the epilogue.
     """
     shape, kernel = launch.shape, launch.shape.kernel
-    most = kernel.block_m * SM90A.group_rows // SM90A.group_threads
-    dtype = smem_tokens.element_type
-    registers = (
-        cute.make_rmem_tensor((CHUNK_COLUMNS // 2,), dtype),
-        cute.make_rmem_tensor((PART_TOKENS // 2,), Float32),
-        [cute.make_rmem_tensor((most,), Float32) for _ in range(BLOCKS)],
-    )
-    variants = [operands_of(smem_tokens, registers, tokens) for tokens in SWAPPED_TOKENS]
     chunks = smem_weights + warp // 4 * (BLOCKS * CHUNK_BYTES)
     position, taken = Int32(0), Int32(0)
     running = Int32(kernel.runs(GEMMS))
@@ -200,12 +187,12 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
             multiplied = begin
-            for number in range_constexpr(len(variants)):
+            for number in range_constexpr(len(SWAPPED_TOKENS)):
                 tokens = SWAPPED_TOKENS[number]
                 fewer = SWAPPED_TOKENS[number - 1] if number else 0
                 if tile.rows > fewer and tile.rows <= tokens:
                     multiplied = multiply_and_store(
-                        launch, variants[number], tokens, pipes, smem, tile, taken, position,
+                        launch, smem_tokens, tokens, pipes, smem, tile, taken, position,
                         k_blocks, chunks, warp, lane,
                     )  # fmt: skip
             arch.sync_warp()
