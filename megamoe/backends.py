@@ -103,7 +103,9 @@ class Backend:
         """
         if scale is not None:
             _copy_unless_there(self.staged_scales[index], scale)
-        if scale is not None or (self.layout.config.num_ranks > 1 and not self.quantizes):
+        if scale is not None and self.layout.config.recipe.weights.packed:
+            self.staged[index][: x.shape[0]].copy_(in_places(x.detach()))
+        elif scale is not None or (self.layout.config.num_ranks > 1 and not self.quantizes):
             _copy_unless_there(self.staged[index], x)
 
     def _output(self, index: int, x, out) -> torch.Tensor:
@@ -311,6 +313,14 @@ def regions_of(layout: Layout, space: str) -> list[Region]:
         Region(r.name, r.offset, r.num_bytes, r.row_bytes, r.kind == DATA and not r.host_writes)
         for r in layout.of_space(space)
     ]
+
+
+def in_places(tokens_TH: torch.Tensor) -> torch.Tensor:
+    """A copy of quantised tokens with columns where packed weights have them
+    (`fourbit_layout.place_of`).
+    """
+    digits = tokens_TH.view(torch.uint8).unflatten(1, (-1, 4, 4, 2, 4))  # t, s, khalf, b
+    return digits.permute(0, 1, 3, 4, 2, 5).flatten(1).view(tokens_TH.dtype)
 
 
 def _copy_unless_there(buffer: torch.Tensor, rows: torch.Tensor) -> None:

@@ -41,11 +41,14 @@ GATE_UP = "gate_up"  # w13 [2I, H]: gate rows, then up rows
 DOWN = "down"  # w2 [H, I]
 #: What the rows of a matrix are, from the outermost axis; every one has a size but the tiles.
 _ROW_AXES = {
-    GATE_UP: ("half", "tile", "warpgroup", "warp", "g", "block"),
-    DOWN: ("tile", "warpgroup", "warp", "block", "half", "g"),
-}
-_SIZES = {"tile": -1, "warpgroup": 2, "warp": 4, "block": 2, "half": 2, "g": 8}
-_SIZES |= {"k_block": -1, "s": 4, "s_high": 2, "s_low": 2, "khalf": 2, "t": 4, "byte": 2}
+    GATE_UP: (
+        "half", "tile", "g_high", "warpgroup", "warp_high", "warp_low", "g_low", "block"
+    ),
+    DOWN: ("tile", "warpgroup", "warp_high", "warp_low", "block", "half", "g_high", "g_low"),
+}  # fmt: skip
+_SIZES = {"tile": -1, "warpgroup": 2, "block": 2, "half": 2}
+_SIZES |= {"warp_high": 2, "warp_low": 2, "g_high": 4, "g_low": 2}
+_SIZES |= {"k_block": -1, "s_high": 2, "s_low": 2, "khalf": 2, "t": 4, "byte": 2}
 #: Matrices have their rows in multiples of this.
 _ROW_MULTIPLE = {GATE_UP: TILE_ROWS, DOWN: TILE_ROWS // 2}
 _ALIGNMENT = 16  # bytes: what bulk copies of the kernel ask of an address
@@ -135,9 +138,13 @@ def _by_row(values_RC: torch.Tensor, order: str, columns: Sequence[str], wanted:
 
 
 _CHUNK_AXES = ("tile", "k_block", "warpgroup", "block")
-_WORD_AXES = (*_CHUNK_AXES, "s_high", "warp", "g", "t", "s_low", "half")
-_CODE_COLUMNS = ("k_block", "s_high", "s_low", "khalf", "t", "byte")
-_SCALE_AXES = (*_CHUNK_AXES, "warp", "g", "half")
+_ROWS = ("warp_high", "warp_low", "g_high", "g_low")
+_WORD_AXES = (*_CHUNK_AXES, "s_high", *_ROWS, "t", "s_low", "half")
+_CODE_COLUMNS = ("k_block", "t", "s_high", "s_low", "khalf", "byte")
+_SCALE_AXES = {
+    torch.uint8: (*_CHUNK_AXES, *_ROWS, "t", "half"),
+    torch.float32: (*_CHUNK_AXES, *_ROWS, "half"),
+}
 
 
 def _codes_by_row(codes_RB: torch.Tensor, order: str) -> torch.Tensor:
@@ -146,10 +153,10 @@ def _codes_by_row(codes_RB: torch.Tensor, order: str) -> torch.Tensor:
 
 
 def _scales_by_row(scales_RG: torch.Tensor, order: str) -> torch.Tensor:
-    """View of scales: [axes of scales, groups of a K block]."""
-    if scales_RG.dtype == torch.uint8:
-        return _by_row(scales_RG, order, ("k_block", "s"), (*_SCALE_AXES, "s"))
-    return _by_row(scales_RG, order, ("k_block",), _SCALE_AXES)
+    """View of scales: [axes of scales]."""
+    axes = _SCALE_AXES[scales_RG.dtype]
+    columns = [axis for axis in ("k_block", "t") if axis in axes]
+    return _by_row(scales_RG, order, columns, axes)
 
 
 def _words(chunks: torch.Tensor) -> torch.Tensor:
@@ -160,10 +167,9 @@ def _words(chunks: torch.Tensor) -> torch.Tensor:
 
 def _scales(chunks: torch.Tensor, form: Format) -> torch.Tensor:
     """View of an expert's chunks as `_scales_by_row` has them."""
-    own, sizes = chunks[..., CODE_BYTES:], [_SIZES[axis] for axis in _SCALE_AXES[4:]]
-    if form is MXFP4:
-        return own.unflatten(-1, [*sizes, _SIZES["s"]]).unflatten(2, (2, 2))
-    return own.view(torch.float32).unflatten(-1, sizes).unflatten(2, (2, 2))
+    own = chunks[..., CODE_BYTES:].view(torch.uint8 if form is MXFP4 else torch.float32)
+    sizes = [_SIZES[axis] for axis in _SCALE_AXES[own.dtype][4:]]
+    return own.unflatten(-1, sizes).unflatten(2, (2, 2))
 
 
 def _write_words(chunks: torch.Tensor, codes_RB: torch.Tensor, order: str) -> None:

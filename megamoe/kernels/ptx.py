@@ -81,6 +81,13 @@ def load_shared(pointer):
     )
 
 
+def load_shared_u16(pointer):
+    """16 bits as the lower half of an Int32."""
+    return arch.inline_ptx(
+        "ld.shared.u16 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[pointer]
+    )
+
+
 def load_shared_v2(pointer):
     return arch.inline_ptx(
         "ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];",

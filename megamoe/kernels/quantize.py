@@ -9,11 +9,13 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr, range_constexpr
 
+from megamoe.fourbit_layout import place_of
 from megamoe.kernels.launch import Launch, address
 from megamoe.kernels.ptx import (
     global_ptr,
     load_global_v4_if,
     pack_e4m3x4,
+    store_global,
     store_global_v2,
     unpack_bf16x2,
 )
@@ -86,7 +88,12 @@ def store_columns(launch: Launch, token, first, lane, values, inverses):
         column = first + part * WARP_COLUMNS + lane * LANE_COLUMNS
         if column < hidden:
             scaled = [value * inverses[part] for value in values[part]]
-            store_global_v2(row + column, pack_e4m3x4(scaled[:4]), pack_e4m3x4(scaled[4:]))
+            words = pack_e4m3x4(scaled[:4]), pack_e4m3x4(scaled[4:])
+            if const_expr(launch.shape.config.recipe.weights.packed):
+                for half in range_constexpr(2):
+                    store_global(row + place_of(column + 4 * half), words[half])
+            else:
+                store_global_v2(row + column, *words)
 
 
 @cute.jit

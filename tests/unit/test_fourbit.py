@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megamoe import fourbit, fourbit_pack
-from megamoe.fourbit_layout import CHUNK_BYTES, E2M1
+from megamoe.backends import in_places
+from megamoe.fourbit_layout import CHUNK_BYTES, E2M1, column_at, place_of
 from megamoe.fourbit_pack import DOWN, GATE_UP, empty_packed, pack, unpack
 
 FP8 = torch.float8_e4m3fn
@@ -79,8 +80,9 @@ def int4_value(codes, scales, row, column):
 def weight_row(order, tile, warpgroup, block, warp, half, g, rows):
     if order == DOWN:
         return 256 * tile + ((warpgroup * 4 + warp) * 2 + block) * 16 + half * 8 + g
-    column = 128 * tile + ((warpgroup * 4 + warp) * 8 + g) * 2 + block
-    return column + half * (rows // 2)
+    place = ((warpgroup * 4 + warp) * 8 + g) * 2 + block
+    s, khalf, t, b = place // 32, place // 16 % 2, place // 4 % 4, place % 4
+    return 128 * tile + 32 * t + 8 * s + 4 * khalf + b + half * (rows // 2)
 
 
 def read_by_threads(chunk, is_mxfp4):
@@ -95,7 +97,7 @@ def read_by_threads(chunk, is_mxfp4):
             for half in range(2):
                 word = words[(s // 2) * 512 + thread * 4 + (s % 2) * 2 + half] & 0xFFFFFFFF
                 if is_mxfp4:
-                    exponent = exponents[((warp * 8 + g) * 2 + half) * 4 + s]
+                    exponent = exponents[((warp * 8 + g) * 4 + t) * 2 + half]
                     assert 0 <= exponent <= 11
                     table, factor = E2M1, 2.0 ** (exponent - 5)
                 else:
@@ -104,7 +106,7 @@ def read_by_threads(chunk, is_mxfp4):
                     for b in range(4):
                         value = table[word >> (16 * khalf + 4 * b) & 7] * factor
                         sign = word >> (8 * b + (3 if khalf else 7)) & 1
-                        place = warp, half, g, 32 * s + 16 * khalf + 4 * t + b
+                        place = warp, half, g, 32 * t + 8 * s + 4 * khalf + b
                         assert place not in seen
                         seen[place] = -value if sign else value
     assert len(seen) == 64 * 128
@@ -150,6 +152,17 @@ def test_threads_find_int4_weights(order, hidden, intermediate):
     packed, changed = pack(codes, scales, order)
     assert changed == 0 and bool((packed.row_scale == 1).all())
     assert_threads_see(packed, codes, scales, order, False)
+
+
+def test_places_of_columns():
+    """As the tensor cores number what a thread holds; what is staged lies as what is quantised."""
+    places = [place_of(column) for column in range(384)]
+    assert sorted(places) == list(range(384)) and places[256:259] == [256, 257, 258]
+    assert [column_at(place) for place in places] == list(range(384))
+    assert (place_of(8), place_of(4), place_of(32), place_of(128 + 127)) == (32, 16, 4, 255)
+    tokens = torch.arange(2 * 384).view(2, 384).remainder(251).to(torch.uint8)
+    moved = in_places(tokens.view(torch.float8_e4m3fn)).view(torch.uint8)
+    assert torch.equal(moved[:, places], tokens)
 
 
 def test_a_chunk_has_the_bytes_that_its_description_says():

@@ -2,10 +2,10 @@
 registers that WGMMA reads as its first operand.
 
 A chunk (`megamoe.fourbit_layout`) holds 64 rows x 128 columns as the threads of a warpgroup read
-them: two loads of 16 bytes bring a thread 64 codes, one of 8 bytes their exponents. PRMT looks up
-four codes at a time in a table of the eight magnitudes, 8 bytes of e4m3, to which the exponent of
-their group has been added: exact, as long as no value leaves the normal range of e4m3
-(`megamoe.fourbit_pack` rebases exponents so).
+them: two loads of 16 bytes bring a thread 64 codes, one of 2 bytes their exponents, one for all
+that it has of a row. PRMT looks up four codes at a time in a table of the eight magnitudes, 8 bytes
+of e4m3, to which the exponent has been added: exact, as long as no value leaves the normal range of
+e4m3 (`megamoe.fourbit_pack` rebases exponents so).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 
-from megamoe.fourbit_layout import CHUNK_COLUMNS, CODE_BYTES, MXFP4_GROUP
-from megamoe.kernels.ptx import load_shared_v2, load_shared_v4
+from megamoe.fourbit_layout import CHUNK_COLUMNS, CODE_BYTES
+from megamoe.kernels.ptx import load_shared_u16, load_shared_v4
 
 arch = cute.arch
 
+STEPS = CHUNK_COLUMNS // 32  # of a product's K
 #: e4m3 of 0, .5, 1, 1.5 and of 2, 3, 4, 6, times 2^-5, first in the lowest byte; one more exponent
 #: adds 8 to all but the zero.
 LOW, HIGH = 0x14100800, 0x24201C18
@@ -26,27 +27,29 @@ MAGNITUDES, SIGNS = 0x77777777, -0x7F7F7F80  # 0x80808080 as an Int32
 
 
 def load_codes(chunk, thread):
-    """(codes, exponents) of a thread of a warpgroup, in words. `chunk`: its shared memory."""
+    """(codes, exponents) of a thread of a warpgroup, in words: the exponent of either row is a
+    byte. `chunk`: its shared memory.
+    """
     words = []
     for half in range(2):
         words += load_shared_v4(chunk + (half * (CODE_BYTES // 2) + thread * 16))
-    row = thread // 32 * 8 + thread % 32 // 4
-    return words, load_shared_v2(chunk + (CODE_BYTES + row * 8))
+    return words, load_shared_u16(chunk + (CODE_BYTES + thread * 2))
 
 
-def tables(exponents, step: int):
-    """The two words of the table for group number `step` of a row."""
-    exponent = arch.prmt(exponents, Int32(0), Int32(0x4440 + step))
+def table(exponents, half: int):
+    """The two words of the table for a row."""
+    exponent = arch.prmt(exponents, Int32(0), Int32(0x4440 + half))
     return exponent * Int32(LOW_STEP) + Int32(LOW), exponent * Int32(HIGH_STEP) + Int32(HIGH)
 
 
 def expand(fragment, codes, exponents):
     """Write a thread's part of a K block, e4m3, into `fragment` (Int32 [16]): register 4 s + half +
-    2 k is row lane / 4 + 8 half, columns 32 s + 16 k + 4 (lane % 4) and following.
+    2 k is row lane / 4 + 8 half, places 32 s + 16 k + 4 (lane % 4) and following.
     """
-    for step in range(CHUNK_COLUMNS // MXFP4_GROUP):
+    tables = [table(exponents, half) for half in range(2)]
+    for step in range(STEPS):
         for half in range(2):
-            low, high = tables(exponents[half], step)
+            low, high = tables[half]
             word = codes[2 * step + half]
             magnitudes = word & Int32(MAGNITUDES)
             upper = (Uint32(magnitudes) >> Uint32(16)).to(Int32)

@@ -22,7 +22,7 @@ from megamoe import schedule
 from megamoe.architecture import SM90A
 from megamoe.budget import QUEUE_SLOTS
 from megamoe.config import GEMMS
-from megamoe.fourbit_layout import CHUNK_BYTES
+from megamoe.fourbit_layout import CHUNK_BYTES, CHUNK_COLUMNS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import as_float, load_shared_v2, opaque
@@ -40,24 +40,23 @@ PART_TOKENS = 64  # sums of a part of a block's tokens have registers beside the
 
 
 class Operands(NamedTuple):
-    """One warpgroup's for some number of tokens: `a` are the registers of two fragments of weights,
-    used in turn, `words` the same as Int32; `b` descriptors of the tokens, by part; `sums` of one
+    """One warpgroup's for some number of tokens: `a` are the registers of a fragment of weights,
+    `words` the same as Int32; `b` descriptors of the tokens, by part; `sums` of one
     part; `accumulators` by block and part.
     """
 
     mma: cute.TiledMma
-    a: list
-    words: list
+    a: cute.Tensor
+    words: cute.Tensor
     b: list
     sums: cute.Tensor
     accumulators: list
 
 
-def operands_of(smem_tokens, registers, tokens: int) -> Operands:
-    """Operands for `tokens` tokens. registers: (fragments, sums, accumulators by block), for the
-    most tokens: smaller variants use their first ones.
+def operands_of(smem_tokens, tokens: int) -> Operands:
+    """Operands for `tokens` tokens, for one tile: registers that outlived it would be carried
+    around the loop over tiles, sums too, which WGMMAs are said to read.
     """
-    fragments, sums, accumulators = registers
     width = min(tokens, PART_TOKENS)
     major, dtype = cute.nvgpu.OperandMajorMode.K, smem_tokens.element_type
     mma = sm90.make_trivial_tiled_mma(
@@ -68,30 +67,21 @@ def operands_of(smem_tokens, registers, tokens: int) -> Operands:
     shape = part.partition_shape_C((SM90A.group_rows, width))
     columns = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_tokens)), (None, 1))
     parts = range(tokens // width)
-    size = SM90A.group_rows * width // SM90A.group_threads
-    layout = cute.make_layout(shape)
-    a = [mma.make_fragment_A(part.partition_shape_A((SM90A.group_rows, 128))) for _ in fragments]
-    a = [
-        cute.make_tensor(words.iterator, one.layout)
-        for words, one in zip(fragments, a, strict=True)
-    ]
+    a = mma.make_fragment_A(part.partition_shape_A((SM90A.group_rows, CHUNK_COLUMNS)))
     return Operands(
         mma,
         a,
-        [cute.recast_tensor(words, Int32) for words in fragments],
+        cute.recast_tensor(a, Int32),
         [columns[None, (None, n), None, None] for n in parts],
-        cute.make_tensor(sums.iterator, layout),
-        [
-            [cute.make_tensor(block.iterator + n * size, layout) for n in parts]
-            for block in accumulators
-        ],
+        cute.make_rmem_tensor(shape, Float32),
+        [[cute.make_rmem_tensor(shape, Float32) for _ in parts] for _ in range(BLOCKS)],
     )
 
 
 @cute.jit
-def issue(operands, number: Constexpr, part: Constexpr, stage):
-    """sums = weights of fragment `number` @ tokens of part `part`, as one WGMMA group."""
-    a, b = operands.a[number], operands.b[part]
+def issue(operands, part: Constexpr, stage):
+    """sums = the fragment of weights @ tokens of part `part`, as one WGMMA group."""
+    a, b = operands.a, operands.b[part]
     atom = cute.make_mma_atom(operands.mma.op)
     warpgroup.fence()
     for k in range_constexpr(cute.size(a, mode=[2])):
@@ -119,7 +109,9 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
     `position` of the ring. `chunks`: shared memory of the warpgroup's first chunk in stage 0;
     `thread`: in the warpgroup.
 
-    The next fragment is dequantised while the tensor cores work with the last one.
+    A fragment is dequantised when the tensor cores are done with the last one, which the other
+    warpgroup keeps busy meanwhile: a second fragment would not leave ptxas the registers that it
+    wants to run several WGMMAs side by side (C7511).
     """
     stages = launch.shape.kernel.num_stages
     stage_bytes, scale_bytes = launch.shape.b_stage_bytes, 4 * launch.shape.kernel.block_m
@@ -131,37 +123,37 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
     stage = position % stages
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
     codes, exponents = load_codes(chunks + stage * stage_bytes, thread)
-    expand(operands.words[0], codes, exponents)
+    expand(operands.words, codes, exponents)
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % stages
         ahead = min(block + 1, k_blocks - 1)  # behind the last, it again: its stage is still held
         next_stage = (position + ahead) % stages
         for number in range_constexpr(BLOCKS):
+            codes, exponents = [], None
             for part in range_constexpr(parts):
-                issue(operands, number, part, stage)
-                if const_expr(part == 0):
-                    if const_expr(number == 0):
-                        here = chunks + (stage * stage_bytes + CHUNK_BYTES)
-                    else:
-                        arch.mbarrier_wait(
-                            pipes.full + next_stage, ((position + ahead) // stages) % 2
-                        )
+                issue(operands, part, stage)
+                if const_expr(part == 0):  # under the tensor cores
+                    here = chunks + (stage * stage_bytes + CHUNK_BYTES)
+                    if const_expr(number == BLOCKS - 1):
+                        parity = (position + ahead) // stages % 2
+                        arch.mbarrier_wait(pipes.full + next_stage, parity)
                         here = chunks + next_stage * stage_bytes
                     codes, exponents = load_codes(here, thread)
-                    expand(operands.words[1 - number], codes, exponents)
                 warpgroup.wait_group(0)
                 of_part = scales + (stage * scale_bytes + part * (4 * PART_TOKENS))
                 promote(operands, number, part, of_part)
+            expand(operands.words, codes, exponents)
         arch.sync_warp()  # every lane has read its scales and codes
         release(pipes.empty, stage, lane, 1)
 
 
 @cute.jit
 def multiply_and_store(
-    launch: Launch, operands, tokens: Constexpr, pipes, smem, tile, taken, position, k_blocks,
+    launch: Launch, smem_tokens, tokens: Constexpr, pipes, smem, tile, taken, position, k_blocks,
     chunks, warp, lane,
 ):  # fmt: skip
     """A tile with up to `tokens` tokens. Returns when its product was done."""
+    operands = operands_of(smem_tokens, tokens)
     accumulate(launch, operands, pipes, chunks, warp % 4 * 32 + lane, position, k_blocks, lane)
     multiplied = sync.trace_clock(launch)
     slot = taken % QUEUE_SLOTS
@@ -182,14 +174,6 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
     `smem`: shared memory of the epilogue.
     """
     shape, kernel = launch.shape, launch.shape.kernel
-    most = kernel.block_m * SM90A.group_rows // SM90A.group_threads
-    dtype = smem_tokens.element_type
-    registers = (
-        [cute.make_rmem_tensor((64,), dtype) for _ in range(BLOCKS)],
-        cute.make_rmem_tensor((PART_TOKENS // 2,), Float32),
-        [cute.make_rmem_tensor((most,), Float32) for _ in range(BLOCKS)],
-    )
-    variants = [operands_of(smem_tokens, registers, tokens) for tokens in SWAPPED_TOKENS]
     chunks = smem_weights + warp // 4 * (BLOCKS * CHUNK_BYTES)
     position, taken = Int32(0), Int32(0)
     running = Int32(kernel.runs(GEMMS))
@@ -203,12 +187,12 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
             multiplied = begin
-            for number in range_constexpr(len(variants)):
+            for number in range_constexpr(len(SWAPPED_TOKENS)):
                 tokens = SWAPPED_TOKENS[number]
                 fewer = SWAPPED_TOKENS[number - 1] if number else 0
                 if tile.rows > fewer and tile.rows <= tokens:
                     multiplied = multiply_and_store(
-                        launch, variants[number], tokens, pipes, smem, tile, taken, position,
+                        launch, smem_tokens, tokens, pipes, smem, tile, taken, position,
                         k_blocks, chunks, warp, lane,
                     )  # fmt: skip
             arch.sync_warp()

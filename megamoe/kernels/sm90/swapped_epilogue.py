@@ -4,8 +4,8 @@ tokens.
 Accumulator element (q, r, j) of a lane in a block of 64 rows is row lane / 4 + 8 r of the 16 of its
 warp, token 8 j + 2 (lane % 4) + q. In FC1 row 8 r + g of a warp is the gate (r = 0) or the up value
 (r = 1) of one output, and outputs of the two blocks of a warpgroup lie side by side; so a warp has
-16 neighbouring outputs of each token, and a tile 128 of them, which share a scale. In FC2 a warp
-has 32 neighbouring outputs. `fourbit` packs rows so.
+16 neighbouring places of each token's row, and a tile 128 of them, which share a scale. In FC2 a
+warp has 32 neighbouring outputs. `fourbit_layout` says which weight rows these are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
 
 from megamoe import schedule, wire
 from megamoe.activation import SWIGLU
+from megamoe.fourbit_layout import column_at
 from megamoe.kernels import sync
 from megamoe.kernels.activation import ACTIVATIONS, NO_LIMIT
 from megamoe.kernels.launch import Launch, address, peer_base
@@ -76,7 +77,7 @@ def scale_and_activate(launch: Launch, accumulators, tile, warp, g):
     activation = ACTIVATIONS[SWIGLU.name]
     intermediate, columns = launch.shape.config.intermediate_size, launch.shape.kernel.block_n // 2
     factors = launch.w13_scales + Int64(tile.expert) * (4 * SWIGLU.fc1_columns(intermediate))
-    gate = tile.column * columns + (warp * 16 + g * 2)
+    gate = tile.column * columns + column_at(warp * 16 + g * 2)
     of_gates = [as_float(word) for word in load_global_v2(factors + Int64(gate) * 4)]
     of_ups = [as_float(word) for word in load_global_v2(factors + Int64(gate + intermediate) * 4)]
     for block in range_constexpr(len(accumulators)):
