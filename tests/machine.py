@@ -12,13 +12,16 @@ from tests.routing import make_routing
 
 #: By how hidden rows are stored. In BF16 a unit in the last place: products that are added in
 #: another order move a rounding here and there. In FP8 such a rounding, of an element of the hidden
-#: row, moves it by a sixteenth, and a rank may have two rows. A wrong row is off by forty times as
-#: much.
-MAX_RELATIVE_ERROR = {"bfloat16": 2**-8, "float8_e4m3fn": 2**-5}
+#: row, moves it by a sixteenth. A wrong row is off by forty times as much or more.
+MAX_RELATIVE_ERROR = {"bfloat16": 2**-8, "float8_e4m3fn": 2**-6}
 
 
 def max_relative_error(precision: str) -> float:
-    return MAX_RELATIVE_ERROR[precision_of(precision).hidden.storage]
+    """With 4-bit weights twice that of FP8: a rank with two rows was seen to have one such element
+    that was most of its row.
+    """
+    recipe = precision_of(precision)
+    return MAX_RELATIVE_ERROR[recipe.hidden.storage] * (2 if recipe.weights.packed else 1)
 
 
 #: Two tile columns in FC1 and FC2, a ring of two pool blocks that is used three times over.
