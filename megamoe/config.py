@@ -155,8 +155,8 @@ PROMOTION_DEFAULTS = {
     "frontend_registers": 56,
     "math_registers": 224,
 }
-#: What 4-bit weights change: a stage has half the bytes.
-PACKED_DEFAULTS = {"num_stages": 5}
+#: What 4-bit weights change: a stage has half the bytes; a fragment of weights takes registers too.
+PACKED_DEFAULTS = {"num_stages": 5, "frontend_registers": 40, "math_registers": 232}
 #: Smallest legal value of the integer fields of `KernelConfig`.
 KERNEL_MINIMA = {
     "block_m": 1,
