@@ -133,21 +133,29 @@ def _sweeps(place: str, layers: dict[str, str], both: str, fp8: str = "") -> Ite
         yield _fp8(f"{name}_{place}", f"{layers[name]} {_ALL_TOKENS}", gpus)
 
 
-def _channel(place: str, layers: dict[str, str], gpus: int = 1) -> Step:
-    table = f"{{gpu}}_fp8_channel_{'one_gpu' if gpus == 1 else place}"
-    options = f"{layers['pro']} {_ALL_TOKENS}"
-    return Step(f"pro_{place}_fp8_channel", options, table, "fp8_channel", gpus=gpus)
+def _recipe(precision: str, model: str, place: str, layers: dict[str, str], gpus: int = 1) -> Step:
+    """The sweep over all token counts in another recipe, with a table of its own."""
+    table = f"{{gpu}}_{precision}_{'one_gpu' if gpus == 1 else place}"
+    options = f"{layers[model]} {_ALL_TOKENS}"
+    return Step(f"{model}_{place}_{precision}", options, table, precision, gpus=gpus)
+
+
+def _mxfp4(place: str, layers: dict[str, str], gpus: int = 1) -> list[Step]:
+    return [_recipe("fp8_mxfp4", name, place, layers, gpus) for name in ("pro", "flash", "v3")]
 
 
 STEPS = (
     Step("smoke", "--model tiny --ranks 1 --tokens 1,64,512 --eager --reps 5", SMOKE, limit_s=120),
     *_sweeps("one", _ONE, "pro"),
-    _channel("one", _ONE),
+    _recipe("fp8_channel", "pro", "one", _ONE),
+    *_mxfp4("one", _ONE),
     *_sweeps("one", _ONE, "flash v3", fp8="mimo qwen3"),
     *_share_of_ep8(1),
     _errors("pro_errors_fp8", _PRO_ERRORS, "fp8_block"),
     _errors("pro_errors_fp8_spread", f"{_PRO_ERRORS} --spread 16", "fp8_block"),
     _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),
+    _errors("pro_errors_fp8_mxfp4", _PRO_ERRORS, "fp8_mxfp4"),
+    _errors("pro_errors_fp8_mxfp4_spread", f"{_PRO_ERRORS} --spread 16", "fp8_mxfp4"),
     _errors("pro_errors", _PRO_ERRORS, "bf16"),
     _ablation("pro_ablation_fp8", _ONE["pro"]),
     Step("zeroing", f"{_V3} --tokens 4096,8192,16384,32768", ZEROING, "fp8_block", command=ZEROING),
@@ -189,11 +197,13 @@ EP_STEPS = (
     *_sweeps("ep4", _EP, "pro"),
     _errors("pro_errors_ep4_fp8", f"{_PRO_ERRORS} {_ROOM}", "fp8_block", gpus=4),
     *_sweeps("ep4", _EP, "flash v3", fp8="mimo qwen3"),
-    _channel("ep4", _EP, 4),
+    _recipe("fp8_channel", "pro", "ep4", _EP, 4),
+    *_mxfp4("ep4", _EP, 4),
     *(step for both in _skewed(4, _EP["pro"]) for step in both),
     _ablation("pro_ablation_ep4_fp8", _EP["pro"], 4),
     Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
     *_sweeps("ep2", _EP2, "pro"),
+    *_mxfp4("ep2", _EP2, 2),
     _ablation("pro_ablation_ep2_fp8", _EP2["pro"], 2),
     *_sweeps("ep2", _EP2, "flash v3"),
     *(fp8 for _, fp8 in _skewed(2, _EP2["pro"])),
