@@ -295,7 +295,8 @@ class ResidentWeights(torch.nn.Module):
         if not all(key in state_dict for key in names.values()):
             return state_dict
         try:
-            packed = self._pack(Weights(**{n: state_dict[key] for n, key in names.items()}))
+            given = {name: state_dict[key].to(self.device) for name, key in names.items()}
+            packed = self._pack(Weights(**given))
         except ValueError as error:
             errors.append(str(error))
             return state_dict

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megamoe.config import DISPATCH, GEMMS, PARTS, MoEConfig, select
-from megamoe.kernels.sm90.swapped import PART_TOKENS, SWAPPED_TOKENS
+from megamoe.kernels.sm90.swapped import SWAPPED_TOKENS, part_tokens
 from megamoe.precision import PRECISIONS
 from tests.compile.sass import compile_kernel
 from tests.gpu.configs import CONFIGS, split
@@ -63,7 +63,7 @@ def swapped_wgmma() -> Counter:
     """
     found: Counter = Counter()
     for tokens in SWAPPED_TOKENS:
-        width = min(tokens, PART_TOKENS)
+        width = part_tokens(tokens)
         found[f"QGMMA.64x{width}x32.F32.E4M3.E4M3"] += 2 * (tokens // width) * 4
     return found
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megamoe import reference
+from megamoe.backends import in_places
 from megamoe.config import COMBINE, DISPATCH, GEMMS
 from perf.commands.ablation import FILL
 from tests.gpu.configs import ALONE
@@ -73,6 +74,8 @@ def test_a_part_ends_and_leaves_counters_at_rest(name):
 def test_dispatch_puts_every_row_into_its_experts_blocks(name):
     for moe, (xs, ids, _), _ in launches(name):
         stored, scales = (xs, []) if not moe.config.recipe.tokens.has_scales else quantized(moe, xs)
+        if moe.config.recipe.weights.packed:
+            stored = [in_places(rows) for rows in stored]
         for rank in moe.local_ranks:
             regions = moe.workspace.regions(rank)
             pools = [regions["l1_token_buffer"]]

@@ -30,13 +30,26 @@ from megamoe.kernels.sm90 import swapped_epilogue
 from megamoe.kernels.sm90.dequantize import expand, load_codes
 from megamoe.kernels.sm90.mainloop import release
 from megamoe.kernels.tiles import Pipes, release_tile, take_tile
+from megamoe.launch_shape import LaunchShape
 
 arch = cute.arch
 
 BLOCKS = 2  # of 64 weight rows, of a warpgroup
 #: Tokens of a tile that there are variants for.
-SWAPPED_TOKENS = (16, 32, 64, 128)
-PART_TOKENS = 64  # sums of a part of a block's tokens have registers beside the accumulators
+SWAPPED_TOKENS = (16, 32, 48, 64, 96, 128)
+MAX_PART = 64  # tokens of a block whose sums have registers beside the accumulators
+
+
+def variants_of(shape: LaunchShape) -> tuple[int, ...]:
+    """Those of SWAPPED_TOKENS that some routing of the layer needs."""
+    most = shape.config.num_ranks * shape.config.max_slots_per_rank
+    needed = [tokens for tokens in SWAPPED_TOKENS if tokens < most]
+    return SWAPPED_TOKENS[: len(needed) + 1]
+
+
+def part_tokens(tokens: int) -> int:
+    """Tokens of a part, of which there are as few as can be."""
+    return tokens // -(-tokens // MAX_PART)
 
 
 class Operands(NamedTuple):
@@ -57,7 +70,7 @@ def operands_of(smem_tokens, tokens: int) -> Operands:
     """Operands for `tokens` tokens, for one tile: registers that outlived it would be carried
     around the loop over tiles, sums too, which WGMMAs are said to read.
     """
-    width = min(tokens, PART_TOKENS)
+    width = part_tokens(tokens)
     major, dtype = cute.nvgpu.OperandMajorMode.K, smem_tokens.element_type
     mma = sm90.make_trivial_tiled_mma(
         dtype, dtype, major, major, Float32, atom_layout_mnk=(1, 1, 1), tiler_mn=(64, width),
@@ -116,7 +129,7 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
     stages = launch.shape.kernel.num_stages
     stage_bytes, scale_bytes = launch.shape.b_stage_bytes, 4 * launch.shape.kernel.block_m
     scales = pipes.row_scales + lane % 4 * 8
-    parts = len(operands.b)
+    parts, slabs = len(operands.b), cute.size(operands.sums) // 4
     for block in operands.accumulators:
         for part in block:
             part.fill(0.0)
@@ -140,7 +153,7 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
                         here = chunks + next_stage * stage_bytes
                     codes, exponents = load_codes(here, thread)
                 warpgroup.wait_group(0)
-                of_part = scales + (stage * scale_bytes + part * (4 * PART_TOKENS))
+                of_part = scales + (stage * scale_bytes + part * (32 * slabs))
                 promote(operands, number, part, of_part)
             expand(operands.words, codes, exponents)
         arch.sync_warp()  # every lane has read its scales and codes
@@ -175,6 +188,7 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
     """
     shape, kernel = launch.shape, launch.shape.kernel
     chunks = smem_weights + warp // 4 * (BLOCKS * CHUNK_BYTES)
+    variants = variants_of(shape)
     position, taken = Int32(0), Int32(0)
     running = Int32(kernel.runs(GEMMS))
     while running == 1:
@@ -187,9 +201,9 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
             if tile.phase == schedule.PHASE_FC2:
                 k_blocks = Int32(shape.fc2_k_blocks)
             multiplied = begin
-            for number in range_constexpr(len(SWAPPED_TOKENS)):
-                tokens = SWAPPED_TOKENS[number]
-                fewer = SWAPPED_TOKENS[number - 1] if number else 0
+            for number in range_constexpr(len(variants)):
+                tokens = variants[number]
+                fewer = variants[number - 1] if number else 0
                 if tile.rows > fewer and tile.rows <= tokens:
                     multiplied = multiply_and_store(
                         launch, smem_tokens, tokens, pipes, smem, tile, taken, position,

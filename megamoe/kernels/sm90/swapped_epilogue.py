@@ -42,7 +42,7 @@ from megamoe.ordering import MATH_WARPS
 
 arch = cute.arch
 
-GROUP_TOKENS = 32  # that leave together
+GROUP_TOKENS = 32  # that leave together, or half of them
 ROW_BYTES = 128  # of a token in a tile of FC1
 WARP_BYTES = 64  # of a token in FC2, of one warp
 
@@ -54,6 +54,11 @@ class Exchange(NamedTuple):
     maxima: cute.Pointer
     factors: cute.Pointer
     targets: cute.Pointer
+
+
+def group_of(tokens: int) -> int:
+    """Tokens that leave together."""
+    return GROUP_TOKENS if tokens % GROUP_TOKENS == 0 else GROUP_TOKENS // 2
 
 
 def parts_of(accumulators, block: int):
@@ -148,7 +153,7 @@ def store_fc1(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
     store_scales(launch, tokens, smem, metadata, tile, thread)
     sync.cta_barrier(launch, MATH_WARPS)
     first, second = (parts_of(accumulators, block) for block in range(2))
-    group = min(tokens, GROUP_TOKENS)
+    group = group_of(tokens)
     for start in range_constexpr(0, tokens, group):
         matrices = []
         for slab in range_constexpr(start // 8, (start + group) // 8):
@@ -217,7 +222,7 @@ def store_fc2(
             number = row + (block * 16 + half * 8) + g
             of_rows.append(arch.load(global_ptr(factors + Int64(number) * 4, Float32), Float32))
     blocks = [parts_of(accumulators, block) for block in range(2)]
-    group = min(tokens, GROUP_TOKENS)
+    group = group_of(tokens)
     for start in range_constexpr(0, tokens, group):
         for slab in range_constexpr(start // 8, (start + group) // 8):
             matrices = []
