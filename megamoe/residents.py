@@ -295,8 +295,10 @@ class ResidentWeights(torch.nn.Module):
         if not all(key in state_dict for key in names.values()):
             return state_dict
         try:
-            given = {name: state_dict[key].to(self.device) for name, key in names.items()}
-            packed = self._pack(Weights(**given))
+            found = {name: state_dict[key] for name, key in names.items()}
+            packed = self._pack(
+                Weights(**{n: t if t.is_meta else t.to(self.device) for n, t in found.items()})
+            )
         except ValueError as error:
             errors.append(str(error))
             return state_dict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -54,6 +55,7 @@ def naive_e2m1(codes, exponents):
     return values * 2.0 ** (exponents.double() - 127).repeat_interleave(32, 1)
 
 
+@functools.lru_cache(maxsize=64)
 def naive_weights(weights, expert):
     """(w13, w2) of one expert, dequantised, in float64."""
     w13, w2 = weights.w13[expert].double(), weights.w2[expert].double()
