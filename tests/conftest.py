@@ -32,7 +32,7 @@ PACKED_AT_NIGHT = {
     "test_module", "test_torch_module", "test_resident_weights", "test_perf_ablation",
     "test_perf_accuracy", "test_perf_baselines", "test_perf_cases", "test_perf_cli",
     "test_perf_processes", "test_perf_trace", "test_perf_zeroing", "test_machine_reset",
-    "test_activation", "test_machine_mutations", "test_same_numbers",
+    "test_activation", "test_machine_mutations", "test_same_numbers", "test_budget",
 }  # fmt: skip
 NO_NIGHT = "takes many minutes; runs with --nightly"
 

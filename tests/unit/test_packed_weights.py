@@ -8,6 +8,8 @@ import torch
 from megamoe import quantize_weights, reference
 from tests.unit.layers import E, H, I, K, T, check, inputs, loaded, make, quantized, same, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PACKED = "fp8_mxfp4"
 FIELDS = reference.Weights._fields
 BYTES = {"w13": (2 * I, H // 2), "w2": (H, I // 2)}

@@ -19,6 +19,7 @@ FP8_SIZES = {"hidden": 384, "intermediate": 256}
 FP8_RECIPES = [name for name, recipe in PRECISIONS.items() if recipe.tokens.has_scales]
 FLOAT32 = Operand("float32", 32, "float32")
 HALF_ULP = 2.0**-9  # of bfloat16: largest relative error of one rounding
+pytestmark = pytest.mark.usefixtures("one_thread")
 #: What storing the hidden rows in e4m3 may cost in norm: three bits of mantissa.
 FP8_ERROR = 0.032
 
