@@ -7,6 +7,7 @@ of `kernels`. A row without one is not offered.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -35,7 +36,7 @@ class Architecture:
     stage_row_bytes: int
     mma_bits: tuple[tuple[str, int], ...]
 
-    @property
+    @cached_property
     def has_kernel(self) -> bool:
         return (KERNELS / self.folder / "kernel.py").is_file()
 

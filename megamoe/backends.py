@@ -26,7 +26,7 @@ from megamoe.streams import Streams
 from workspace.layout import DATA, LOCAL, SYMMETRIC, Layout
 from workspace.views import Workspace
 
-#: CTAs of a rank on a CPU unless asked otherwise, and who the warps of a CTA are.
+#: CTAs of a rank on a CPU unless asked otherwise.
 CPU_CTAS = 2
 
 

@@ -87,10 +87,8 @@ def piece_bytes(row_bytes: int, limit: int) -> int:
 def weight_scale_bytes(config: MoEConfig) -> int:
     """Block scales of one tile's weights over all of K; 0 for recipes without."""
     weights = config.recipe.weights
-    if weights.packed:
-        return 0
     columns = max(config.hidden_size, config.intermediate_size)
-    return WEIGHT_SCALE_BYTES * weights.num_scales(columns) if weights.scales_along_k else 0
+    return WEIGHT_SCALE_BYTES * weights.num_scales(columns) if weights.tile_scales else 0
 
 
 def barriers(kernel: KernelConfig) -> list[Part]:

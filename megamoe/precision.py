@@ -54,6 +54,11 @@ class Operand:
         """True if a row has several scales, so that sums are scaled by block."""
         return self.scale_block[1] > 0
 
+    @property
+    def tile_scales(self) -> bool:
+        """Of weights: True if scales by block come with a tile, laid out for it."""
+        return self.scales_along_k and not self.packed
+
     def num_bytes(self, values: int) -> int:
         """Bytes of so many values."""
         return values * self.bits // 8

@@ -193,6 +193,8 @@ class ResidentWeights(torch.nn.Module):
         ]
         given = Weights(*given[:2], *exponents)
         check_weights(self.config, self.num_local_experts, self.device, given)
+        if self.device.type == "meta":
+            return empty_weights(*self._sizes(), self.device, resident=True)
         there = self._held() if self._holds_any() else None
         packed, self.requantized_groups = pack_weights(given, there)
         return packed
@@ -264,7 +266,7 @@ class ResidentWeights(torch.nn.Module):
         """As of any module; 4-bit weights in the layout of checkpoints, so of another memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.config.recipe.weights.packed and self._holds_any():
-            unpacked = unpack_weights(self._held(), self.config.recipe)
+            unpacked = unpack_weights(self._held())
             destination.update((prefix + name, getattr(unpacked, name)) for name in self._names)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists) -> None:

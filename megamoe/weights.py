@@ -10,17 +10,16 @@ from __future__ import annotations
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.fourbit import check_exponents, quantize_mxfp4
+from megamoe.fourbit import MXFP4, check_exponents, quantize_mxfp4
 from megamoe.fourbit_pack import (
     DOWN,
     GATE_UP,
     Packed,
-    empty_packed,
     pack,
     packed_shapes,
     unpack,
 )
-from megamoe.precision import MXFP4, NO_SCALES, WHOLE_ROW, Precision, precision_of
+from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
 from megamoe.reference import Weights, quantize
 
 ALIGNMENT = 16  # bytes: what TMA and vector accesses of the kernel ask of an address
@@ -70,15 +69,10 @@ def resident_shapes(
 def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights, int]:
     """(4-bit weights as the kernel reads them, how many groups were rounded anew) of weights in
     checkpoint layout: w13 and w2 are chunks, their scales those of rows. See `fourbit_pack.pack`,
-    also for `out`. On "meta" there is nothing to pack. Raises ValueError for an exponent that is
-    NaN, in either matrix before one is written.
+    also for `out`. Raises ValueError for an exponent that is NaN, in either matrix before one is
+    written.
     """
     packed, changed = [], 0
-    if weights.w13.is_meta:
-        experts, hidden, half = weights.w2.shape
-        w13 = empty_packed(experts, 4 * half, hidden, "meta")
-        w2 = empty_packed(experts, hidden, 2 * half, "meta")
-        return Weights(w13.chunks, w2.chunks, w13.row_scale, w2.row_scale), 0
     for name, scales in (("w13_scale", weights.w13_scale), ("w2_scale", weights.w2_scale)):
         if scales is not None and scales.dtype == torch.uint8:
             check_exponents(name, scales)
@@ -93,20 +87,25 @@ def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights,
 
 
 @torch.no_grad()
-def unpack_weights(weights: Weights, recipe: Precision) -> Weights:
+def unpack_weights(weights: Weights) -> Weights:
     """The checkpoint layout of what `pack_weights` has made."""
     assert weights.w13_scale is not None and weights.w2_scale is not None
-    form = "mxfp4" if recipe.weights == MXFP4 else "int4"
-    w13 = unpack(Packed(weights.w13, weights.w13_scale), GATE_UP, form)
-    w2 = unpack(Packed(weights.w2, weights.w2_scale), DOWN, form)
+    w13 = unpack(Packed(weights.w13, weights.w13_scale), GATE_UP, MXFP4.name)
+    w2 = unpack(Packed(weights.w2, weights.w2_scale), DOWN, MXFP4.name)
     return Weights(w13[0], w2[0], w13[1], w2[1])
 
 
 def empty_weights(
-    recipe: Precision, experts: int, hidden: int, intermediate: int, device: torch.device | str
+    recipe: Precision,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    device: torch.device | str,
+    resident: bool = False,
 ) -> Weights:
-    """Weights of the recipe to be filled in."""
-    shapes = weight_shapes(recipe, experts, hidden, intermediate)
+    """Weights of the recipe to be filled in; `resident`: as launches read them."""
+    shapes_of = resident_shapes if resident else weight_shapes
+    shapes = shapes_of(recipe, experts, hidden, intermediate)
     return Weights(
         **{
             name: torch.empty(shape, dtype=dtype, device=device)
@@ -182,9 +181,9 @@ def empty_tile_scales(
     """(w13_tile_scales, w2_tile_scales), zeroed, for `write_tile_scales` of so many experts; None
     for a recipe without a scale per weight block.
     """
-    rows, columns = config.recipe.weights.scale_block
-    if columns <= 0 or config.recipe.weights.packed:
+    if not config.recipe.weights.tile_scales:
         return None
+    rows, columns = config.recipe.weights.scale_block
     hidden, intermediate = config.hidden_size, config.intermediate_size
     shapes = (
         (experts, intermediate // rows, hidden // columns, 4),

@@ -26,14 +26,6 @@ LEFT_OUT = ("gpu", "nightly", "slow")
 CAPABILITIES = [row.capability for row in with_kernels()]
 NO_GPU = f"needs a CUDA GPU of compute capability {CAPABILITIES}, none is visible"
 NO_DSL = "needs nvidia-cutlass-dsl, which is not installed"
-#: Files in which 4-bit weights wait for the night: every kernel of theirs takes half a minute to
-#: build, and test_packed_weights and test_machine_launches run one by day.
-PACKED_AT_NIGHT = {
-    "test_module", "test_torch_module", "test_resident_weights", "test_perf_ablation",
-    "test_perf_accuracy", "test_perf_baselines", "test_perf_cases", "test_perf_cli",
-    "test_perf_processes", "test_perf_trace", "test_perf_zeroing", "test_machine_reset",
-    "test_activation", "test_machine_mutations", "test_same_numbers", "test_budget",
-}  # fmt: skip
 NO_NIGHT = "takes many minutes; runs with --nightly"
 
 
@@ -63,8 +55,6 @@ def pytest_collection_modifyitems(config, items):
         "compile": None if have_dsl() else pytest.mark.skip(reason=NO_DSL),
     }
     for item in items:
-        if "fp8_mxfp4" in item.name and item.path.stem in PACKED_AT_NIGHT:
-            item.add_marker("nightly")
         if item.path.stem in QUICK and not any(map(item.get_closest_marker, LEFT_OUT)):
             item.add_marker("quick")
         for marker, skip in missing.items():

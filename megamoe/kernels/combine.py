@@ -46,12 +46,7 @@ WARP_BYTES = 32 * VECTOR_BYTES  # columns that a warp reduces with one load per 
 
 
 @cute.jit
-def combine(
-    launch: Launch,
-    flag_smem,
-    thread,
-    epoch,
-):
+def combine(launch: Launch, flag_smem, thread, epoch):
     """The math warps, of which this is thread `thread`: barrier over all ranks, then clean-up and
     what is left of the reduce.
     """

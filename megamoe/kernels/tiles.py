@@ -58,6 +58,15 @@ def take_tile(pipes: Pipes, taken) -> Entry:
 
 
 @cute.jit
+def k_blocks_of(launch: Launch, tile) -> Int32:
+    """K blocks of a tile."""
+    k_blocks = Int32(launch.shape.fc1_k_blocks)
+    if tile.phase == schedule.PHASE_FC2:
+        k_blocks = Int32(launch.shape.fc2_k_blocks)
+    return k_blocks
+
+
+@cute.jit
 def release_tile(pipes: Pipes, taken, lane):
     """This warp has read what the queue holds of tile number `taken`."""
     arch.sync_warp()

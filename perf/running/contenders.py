@@ -94,9 +94,10 @@ def baseline_contenders(
     masked, scaled = may_mask(plan.case.routing), plan.case.recipe.weights.has_scales
     matrices = weights[:2]
     if scaled and not all(table[name].quantised for name in plan.baselines):
-        packed = plan.case.recipe.weights.packed
-        drawn = partial(make_weights, plan.case, plan.device, experts)
-        matrices = expanded_weights(weights) if packed else drawn()
+        if plan.case.recipe.weights.packed:
+            matrices = expanded_weights(weights)
+        else:
+            matrices = make_weights(plan.case, plan.device, experts)
 
     def contender(name: str) -> Contender:
         if table[name].quantised:

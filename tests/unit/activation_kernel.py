@@ -7,14 +7,13 @@ from pathlib import Path
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
-from cutlass.cute.runtime import make_fake_stream
+from cutlass import Float32, Int64, const_expr
 
-from megamoe import compile, kernel_files
 from megamoe.activation import Activation
+from megamoe.compile import CompiledKernel
 from megamoe.kernels.activation import ACTIVATIONS
 from megamoe.kernels.ptx import as_float, as_word, load_global_v2, store_global_v2
-from megamoe.machine import host
+from tests.unit import standalone
 
 arch = cute.arch
 
@@ -24,8 +23,6 @@ ARGUMENTS = (
     ("out", ctypes.c_int64),
     ("limit", ctypes.c_float),
     ("alpha", ctypes.c_float),
-    ("stream", ctypes.c_void_p),
-    ("status", ctypes.c_int32),
 )
 
 
@@ -77,19 +74,7 @@ class Activate:
         return values
 
 
-def build(row: Activation, intermediate: int, directory: Path) -> compile.CompiledKernel:
+def build(row: Activation, intermediate: int, directory: Path) -> CompiledKernel:
     """For a CPU, into a directory of its own."""
-    fake = {ctypes.c_int64: Int64(0), ctypes.c_float: Float32(0.0), ctypes.c_int32: Int32(0)}
-    arguments = [fake[kind] for _, kind in ARGUMENTS[:-2]]
-
-    def make(*options: str):
-        kernel = Activate(row, intermediate)
-        return cute.compile(kernel, *arguments, make_fake_stream(), options=" ".join(options))
-
-    name = f"activate_{row.name}{host.MARK}"
-    facts = {"arguments": [argument for argument, _ in ARGUMENTS]}
-    path = compile.build_library(make, directory, name, facts, cpu=True)
-    _, description = kernel_files.verified(directory, name, trust=True)
-    kernel = compile.CompiledKernel(path, description["entry"], ARGUMENTS)
-    kernel.to_device(0)
-    return kernel
+    kernel = Activate(row, intermediate)
+    return standalone.build(kernel, f"activate_{row.name}", ARGUMENTS, directory)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import cuda.bindings.driver as cuda
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float8E4M3FN, Float32, Int32, Int64, Uint32, range_constexpr
 from cutlass.cute.nvgpu import cpasync, warpgroup
-from cutlass.cute.runtime import make_fake_stream
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 
-from megamoe import compile, kernel_files
+from megamoe.compile import CompiledKernel
 from megamoe.kernels.ptx import as_word, global_ptr
-from megamoe.machine import host
+from tests.unit import standalone
 
 arch = cute.arch
 
@@ -23,8 +23,6 @@ ARGUMENTS = (
     ("codes", ctypes.c_int64),
     ("x", ctypes.c_int64),
     ("sums", ctypes.c_int64),
-    ("stream", ctypes.c_void_p),
-    ("status", ctypes.c_int32),
 )
 DEPTH = 128
 #: What the codes 0 to 7 mean: e4m3 bytes of 0.5, 1, 1.5, 2 and of -0.5, -1, -1.5, -2.
@@ -117,17 +115,6 @@ class Dequantise:
             out[i] = as_word(total[i])
 
 
-def build(columns: int, directory) -> compile.CompiledKernel:
+def build(columns: int, directory: Path) -> CompiledKernel:
     """For a CPU, into a directory of its own."""
-
-    def make(*options: str):
-        arguments = *[Int64(0)] * 3, make_fake_stream()
-        return cute.compile(Dequantise(columns), *arguments, options=" ".join(options))
-
-    name = f"dequantise_{columns}{host.MARK}"
-    facts = {"arguments": [argument for argument, _ in ARGUMENTS]}
-    path = compile.build_library(make, directory, name, facts, cpu=True)
-    _, description = kernel_files.verified(directory, name, trust=True)
-    kernel = compile.CompiledKernel(path, description["entry"], ARGUMENTS)
-    kernel.to_device(0)
-    return kernel
+    return standalone.build(Dequantise(columns), f"dequantise_{columns}", ARGUMENTS, directory)

@@ -11,6 +11,7 @@ from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS, Budget, budget_of
 from megamoe.config import MoEConfig, select
 from megamoe.dsl import HAVE_DSL
 from megamoe.precision import PRECISIONS
+from tests.nights import built
 
 #: Warps of a CTA by role; of math, in each of its warpgroups.
 WARPS = {"dispatch": 1, "report": 1, "load_weights": 1, "load_tokens": 1, "math": 4}
@@ -90,7 +91,7 @@ SIZES = {
 
 @pytest.mark.compile
 @pytest.mark.skipif(not HAVE_DSL, reason="kernels are built here")
-@every_recipe
+@pytest.mark.parametrize("precision", built())
 @pytest.mark.parametrize(
     "size", [pytest.param(size, marks=[pytest.mark.nightly] * (size != "odd")) for size in SIZES]
 )

@@ -11,6 +11,7 @@ from megamoe import InvalidExpertError, MegaMoE, arguments, reference
 from megamoe.architecture import ARCHITECTURES
 from megamoe.machine.faults import StepLimit
 from megamoe.precision import PRECISIONS
+from tests.nights import built
 from tests.unit.layers import (
     READ_WHERE_THEY_ARE,
     E,
@@ -36,13 +37,13 @@ def layer() -> MegaMoE:
     return loaded()
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=built())
 def any_layer(request) -> MegaMoE:
     """A layer of every recipe."""
     return loaded(request.param)
 
 
-@pytest.fixture(scope="module", params=FP8_RECIPES)
+@pytest.fixture(scope="module", params=built(FP8_RECIPES))
 def scaled_layer(request) -> MegaMoE:
     return loaded(request.param)
 
@@ -53,7 +54,7 @@ def test_forward_of_several_ranks(any_layer):
         check(any_layer(*arguments), *arguments, any_layer.config.precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_forward_of_one_rank_takes_plain_tensors(precision):
     moe = loaded(precision, world=1)
     xs, ids, router = inputs(world=1)
@@ -126,7 +127,7 @@ def test_expert_counts_are_added_up(any_layer):
         assert torch.equal(counts[rank], (5 * rank + 2 * rows[rank]).int())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_the_activation_is_clamped(precision):
     arguments = inputs(seed=10)
     moe = loaded(precision, activation_clamp=0.25)
@@ -169,7 +170,7 @@ def test_the_default_device_changes_nothing(any_layer):
         assert same(moe(*arguments), ys)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 @pytest.mark.parametrize(("made", "first"), [(True, True), (True, False), (False, True)])
 def test_a_layer_works_inside_and_outside_inference_mode(precision, made, first):
     """Where it was made, and where its first forward was, do not matter."""
@@ -364,7 +365,7 @@ def test_forward_needs_weights():
         make()(*inputs())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_bad_weights_are_named(precision):
     """What is bad `check_weights` knows."""
     given = weights(precision)

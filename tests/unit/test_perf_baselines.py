@@ -22,6 +22,7 @@ from perf.running.processes import ALONE
 from perf.running.timing import EAGER, GRAPH, Times, measure
 from perf.workload.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
 from perf.workload.routings import ROUTINGS
+from tests.nights import built
 
 #: A few bf16 roundings (2^-9 each) of independent signs.
 BOUND = 8e-3
@@ -199,7 +200,7 @@ def test_on_the_gpu_it_equals_the_oracle(cuda, routing, baseline, form, bound, m
     assert len(times.us) == 5 and 0 < times.us_min < 1e5
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, monkeypatch):
     case = dataclasses.replace(case_of(), precision=precision)
     weights = make_layer_weights(case)

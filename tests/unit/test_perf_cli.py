@@ -36,7 +36,7 @@ from perf.running.progress import Progress
 from perf.running.timing import COLD, EAGER, GRAPH, Times, measure
 from perf.workload.cases import Model, make_rank_inputs
 from tests.machine import max_relative_error
-from tests.nights import at_night
+from tests.nights import at_night, built
 from tests.unit.perf_helpers import error_line, pretend_gpu
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -418,7 +418,7 @@ def test_every_row_of_a_cold_sweep_says_so(fake, capsys, monkeypatch, tmp_path):
     assert ", eager-cold, 2 timed call(s)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_staging_is_measured_where_a_forward_stages(precision, ranks):
     """The plan says what the GPU's backend does before it launches: with bf16 tokens, copy them."""

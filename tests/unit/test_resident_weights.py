@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megamoe.precision import PRECISIONS
+from tests.nights import at_night, built
 from tests.unit.layers import (
     READ_WHERE_THEY_ARE,
     W,
@@ -34,7 +35,7 @@ def overwrite(given, other, by_data: bool = False) -> None:
 @pytest.mark.parametrize(
     ("precision", "how"),
     [
-        *((name, "load") for name in PRECISIONS),
+        *(at_night(n, "load") if n not in READ_WHERE_THEY_ARE else (n, "load") for n in PRECISIONS),
         *((name, "refresh") for name in READ_WHERE_THEY_ARE),
     ],
 )
@@ -108,14 +109,14 @@ def test_tensors_that_are_put_in_their_place_are_read(precision, how):
         moe(*arguments)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_kernel_tensors_are_what_a_launch_reads(precision):
     """Expert rows may be moved by who balances load: first axis of each, expert by expert."""
     moe = loaded(precision)
     tensors = dict(moe.kernel_tensors())
     assert list(tensors)[:2] == ["w13", "w2"]
     operand = PRECISIONS[precision].weights
-    laid_out = operand.scales_along_k and not operand.packed  # anew, by tile
+    laid_out = operand.tile_scales  # anew
     kind = "tile_scales" if laid_out else "scale"
     assert list(tensors)[2:] == [f"w13_{kind}", f"w2_{kind}"] * operand.has_scales
     assert all(len(tensor) == W * E_LOCAL for tensor in tensors.values())
@@ -153,7 +154,7 @@ def test_weights_are_held_as_what_they_were(precision):
     assert sorted(moe.state_dict()) == sorted(names)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("has_weights", [False, True])
 def test_state_dicts(precision, assign, has_weights):

@@ -12,7 +12,7 @@ import torch
 
 from megamoe import MegaMoE
 from megamoe.custom_op import FORWARD_ONLY
-from megamoe.precision import PRECISIONS
+from tests.nights import built
 from tests.unit.layers import E, H, K, T, check, inputs, loaded, make, quantized, same, weights
 
 
@@ -59,7 +59,7 @@ def test_it_is_a_module_with_its_sizes(block):
     assert seen == [(T, H)]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_to_where_it_is_changes_nothing(precision):
     moe, arguments = loaded(precision), inputs()
     before = [tensor.data_ptr() for _, tensor in moe.kernel_tensors()]
@@ -71,7 +71,7 @@ def test_to_where_it_is_changes_nothing(precision):
     check(moe(*arguments), *arguments, precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_to_elsewhere_or_another_dtype_is_refused(precision):
     moe, arguments = loaded(precision), inputs()
     model = torch.nn.Sequential(moe)
@@ -86,7 +86,7 @@ def test_to_elsewhere_or_another_dtype_is_refused(precision):
     check(moe(*arguments), *arguments, precision)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 @pytest.mark.parametrize("context", [False, True])
 def test_made_on_meta_and_filled_elsewhere(precision, context):
     """Nothing is allocated, and weights may be declared, before it comes to a device."""
@@ -278,7 +278,7 @@ def test_backward_through_a_compiled_model_is_an_error_when_it_runs(block):
         y.float().sum().backward()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", built())
 def test_lists_of_ranks_and_stored_inputs_are_compiled(precision):
     moe = loaded(precision)
     xs, ids, router = inputs()

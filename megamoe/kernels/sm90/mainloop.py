@@ -22,14 +22,6 @@ from megamoe.kernels.ptx import as_float, load_shared, load_shared_v4
 arch = cute.arch
 
 
-def prepared(fragments, part: int, k: int, stage):
-    """B for the WGMMA number `k` of part `part`, once it has arrived in `stage`: as it lies in
-    shared memory. Weights that are stored otherwise are to be converted here.
-    """
-    assert fragments.weights.storage == fragments.weights.mma, fragments.weights
-    return fragments.b[part][None, None, k, stage]
-
-
 @cute.jit
 def issue(fragments, sums, first: Constexpr, stage, fresh: Constexpr):
     """One K block as one WGMMA group: every one of `sums` takes A times its part of B, the parts
@@ -43,7 +35,7 @@ def issue(fragments, sums, first: Constexpr, stage, fresh: Constexpr):
         for k in range_constexpr(cute.size(a, mode=[2])):
             atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
             rows = a[None, None, k, stage]
-            columns = prepared(fragments, first + part, k, stage)
+            columns = fragments.b[first + part][None, None, k, stage]
             cute.gemm(atom, sums[part], rows, columns, sums[part])
     warpgroup.commit_group()
 

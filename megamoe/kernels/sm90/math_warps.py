@@ -15,8 +15,8 @@ from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import opaque
 from megamoe.kernels.sm90 import epilogue, mainloop, operands
-from megamoe.kernels.tiles import Pipes, release_tile, take_tile
-from megamoe.precision import WHOLE_ROW, Operand
+from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, take_tile
+from megamoe.precision import WHOLE_ROW
 
 arch = cute.arch
 
@@ -24,10 +24,9 @@ arch = cute.arch
 class Fragments(NamedTuple):
     """Operands of one warpgroup for WGMMAs of some number of columns: descriptors of the rows of A
     that it computes and of the column parts of B in all stages, and the accumulator, whole and in
-    the same parts. `weights` says how B is stored.
+    the same parts.
     """
 
-    weights: Operand
     mma: cute.TiledMma
     a: cute.Tensor
     b: list
@@ -35,7 +34,7 @@ class Fragments(NamedTuple):
     parts: list
 
 
-def fragments_of(kernel, weights: Operand, columns: int, smem_a, smem_b, accumulator) -> Fragments:
+def fragments_of(kernel, columns: int, smem_a, smem_b, accumulator) -> Fragments:
     """The fragments of a math warpgroup in parts of `columns` columns, over the registers of
     `accumulator`; those of A for any warpgroup's rows.
     """
@@ -48,7 +47,6 @@ def fragments_of(kernel, weights: Operand, columns: int, smem_a, smem_b, accumul
     divided = cute.logical_divide(accumulator, (None, None, 1))
     parts = range(cute.size(accumulator, mode=[2]))
     return Fragments(
-        weights,
         mma,
         rows_a,
         [columns_b[None, (None, n), None, None] for n in parts],
@@ -110,8 +108,8 @@ def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
     accumulator = cute.make_rmem_tensor((shape.kernel.block_n // 2,), Float32)
     # With scales per K block the sums of one block need registers of their own.
     columns = shape.kernel.block_n // (2 if recipe.promotes else 1)
-    fragments = fragments_of(shape.kernel, recipe.weights, columns, smem_a, smem_b, accumulator)
-    alone = fragments_of(shape.kernel, recipe.weights, columns // 2, smem_a, smem_b, accumulator)
+    fragments = fragments_of(shape.kernel, columns, smem_a, smem_b, accumulator)
+    alone = fragments_of(shape.kernel, columns // 2, smem_a, smem_b, accumulator)
     mine = staging + warp * PASS_BYTES
     position = Int32(0)
     taken = Int32(0)
@@ -123,9 +121,7 @@ def math(launch: Launch, smem_a, smem_b, staging, pipes: Pipes, warp, lane):
         if tile.phase == schedule.PHASE_DONE:
             running = Int32(0)
         else:
-            k_blocks = Int32(shape.fc1_k_blocks)
-            if tile.phase == schedule.PHASE_FC2:
-                k_blocks = Int32(shape.fc2_k_blocks)
+            k_blocks = k_blocks_of(launch, tile)
             slot = taken % QUEUE_SLOTS
             share = schedule.share_of(tile.rows, warp // 4, turn, SM90A.group_rows, warpgroups)
             metadata = pipes.metadata + slot * shape.kernel.block_m

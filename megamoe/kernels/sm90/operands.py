@@ -84,7 +84,7 @@ class WeightMaps(NamedTuple):
 
 
 class PackedWeights(NamedTuple):
-    """Addresses of packed weights (`chunks`)."""
+    """Addresses of packed weights (`fourbit_layout`)."""
 
     w13: Int64
     w2: Int64

@@ -29,7 +29,7 @@ from megamoe.kernels.ptx import as_float, load_shared_v2, opaque
 from megamoe.kernels.sm90 import swapped_epilogue
 from megamoe.kernels.sm90.dequantize import expand, load_codes
 from megamoe.kernels.sm90.mainloop import release
-from megamoe.kernels.tiles import Pipes, release_tile, take_tile
+from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, take_tile
 from megamoe.launch_shape import LaunchShape
 
 arch = cute.arch
@@ -54,8 +54,8 @@ def part_tokens(tokens: int) -> int:
 
 class Operands(NamedTuple):
     """One warpgroup's for some number of tokens: `a` are the registers of a fragment of weights,
-    `words` the same as Int32; `b` descriptors of the tokens, by part; `sums` of one
-    part; `accumulators` by block and part.
+    `words` the same as Int32; `b` descriptors of the tokens, by part; `sums` of one part;
+    `accumulators` by block and part.
     """
 
     mma: cute.TiledMma
@@ -68,7 +68,8 @@ class Operands(NamedTuple):
 
 def operands_of(smem_tokens, tokens: int) -> Operands:
     """Operands for `tokens` tokens, for one tile: registers that outlived it would be carried
-    around the loop over tiles, sums too, which WGMMAs are said to read.
+    around the loop over tiles, sums too, which WGMMAs are said to read; ptxas then serialised them
+    (C7511).
     """
     width = part_tokens(tokens)
     major, dtype = cute.nvgpu.OperandMajorMode.K, smem_tokens.element_type
@@ -122,9 +123,8 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
     `position` of the ring. `chunks`: shared memory of the warpgroup's first chunk in stage 0;
     `thread`: in the warpgroup.
 
-    A fragment is dequantised when the tensor cores are done with the last one, which the other
-    warpgroup keeps busy meanwhile: a second fragment would not leave ptxas the registers that it
-    wants to run several WGMMAs side by side (C7511).
+    A fragment is dequantised when the tensor cores are done with the last one; the other warpgroup
+    keeps them busy meanwhile. A second fragment, or sums of two parts in flight, were no faster.
     """
     stages = launch.shape.kernel.num_stages
     stage_bytes, scale_bytes = launch.shape.b_stage_bytes, 4 * launch.shape.kernel.block_m
@@ -197,9 +197,7 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
         if tile.phase == schedule.PHASE_DONE:
             running = Int32(0)
         else:
-            k_blocks = Int32(shape.fc1_k_blocks)
-            if tile.phase == schedule.PHASE_FC2:
-                k_blocks = Int32(shape.fc2_k_blocks)
+            k_blocks = k_blocks_of(launch, tile)
             multiplied = begin
             for number in range_constexpr(len(variants)):
                 tokens = variants[number]
