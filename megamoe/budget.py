@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from megamoe.config import KernelConfig, MoEConfig, supports
 from megamoe.fourbit_layout import CHUNK_BYTES, CHUNK_ROWS
 from megamoe.ordering import MBARRIERS
+from megamoe.precision import WHOLE_ROW
 from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 
 WARP_ROWS = 16  # rows of a tile that one math warp owns
@@ -103,14 +104,20 @@ def barriers(kernel: KernelConfig) -> list[Part]:
     ]
 
 
-def exchange(kernel: KernelConfig) -> list[Part]:
-    """What math warps tell each other in an epilogue with swapped operands, by token: the largest
-    output of each warp, the factor of the outputs, and where a row goes.
+def exchange(config: MoEConfig, kernel: KernelConfig) -> list[Part]:
+    """What an epilogue with swapped operands reads and what its warps tell each other, for either
+    slot of the tile queue: the largest output of every token by warp, the factors of the tile's
+    weight rows, and the scales of its tokens if a row has one.
     """
     parts = {
-        "maxima": 4 * kernel.num_math_warps, "factors": 4, "targets": 8 * QUEUE_SLOTS
-    }  # fmt: skip
-    return [Part(name, "uint8", size * kernel.block_m, 128) for name, size in parts.items()]
+        "maxima": kernel.num_math_warps * kernel.block_m,
+        "row_factors": kernel.block_n,
+        "token_scales": kernel.block_m * (config.recipe.tokens.scale_columns == WHOLE_ROW),
+    }
+    return [
+        Part(name, "uint8", 4 * QUEUE_SLOTS * words or EMPTY_BYTES, 128)
+        for name, words in parts.items()
+    ]
 
 
 def b_stage_bytes(config: MoEConfig, kernel: KernelConfig) -> int:
@@ -148,7 +155,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         # Of all sources for the expert that is being pulled.
         words("pull_counts", COUNT_RECORD_BYTES // 4 * config.num_ranks),
         words("metadata", QUEUE_SLOTS * kernel.block_m),
-        *(exchange(kernel) if recipe.weights.packed else ()),
+        *(exchange(config, kernel) if recipe.weights.packed else ()),
         *barriers(kernel),
         words("received", local),
         words("expert_ids", local, "int16"),

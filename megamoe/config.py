@@ -273,8 +273,7 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
 def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     """Whether the kernel can run this row: no conversion on the way to the tensor cores but that of
     packed weights; a scale of A per K block comes with its stage, one of the whole row is applied
-    at the end, which packed weights leave no place for; an FC1 tile holds half its columns of a
-    row of FC1's output, and scales those.
+    at the end; an FC1 tile holds half its columns of a row of FC1's output, and scales those.
     """
 
     def refuse(field: str, value: object, why: str) -> None:
@@ -287,7 +286,7 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
     blocks: dict[str, list] = {
-        "tokens": list(along_k if recipe.weights.packed else weights_of),
+        "tokens": list(weights_of),
         "weights": [weights_of.get(recipe.tokens.scale_block)],
         "hidden": [(1, kernel.block_n // 2)],
     }

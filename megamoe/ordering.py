@@ -114,7 +114,8 @@ MBARRIERS = (
     Mbarrier("queue_empty", "tile", "load_tokens, report, math", "load_weights",
              lambda kernel: 2 + kernel.num_math_warps),
     # Every lane has stored some.
-    Mbarrier("metadata_full", "tile", "load_tokens", MATH, lambda kernel: LANES, ("metadata",)),
+    Mbarrier("metadata_full", "tile", "load_tokens", MATH, lambda kernel: LANES,
+             ("metadata", "token_scales", "row_factors")),
     Mbarrier("stored", "tile", MATH, "report", lambda kernel: kernel.num_math_warps),
     # The warps of the one that computes alone.
     Mbarrier("multiplied", "warpgroup", MATH, "the other math warpgroup",
@@ -153,7 +154,7 @@ class CtaBarrier:
 
 
 WHOLE_CTA = CtaBarrier(0, ())
-MATH_WARPS = CtaBarrier(1, ())
+MATH_WARPS = CtaBarrier(1, (), ("maxima",))
 REPORTED = CtaBarrier(2, ("report",))
 HANDOVER = CtaBarrier(3, EARLY)
 CTA_BARRIERS = WHOLE_CTA, MATH_WARPS, REPORTED, HANDOVER

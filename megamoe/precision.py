@@ -85,11 +85,11 @@ class Precision:
     @property
     def fc1_promotes(self) -> bool:
         """True if FC1 adds up blocks of K times their scales, in registers of their own."""
-        return self.tokens.scales_along_k or self.weights.scales_along_k
+        return self.tokens.scales_along_k or self.weights.tile_scales
 
     @property
     def fc2_promotes(self) -> bool:
-        return self.hidden.scales_along_k or self.weights.scales_along_k
+        return self.hidden.scales_along_k or self.weights.tile_scales
 
     @property
     def promotes(self) -> bool:
@@ -156,6 +156,13 @@ PRECISIONS = {
         Precision(
             name="fp8_mxfp4",
             tokens=e4m3(1, FP8_BLOCK),
+            weights=MXFP4,
+            hidden=e4m3(1, FP8_BLOCK),
+            output="bfloat16",
+        ),
+        Precision(
+            name="fp8_mxfp4_token",
+            tokens=e4m3(1, WHOLE_ROW),
             weights=MXFP4,
             hidden=e4m3(1, FP8_BLOCK),
             output="bfloat16",

@@ -126,6 +126,9 @@ class MegaMoEKernel:
         zeros, flags = smem["zeros"], smem["flags"]
         received, expert_ids = smem["received"], smem["expert_ids"]
         pipes = Pipes(**{name: smem[name] for name in Pipes._fields})
+        exchange = None
+        if const_expr(self.config.recipe.weights.packed):
+            exchange = Exchange(**{name: smem[name] for name in Exchange._fields})
 
         if thread == 0:
             flags[FLAG_OK] = Int32(1)
@@ -196,12 +199,11 @@ class MegaMoEKernel:
                     launch, budget, weights, smem_b, received, expert_ids, num_live, pipes, lane
                 )
             elif warp == WARP_LOAD_TOKENS:
-                load_tokens(launch, budget, tokens, fc1_outs, smem_a, pipes, lane)
+                load_tokens(launch, budget, tokens, fc1_outs, smem_a, pipes, exchange, lane)
         else:
             if const_expr(config.runs(GEMMS)):
                 arch.setmaxregister_increase(config.math_registers)
             if const_expr(self.config.recipe.weights.packed):
-                exchange = Exchange(**{name: smem[name] for name in Exchange._fields})
                 swapped.math(launch, smem_a, smem_b, exchange, pipes, warp - 4, lane)
             else:
                 math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import faults, schedule
+from megamoe.activation import SWIGLU
 from megamoe.architecture import SM90A
 from megamoe.budget import QUEUE_SLOTS, Budget
 from megamoe.config import DISPATCH, GEMMS
@@ -23,6 +24,7 @@ from megamoe.kernels.sm90.operands import (
 )
 from megamoe.kernels.tiles import next_tile, release_tile, take_tile
 from megamoe.ordering import FC1_DONE, ROWS_READY, TOKENS_IN
+from megamoe.precision import WHOLE_ROW
 
 arch = cute.arch
 
@@ -159,21 +161,65 @@ def load_weights(
 
 
 @cute.jit
-def load_metadata(launch: Launch, pipes, name, block, slot, lane):
-    """A word of padding metadata for every row of a pool block, into the tile's queue slot: the
-    epilogue finds there what another CTA's dispatch warp wrote to global memory.
+def copy_words(source, to, count: Constexpr, lane):
+    """`count` words that another CTA's dispatch warp wrote, from address `source` to shared
+    memory.
     """
-    rows = launch.shape.kernel.block_m
-    source = global_ptr(address(launch, name, block * rows))
     words = [
-        arch.load(source + (lane + first), Int32, sem="relaxed", scope="gpu")
-        for first in range(0, rows, 32)
+        arch.load(global_ptr(source) + (lane + first), Int32, sem="relaxed", scope="gpu")
+        for first in range(0, count, 32)
     ]
-    if const_expr(launch.shape.kernel.only == GEMMS and name == "l1_topk_weights_buffer"):
-        words = [Int32(ONE)] * len(words)  # no row came with a weight, and 0 would save FC2 power
     for part in range_constexpr(len(words)):
-        store_shared(pipes.metadata + (slot * rows + lane + 32 * part), words[part])
-    arch.mbarrier_arrive(pipes.metadata_full + slot)
+        store_shared(to + (lane + 32 * part), words[part])
+
+
+@cute.jit
+def load_metadata(launch: Launch, pipes, name: Constexpr, tile, slot, exchange, lane):
+    """A word of padding metadata for every row of the tile's pool block, into its queue slot, where
+    the epilogue finds it; with `exchange` also what else that of swapped operands needs.
+    """
+    kernel, recipe = launch.shape.kernel, launch.shape.config.recipe
+    block, rows = tile.pool % launch.shape.ring, kernel.block_m
+    full, to = pipes.metadata_full + slot, pipes.metadata + slot * rows
+    if const_expr(kernel.only == GEMMS and name == "l1_topk_weights_buffer"):
+        for first in range_constexpr(0, rows, 32):  # no row came with a weight, and 0 would save
+            store_shared(to + (lane + first), Int32(ONE))  # FC2 power
+    else:
+        copy_words(address(launch, name, block * rows), to, rows, lane)
+    if const_expr(exchange is None):
+        arch.mbarrier_arrive(full)
+    else:
+        if const_expr(recipe.tokens.scale_columns == WHOLE_ROW):
+            if tile.phase == schedule.PHASE_FC1:
+                scales = exchange.token_scales + slot * (4 * rows)
+                source = address(launch, "l1_scale_buffer", block)
+                copy_words(source, cute.recast_ptr(scales, dtype=Int32), rows, lane)
+        if lane == 0:
+            load_row_factors(launch, tile, exchange.row_factors, slot, full)
+        else:
+            arch.mbarrier_arrive(full)
+
+
+@cute.jit
+def load_row_factors(launch: Launch, tile, row_factors, slot, full):
+    """One lane: copy the factors of the tile's weight rows into its queue slot, those of gates
+    before those of ups; it arrives at `full` too.
+    """
+    config, rows = launch.shape.config, launch.shape.kernel.block_n
+    to = row_factors + slot * (4 * rows)
+    if tile.phase == schedule.PHASE_FC1:
+        half = rows // 2
+        of_expert = Int64(tile.expert) * SWIGLU.fc1_columns(config.intermediate_size)
+        gates = launch.w13_scales + (of_expert + tile.column * half) * 4
+        arch.mbarrier_arrive_and_expect_tx(full, 4 * rows)
+        bulk_load(to, gates, full, 4 * half)
+        bulk_load(to + 4 * half, gates + 4 * config.intermediate_size, full, 4 * half)
+    else:
+        first = tile.column * rows
+        num_bytes = 4 * min(rows, config.hidden_size - first)
+        arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
+        factors = launch.w2_scales + (Int64(tile.expert) * config.hidden_size + first) * 4
+        bulk_load(to, factors, full, num_bytes)
 
 
 @cute.jit
@@ -227,8 +273,12 @@ def load_boxes(
 
 
 @cute.jit
-def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes, lane):
-    """Wait until a tile's rows are ready, then load them."""
+def load_tokens(
+    launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes, exchange, lane
+):
+    """Wait until a tile's rows are ready, then load them. `exchange`: shared memory of an epilogue
+    with swapped operands, or None.
+    """
     shape, role = launch.shape, faults.ROLE_LOAD_TOKENS
     recipe = shape.config.recipe
     rows_arrive = shape.kernel.runs(DISPATCH)
@@ -248,7 +298,9 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
             waited_tokens += sync.trace_clock(launch) - began
             if taken == 0:
                 sync.mark(launch, "first_tile")
-            load_metadata(launch, pipes, "l1_topk_weights_buffer", block, slot, lane)
+            load_metadata(
+                launch, pipes, "l1_topk_weights_buffer", tile, slot, exchange, lane
+            )
             load_rows(
                 launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
                 tile, "l1_scale_buffer" if recipe.tokens.scales_along_k else None, lane,
@@ -258,7 +310,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
             done = Int32(shape.fc1_done)
             sync.wait_for(launch, FC1_DONE, tile.pool, done, role)
             waited_fc1_out += sync.trace_clock(launch) - began
-            load_metadata(launch, pipes, "token_src_metadata", block, slot, lane)
+            load_metadata(launch, pipes, "token_src_metadata", tile, slot, exchange, lane)
             load_rows(
                 launch, budget, fc1_outs, smem_a, pipes, position, shape.fc2_k_blocks,
                 tile, "fc1_output_scale" if recipe.hidden.scales_along_k else None, lane,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Constexpr, Float32, Int32, const_expr, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
 from cutlass.cute.nvgpu import warpgroup
 
 from megamoe import schedule
@@ -52,17 +52,22 @@ def part_tokens(tokens: int) -> int:
     return tokens // -(-tokens // MAX_PART)
 
 
+def fragments_of(tokens: int) -> int:
+    """Fragments of weights that there are registers for, with sums of each."""
+    return BLOCKS if tokens <= MAX_PART else 1
+
+
 class Operands(NamedTuple):
-    """One warpgroup's for some number of tokens: `a` are the registers of a fragment of weights,
-    `words` the same as Int32; `b` descriptors of the tokens, by part; `sums` of one part;
-    `accumulators` by block and part.
+    """One warpgroup's for some number of tokens: `a` are registers of fragments of weights, `words`
+    the same as Int32; `b` descriptors of the tokens, by part; `sums` of one part, as many as
+    fragments; `accumulators` by block and part.
     """
 
     mma: cute.TiledMma
-    a: cute.Tensor
-    words: cute.Tensor
+    a: list
+    words: list
     b: list
-    sums: cute.Tensor
+    sums: list
     accumulators: list
 
 
@@ -80,72 +85,133 @@ def operands_of(smem_tokens, tokens: int) -> Operands:
     part = mma.get_slice(0)
     shape = part.partition_shape_C((SM90A.group_rows, width))
     columns = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_tokens)), (None, 1))
-    parts = range(tokens // width)
-    a = mma.make_fragment_A(part.partition_shape_A((SM90A.group_rows, CHUNK_COLUMNS)))
+    parts, fragments = range(tokens // width), range(fragments_of(tokens))
+    a_shape = part.partition_shape_A((SM90A.group_rows, CHUNK_COLUMNS))
+    a = [mma.make_fragment_A(a_shape) for _ in fragments]
     return Operands(
         mma,
         a,
-        cute.recast_tensor(a, Int32),
+        [cute.recast_tensor(fragment, Int32) for fragment in a],
         [columns[None, (None, n), None, None] for n in parts],
-        cute.make_rmem_tensor(shape, Float32),
+        [cute.make_rmem_tensor(shape, Float32) for _ in fragments],
         [[cute.make_rmem_tensor(shape, Float32) for _ in parts] for _ in range(BLOCKS)],
     )
 
 
 @cute.jit
-def issue(operands, part: Constexpr, stage):
-    """sums = the fragment of weights @ tokens of part `part`, as one WGMMA group."""
-    a, b = operands.a, operands.b[part]
+def issue(operands, fragment: Constexpr, parts: Constexpr, outputs: Constexpr, stage,
+          fresh: Constexpr):  # fmt: skip
+    """`outputs`, by part, = or += a fragment of weights @ tokens of `parts`, as one WGMMA group."""
+    a = operands.a[fragment]
     atom = cute.make_mma_atom(operands.mma.op)
     warpgroup.fence()
-    for k in range_constexpr(cute.size(a, mode=[2])):
-        atom.set(warpgroup.Field.ACCUMULATE, k != 0)
-        cute.gemm(atom, operands.sums, a[None, None, k], b[None, None, k, stage], operands.sums)
+    for number in range_constexpr(len(parts)):
+        b, out = operands.b[parts[number]], outputs[number]
+        for k in range_constexpr(cute.size(a, mode=[2])):
+            atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
+            cute.gemm(atom, out, a[None, None, k], b[None, None, k, stage], out)
     warpgroup.commit_group()
 
 
 @cute.jit
-def promote(operands, block: Constexpr, part: Constexpr, scales):
+def promote(accumulator, sums, scales):
     """accumulator += sums * scale of the token. `scales`: shared pointer to the scale of this
     lane's first token in the part; every 8 tokens it has two more.
     """
-    accumulator = operands.accumulators[block][part]
     for slab in range_constexpr(cute.size(accumulator) // 4):
         pair = [as_float(word) for word in load_shared_v2(scales + 32 * slab)]
         for i in range_constexpr(4):
             index = 4 * slab + i
-            accumulator[index] = accumulator[index] + operands.sums[index] * pair[i % 2]
+            accumulator[index] = accumulator[index] + sums[index] * pair[i % 2]
 
 
 @cute.jit
-def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_blocks, lane):
+def accumulate(
+    launch: Launch, operands, promotes: Constexpr, pipes, chunks, thread, position, k_blocks, lane
+):
     """accumulators = weights @ tokens^T over `k_blocks` K blocks, the first of which is number
     `position` of the ring. `chunks`: shared memory of the warpgroup's first chunk in stage 0;
-    `thread`: in the warpgroup.
+    `thread`: in the warpgroup. `promotes`: tokens have a scale per K block, whose sums start fresh;
+    else the tensor cores add up over all of K.
+    """
+    for block in operands.accumulators:
+        for part in block:
+            part.fill(0.0)
+    run = launch, operands, promotes, pipes, chunks, thread, position, k_blocks, lane
+    if const_expr(len(operands.a) == BLOCKS):
+        accumulate_together(*run)
+    else:
+        accumulate_in_turn(*run)
 
-    A fragment is dequantised when the tensor cores are done with the last one; the other warpgroup
-    keeps them busy meanwhile. A second fragment, or sums of two parts in flight, were no faster.
+
+@cute.jit
+def accumulate_together(
+    launch: Launch, operands, promotes: Constexpr, pipes, chunks, thread, position, k_blocks, lane
+):
+    """See `accumulate`. Products of both blocks are in flight together: of few tokens they take
+    less time than it takes to start one and to wait for it.
+    """
+    stages, parts = launch.shape.kernel.num_stages, list(range(len(operands.b)))
+    stage_bytes, scale_bytes = launch.shape.b_stage_bytes, 4 * launch.shape.kernel.block_m
+    scales = pipes.row_scales + lane % 4 * 8
+    stage = position % stages
+    arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
+    for number in range_constexpr(BLOCKS):
+        here = chunks + (stage * stage_bytes + number * CHUNK_BYTES)
+        codes, exponents = load_codes(here, thread)
+        expand(operands.words[number], codes, exponents)
+    for block in cutlass.range(k_blocks, unroll=1):
+        stage = (position + block) % stages
+        for number in range_constexpr(BLOCKS):
+            outputs = operands.accumulators[number]
+            if const_expr(promotes):
+                outputs = [operands.sums[number]]
+            issue(operands, number, parts, outputs, stage, promotes)
+        ahead = min(block + 1, k_blocks - 1)  # behind the last, it again: its stage is still held
+        next_stage = (position + ahead) % stages
+        arch.mbarrier_wait(pipes.full + next_stage, (position + ahead) // stages % 2)
+        loaded = [
+            load_codes(chunks + (next_stage * stage_bytes + number * CHUNK_BYTES), thread)
+            for number in range(BLOCKS)
+        ]
+        for number in range_constexpr(BLOCKS):
+            warpgroup.wait_group(BLOCKS - 1 - number)
+            if const_expr(promotes):
+                sums, accumulator = operands.sums[number], operands.accumulators[number][0]
+                promote(accumulator, sums, scales + stage * scale_bytes)
+            expand(operands.words[number], *loaded[number])
+        arch.sync_warp()  # every lane has read its scales and codes
+        release(pipes.empty, stage, lane, 1)
+
+
+@cute.jit
+def accumulate_in_turn(
+    launch: Launch, operands, promotes: Constexpr, pipes, chunks, thread, position, k_blocks, lane
+):
+    """See `accumulate`. A fragment is dequantised when the tensor cores are done with the last one;
+    the other warpgroup keeps them busy meanwhile. A second fragment, or sums of two parts in
+    flight, were no faster with promotion, and without it leave too few registers for 128 tokens.
     """
     stages = launch.shape.kernel.num_stages
     stage_bytes, scale_bytes = launch.shape.b_stage_bytes, 4 * launch.shape.kernel.block_m
     scales = pipes.row_scales + lane % 4 * 8
-    parts, slabs = len(operands.b), cute.size(operands.sums) // 4
-    for block in operands.accumulators:
-        for part in block:
-            part.fill(0.0)
+    sums, words = operands.sums[0], operands.words[0]
+    parts, slabs = list(range(len(operands.b))), cute.size(sums) // 4
+    groups = [[part] for part in parts] if promotes else [parts]
     stage = position % stages
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
     codes, exponents = load_codes(chunks + stage * stage_bytes, thread)
-    expand(operands.words, codes, exponents)
+    expand(words, codes, exponents)
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % stages
         ahead = min(block + 1, k_blocks - 1)  # behind the last, it again: its stage is still held
         next_stage = (position + ahead) % stages
         for number in range_constexpr(BLOCKS):
+            accumulators = operands.accumulators[number]
             codes, exponents = [], None
-            for part in range_constexpr(parts):
-                issue(operands, part, stage)
-                if const_expr(part == 0):  # under the tensor cores
+            for group in groups:
+                issue(operands, 0, group, [sums] if promotes else accumulators, stage, promotes)
+                if const_expr(group == groups[0]):  # under the tensor cores
                     here = chunks + (stage * stage_bytes + CHUNK_BYTES)
                     if const_expr(number == BLOCKS - 1):
                         parity = (position + ahead) // stages % 2
@@ -153,11 +219,28 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
                         here = chunks + next_stage * stage_bytes
                     codes, exponents = load_codes(here, thread)
                 warpgroup.wait_group(0)
-                of_part = scales + (stage * scale_bytes + part * (32 * slabs))
-                promote(operands, number, part, of_part)
-            expand(operands.words, codes, exponents)
+                if const_expr(promotes):
+                    of_part = scales + (stage * scale_bytes + group[0] * (32 * slabs))
+                    promote(accumulators[group[0]], sums, of_part)
+            expand(words, codes, exponents)
         arch.sync_warp()  # every lane has read its scales and codes
         release(pipes.empty, stage, lane, 1)
+
+
+@cute.jit
+def store(
+    launch: Launch, accumulators, fc1: Constexpr, tokens: Constexpr, pipes, smem, tile, taken, warp,
+    lane,
+):  # fmt: skip
+    """The epilogue of FC1 or of FC2, once the tile's metadata is there."""
+    kernel, slot = launch.shape.kernel, taken % QUEUE_SLOTS
+    arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
+    lane = opaque(lane)
+    metadata, smem = pipes.metadata + slot * kernel.block_m, smem.of_slot(kernel, slot)
+    if const_expr(fc1):
+        swapped_epilogue.store_fc1(launch, accumulators, tokens, smem, metadata, tile, warp, lane)
+    else:
+        swapped_epilogue.store_fc2(launch, accumulators, tokens, smem, metadata, tile, warp, lane)
 
 
 @cute.jit
@@ -166,18 +249,26 @@ def multiply_and_store(
     chunks, warp, lane,
 ):  # fmt: skip
     """A tile with up to `tokens` tokens. Returns when its product was done."""
-    operands = operands_of(smem_tokens, tokens)
-    accumulate(launch, operands, pipes, chunks, warp % 4 * 32 + lane, position, k_blocks, lane)
-    multiplied = sync.trace_clock(launch)
-    slot = taken % QUEUE_SLOTS
-    arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
-    lane = opaque(lane)
-    metadata = pipes.metadata + slot * launch.shape.kernel.block_m
-    sums = operands.accumulators
-    if tile.phase == schedule.PHASE_FC1:
-        swapped_epilogue.store_fc1(launch, sums, tokens, smem, metadata, tile, warp, lane)
+    recipe = launch.shape.config.recipe
+    run = pipes, chunks, warp % 4 * 32 + lane, position, k_blocks, lane
+    rest = tokens, pipes, smem, tile, taken, warp, lane
+    multiplied = Int64(0)
+    if const_expr(recipe.fc1_promotes == recipe.fc2_promotes):  # the same instructions
+        operands = operands_of(smem_tokens, tokens)
+        accumulate(launch, operands, recipe.fc1_promotes, *run)
+        multiplied = sync.trace_clock(launch)
+        if tile.phase == schedule.PHASE_FC1:
+            store(launch, operands.accumulators, True, *rest)
+        else:
+            store(launch, operands.accumulators, False, *rest)
     else:
-        swapped_epilogue.store_fc2(launch, sums, tokens, smem, metadata, slot, tile, warp, lane)
+        for fc1 in (True, False):
+            if (tile.phase == schedule.PHASE_FC1) == fc1:
+                operands = operands_of(smem_tokens, tokens)
+                promotes = recipe.fc1_promotes if fc1 else recipe.fc2_promotes
+                accumulate(launch, operands, promotes, *run)
+                multiplied = sync.trace_clock(launch)
+                store(launch, operands.accumulators, fc1, *rest)
     return multiplied
 
 

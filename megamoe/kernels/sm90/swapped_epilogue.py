@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
+from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import schedule, wire
 from megamoe.activation import SWIGLU
+from megamoe.budget import PASS_BYTES
 from megamoe.fourbit_layout import column_at
 from megamoe.kernels import sync
 from megamoe.kernels.activation import ACTIVATIONS, NO_LIMIT
@@ -24,8 +25,6 @@ from megamoe.kernels.launch import Launch, address, peer_base
 from megamoe.kernels.ptx import (
     as_float,
     as_word,
-    global_ptr,
-    load_global_v2,
     load_shared,
     load_shared_v2,
     load_shared_v4,
@@ -34,17 +33,17 @@ from megamoe.kernels.ptx import (
     store_global,
     store_global_v4,
     store_matrices_transposed,
-    store_shared,
     store_shared_v2,
 )
 from megamoe.kernels.quantize import magnitude, scale_of
 from megamoe.ordering import MATH_WARPS
+from megamoe.precision import WHOLE_ROW
 
 arch = cute.arch
 
 GROUP_TOKENS = 32  # that leave together, or half of them
-ROW_BYTES = 128  # of a token in a tile of FC1
-WARP_BYTES = 64  # of a token in FC2, of one warp
+#: Of a token, of one warp.
+FC1_BYTES, FC2_BYTES = 16, 64
 
 
 class Exchange(NamedTuple):
@@ -52,8 +51,16 @@ class Exchange(NamedTuple):
 
     staging: cute.Pointer
     maxima: cute.Pointer
-    factors: cute.Pointer
-    targets: cute.Pointer
+    row_factors: cute.Pointer
+    token_scales: cute.Pointer
+
+    def of_slot(self, kernel, slot):
+        """That of one slot of the tile queue."""
+        return self._replace(
+            maxima=self.maxima + slot * (4 * kernel.num_math_warps * kernel.block_m),
+            row_factors=self.row_factors + slot * (4 * kernel.block_n),
+            token_scales=self.token_scales + slot * (4 * kernel.block_m),
+        )
 
 
 def group_of(tokens: int) -> int:
@@ -77,14 +84,25 @@ def bound(accumulators, function: Constexpr, limit):
 
 
 @cute.jit
-def scale_and_activate(launch: Launch, accumulators, tile, warp, g):
+def scale_tokens(accumulators, scales, t):
+    """accumulators *= scale of the token, where a row of tokens has one."""
+    blocks = [parts_of(accumulators, block) for block in range(len(accumulators))]
+    for slab in range_constexpr(len(blocks[0])):
+        pair = [as_float(word) for word in load_shared_v2(scales + (32 * slab + 8 * t))]
+        for block in range_constexpr(len(blocks)):
+            part, index = blocks[block][slab]
+            for i in range_constexpr(4):
+                part[index + i] = part[index + i] * pair[i % 2]
+
+
+@cute.jit
+def scale_and_activate(launch: Launch, accumulators, factors, warp, g):
     """Times the factors of their rows, then the activation: outputs replace the gates."""
     activation = ACTIVATIONS[SWIGLU.name]
-    intermediate, columns = launch.shape.config.intermediate_size, launch.shape.kernel.block_n // 2
-    factors = launch.w13_scales + Int64(tile.expert) * (4 * SWIGLU.fc1_columns(intermediate))
-    gate = tile.column * columns + column_at(warp * 16 + g * 2)
-    of_gates = [as_float(word) for word in load_global_v2(factors + Int64(gate) * 4)]
-    of_ups = [as_float(word) for word in load_global_v2(factors + Int64(gate + intermediate) * 4)]
+    columns = launch.shape.kernel.block_n // 2
+    gate = factors + 4 * column_at(warp * 16 + g * 2)
+    of_gates = [as_float(word) for word in load_shared_v2(gate)]
+    of_ups = [as_float(word) for word in load_shared_v2(gate + 4 * columns)]
     for block in range_constexpr(len(accumulators)):
         for part, index in parts_of(accumulators, block):
             for q in range_constexpr(2):
@@ -122,23 +140,28 @@ def store_maxima(accumulators, maxima, g, t):
 
 
 @cute.jit
-def store_scales(launch: Launch, tokens: Constexpr, smem, metadata, tile, thread):
-    """One thread per token: its scale to global memory, the factor of its outputs to shared
-    memory.
+def quantize(launch: Launch, tokens: Constexpr, smem, metadata, tile, warp, lane):
+    """Factors of outputs, by group of 32 tokens, for token number `lane` of the group. Every warp
+    has all of them; one stores the scales.
     """
     kernel = launch.shape.kernel
-    if thread < tokens:
+    target = address(launch, "fc1_output_scale", tile.pool % launch.shape.ring)
+    target += Int64(tile.column) * (4 * kernel.block_m)
+    factors = []
+    for first in range_constexpr(0, tokens, 32):
+        width = min(32, tokens - first)
+        token = first + lane % width
         values = [
-            as_float(load_shared(smem.maxima + (warp * 4 * kernel.block_m + thread * 4)))
-            for warp in range(kernel.num_math_warps)
+            as_float(load_shared(smem.maxima + (number * 4 * kernel.block_m + token * 4)))
+            for number in range(kernel.num_math_warps)
         ]
-        weight = as_float(load_shared(metadata + thread))
+        weight = as_float(load_shared(metadata + token))
         # The largest product is the largest value times the weight.
         scale, inverse = scale_of(magnitude(values) * magnitude([weight]))
-        store_shared(smem.factors + thread * 4, as_word(inverse * weight))
-        target = address(launch, "fc1_output_scale", tile.pool % launch.shape.ring)
-        row = Int64(tile.column * kernel.block_m + thread)
-        store_global(target + row * 4, as_word(scale))
+        factors.append(inverse * weight)
+        if warp == 0 and lane < width:
+            store_global(target + Int64(token) * 4, as_word(scale))
+    return factors
 
 
 @cute.jit
@@ -146,48 +169,47 @@ def store_fc1(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
     """FC1 tile: 128 outputs of each of `tokens` tokens to `fc1_output`, and their scale."""
     shape, kernel = launch.shape, launch.shape.kernel
     g, t = lane // 4, lane % 4
-    thread = warp * 32 + lane
-    scale_and_activate(launch, accumulators, tile, warp, g)
+    if const_expr(shape.config.recipe.tokens.scale_columns == WHOLE_ROW):
+        scale_tokens(accumulators, smem.token_scales, t)
+    scale_and_activate(launch, accumulators, smem.row_factors, warp, g)
     store_maxima(accumulators, smem.maxima + warp * (4 * kernel.block_m), g, t)
     sync.cta_barrier(launch, MATH_WARPS)
-    store_scales(launch, tokens, smem, metadata, tile, thread)
-    sync.cta_barrier(launch, MATH_WARPS)
+    factors = quantize(launch, tokens, smem, metadata, tile, warp, lane)
     first, second = (parts_of(accumulators, block) for block in range(2))
+    staging = smem.staging + warp * PASS_BYTES
     group = group_of(tokens)
     for start in range_constexpr(0, tokens, group):
         matrices = []
         for slab in range_constexpr(start // 8, (start + group) // 8):
-            factors = [
-                as_float(word) for word in load_shared_v2(smem.factors + (32 * slab + 8 * t))
-            ]
             pairs = []
             for q in range_constexpr(2):
+                factor = arch.shuffle_sync(factors[slab // 4], slab % 4 * 8 + 2 * t + q)
                 for part, index in (first[slab], second[slab]):
-                    pairs.append(part[index + q] * factors[q])
+                    pairs.append(part[index + q] * factor)
             matrices.append(pack_e4m3x4(pairs))
         token = start + lane % group
-        chunk = warp ^ (token % 8)
-        store_matrices_transposed(smem.staging + (token * ROW_BYTES + chunk * 16), matrices)
-    sync.cta_barrier(launch, MATH_WARPS)
-    row_bytes = shape.fc1_out_row_bytes
+        store_matrices_transposed(staging + token * FC1_BYTES, matrices)
+    arch.sync_warp()
     first_row = schedule.ring_row(tile.pool, shape.ring, kernel.block_m)
-    base = address(launch, "fc1_output", first_row) + tile.column * ROW_BYTES
-    threads = MATH_WARPS.threads(kernel)
-    for step in range_constexpr(-(-tokens * 8 // threads)):
-        number = step * threads + thread
-        token, column = number // 8, number % 8
+    base = address(launch, "fc1_output", first_row)
+    base += tile.column * (kernel.block_n // 2) + warp * FC1_BYTES
+    for start in range_constexpr(0, tokens, 32):
+        token = start + lane
         if token < tokens:
-            words = load_shared_v4(smem.staging + (token * ROW_BYTES + (column ^ (token % 8)) * 16))
-            store_global_v4(base + (Int64(token) * row_bytes + column * 16), words)
+            words = load_shared_v4(staging + token * FC1_BYTES)
+            store_global_v4(base + Int64(token) * shape.fc1_out_row_bytes, words)
 
 
 @cute.jit
-def store_targets(launch: Launch, tokens: Constexpr, targets, metadata, tile, thread):
-    """One thread per token: where its row goes, to shared memory; 0 for none."""
+def targets_of(launch: Launch, tokens: Constexpr, metadata, tile, lane) -> list:
+    """Where rows go, by group of 32 tokens, for token number `lane` of the group, in two words; 0
+    for none.
+    """
     shape = launch.shape
     max_slots = shape.config.max_slots_per_rank
-    if thread < tokens:
-        code = load_shared(metadata + thread)
+    targets = []
+    for first in range_constexpr(0, tokens, 32):
+        code = load_shared(metadata + (first + lane % min(32, tokens - first)))
         target = Int64(0)
         if code != wire.PADDING:
             slot = wire.source_slot(code, max_slots)
@@ -196,53 +218,47 @@ def store_targets(launch: Launch, tokens: Constexpr, targets, metadata, tile, th
             target += Int64(slot) * shape.output_row_bytes + Int64(tile.column) * (
                 2 * shape.kernel.block_n
             )
-        store_shared_v2(targets + thread * 8, Int32(target), Int32(target >> 32))
+        targets.append((Int32(target), Int32(target >> 32)))
+    return targets
 
 
 @cute.jit
-def store_fc2(
-    launch: Launch, accumulators, tokens: Constexpr, smem, metadata, slot, tile, warp, lane
-):
+def store_fc2(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, tile, warp, lane):
     """FC2 tile: real rows to `combine_output` of their source rank."""
-    shape, kernel = launch.shape, launch.shape.kernel
+    kernel = launch.shape.kernel
     g = lane // 4
-    targets = smem.targets + slot * (8 * kernel.block_m)
-    store_targets(launch, tokens, targets, metadata, tile, warp * 32 + lane)
-    channel = tile.column * kernel.block_n + warp * 32
-    inside = channel < shape.config.hidden_size
-    factors = launch.w2_scales + Int64(tile.expert) * (4 * shape.config.hidden_size)
-    row = channel
-    if not inside:
-        row = Int32(0)  # what is read is not stored
-    sync.cta_barrier(launch, MATH_WARPS)
-    staging = smem.staging + warp * (GROUP_TOKENS * WARP_BYTES)
-    of_rows = []
-    for block in range_constexpr(2):
-        for half in range_constexpr(2):
-            number = row + (block * 16 + half * 8) + g
-            of_rows.append(arch.load(global_ptr(factors + Int64(number) * 4, Float32), Float32))
-    blocks = [parts_of(accumulators, block) for block in range(2)]
-    group = group_of(tokens)
-    for start in range_constexpr(0, tokens, group):
-        for slab in range_constexpr(start // 8, (start + group) // 8):
-            matrices = []
-            for block in range_constexpr(2):
-                for half in range_constexpr(2):
-                    part, index = blocks[block][slab]
-                    factor = of_rows[2 * block + half]
-                    pair = [part[index + 2 * half + q] * factor for q in range(2)]
-                    matrices.append(pack_bf16x2(*pair))
-            token = slab * 8 - start + lane % 8
-            chunk = (lane // 8) ^ (token // 2 % 4)
-            store_matrices_transposed(staging + (token * WARP_BYTES + chunk * 16), matrices)
-        arch.sync_warp()
-        for step in range_constexpr(group // 8):
-            token, column = step * 8 + lane // 4, lane % 4
-            words = load_shared_v4(
-                staging + (token * WARP_BYTES + (column ^ (token // 2 % 4)) * 16)
-            )
-            low, high = load_shared_v2(targets + (start + token) * 8)
-            target = (Int64(high) << 32) | (Int64(low) & Int64(0xFFFFFFFF))
-            if target != 0 and inside:
-                store_global_v4(target + (warp * WARP_BYTES + column * 16), words)
-        arch.sync_warp()
+    targets = targets_of(launch, tokens, metadata, tile, lane)
+    row = warp * 32
+    if tile.column * kernel.block_n + row < launch.shape.config.hidden_size:
+        staging = smem.staging + warp * PASS_BYTES
+        of_rows = [
+            as_float(load_shared(smem.row_factors + 4 * (row + 8 * number + g)))
+            for number in range(4)
+        ]
+        blocks = [parts_of(accumulators, block) for block in range(2)]
+        group = group_of(tokens)
+        for start in range_constexpr(0, tokens, group):
+            for slab in range_constexpr(start // 8, (start + group) // 8):
+                matrices = []
+                for block in range_constexpr(2):
+                    for half in range_constexpr(2):
+                        part, index = blocks[block][slab]
+                        factor = of_rows[2 * block + half]
+                        pair = [part[index + 2 * half + q] * factor for q in range(2)]
+                        matrices.append(pack_bf16x2(*pair))
+                token = slab * 8 - start + lane % 8
+                chunk = (lane // 8) ^ (token // 2 % 4)
+                store_matrices_transposed(staging + (token * FC2_BYTES + chunk * 16), matrices)
+            arch.sync_warp()
+            for step in range_constexpr(group // 8):
+                token, column = step * 8 + lane // 4, lane % 4
+                words = load_shared_v4(
+                    staging + (token * FC2_BYTES + (column ^ (token // 2 % 4)) * 16)
+                )
+                low, high = [
+                    arch.shuffle_sync(word, start % 32 + token) for word in targets[start // 32]
+                ]
+                target = (Int64(high) << 32) | (Int64(low) & Int64(0xFFFFFFFF))
+                if target != 0:
+                    store_global_v4(target + (warp * FC2_BYTES + column * 16), words)
+            arch.sync_warp()
