@@ -110,7 +110,8 @@ class Row(Launched):
 
     mode: eager or graph; with a cold L2 eager-cold or graph-cold (`timing.mode_label`). tflops:
     useful, per GPU. error_rel: relative L2 error against the oracle, largest over ranks.
-    *_bytes: of one rank's workspace.
+    *_bytes: of one rank's workspace. The last three: means of one GPU over the timed calls, the
+    energy that of a launch (`nvml.Load`).
     """
 
     mode: str = column(IDENTIFIES)
@@ -126,6 +127,9 @@ class Row(Launched):
     reset_bytes: int | None = None
     workspace_bytes: int | None = None
     config: str = ""
+    sm_mhz: float | None = column(default=None, added=True)
+    power_w: float | None = column(default=None, added=True)
+    energy_mj: float | None = column(default=None, added=True)
 
 
 COLUMNS = columns_of(Row)
