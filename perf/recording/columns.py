@@ -132,6 +132,29 @@ class Row(Launched):
     energy_mj: float | None = column(default=None, added=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DuelRow(Launched):
+    """One contender of a duel at one token count, beside the first, which is `against`.
+
+    contender, against: as on the command line. us_median: the median over rounds of the medians of
+    batches. ratio: to the first, with its interval (`pairing`). differs: relative L2 distance of
+    some output rows from the first's. The others: as in `Row`, means over rounds.
+    """
+
+    mode: str = column(IDENTIFIES)
+    contender: str = column(IDENTIFIES)
+    against: str = column(IDENTIFIES)
+    rounds: int = column(POSITIVE)
+    us_median: float = column(POSITIVE)
+    ratio: float = column(POSITIVE)
+    ratio_low: float = column(POSITIVE)
+    ratio_high: float = column(POSITIVE)
+    differs: float | None = None
+    sm_mhz: float | None = None
+    power_w: float | None = None
+    energy_mj: float | None = None
+
+
 COLUMNS = columns_of(Row)
 #: Columns that say what was measured; the others say when, with what source and with what outcome.
 KEY = tuple(c.name for c in fields(Row) if IDENTIFIES in c.metadata.get("rules", ()))
