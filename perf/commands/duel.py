@@ -113,7 +113,6 @@ def outcomes_of(
     found = []
     for number, (entry, case) in enumerate(zip(entries, cases, strict=True)):
         ours, first = (torch.from_numpy(rows[i]) for i in (number, 0))
-        error = float(relative_error(ours, first)) if ours.isfinite().all() else float("inf")
         alike = case.precision == cases[0].precision
         found.append(
             Outcome(
@@ -122,7 +121,7 @@ def outcomes_of(
                 us=median(us[number]),
                 ratio=ratio_of(us[number], us[0]),
                 load=mean_of([batch.load for batch in batches[number]]),
-                differs=error,
+                differs=float(relative_error(ours, first)),
                 max_error=layer_bound(case.recipe) if alike else float("inf"),
             )
         )

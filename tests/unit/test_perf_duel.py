@@ -119,6 +119,7 @@ def test_a_verdict_needs_an_interval_without_1_and_enough_pairs():
     assert ratio_of([1.01, 1.02, 1.01, 1.02, 1.01, 1.001], ones).verdict == SLOWER
     assert ratio_of([1.01, 1.02, 1.01, 1.02, 1.01, 0.999], ones).verdict == SAME
     assert ratio_of([0.9] * 6, ones).verdict == FASTER
+    assert ratio_of([0.9] * 5 + [1.001], ones).verdict == SAME
     assert ratio_of([0.9] * 5, ones[:5]).verdict == OPEN
 
 
