@@ -15,6 +15,7 @@ from perf.commands import (
     accuracy,
     ceilings,
     compare,
+    duel,
     publish,
     report,
     sweep,
@@ -26,7 +27,18 @@ from perf.running.processes import ONE_LINE
 #: By name. A new command is one more module.
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (sweep, compare, report, ceilings, accuracy, zeroing, ablation, trace, publish)
+    for module in (
+        sweep,
+        compare,
+        duel,
+        report,
+        ceilings,
+        accuracy,
+        zeroing,
+        ablation,
+        trace,
+        publish,
+    )
 }
 
 

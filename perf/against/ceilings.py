@@ -32,6 +32,9 @@ class CeilingRow(Environment):
     us_min: float = column(POSITIVE)
     us_median: float = column(POSITIVE)
     us_p95: float = column(POSITIVE)
+    sm_mhz: float | None = column(default=None, added=True)
+    power_w: float | None = column(default=None, added=True)
+    energy_mj: float | None = column(default=None, added=True)
 
 
 def load(path: str | Path):

@@ -26,11 +26,11 @@ from megamoe import reference
 from megamoe.config import COMBINE, GEMMS
 from perf.running.checks import check_here
 from perf.running.contenders import Contender, layer_contender
+from perf.running.jobs import place_of
 from perf.running.layer import layer_of
 from perf.running.options import DEFAULTS, TimedOptions, list_configs_option
 from perf.running.plan import Plan, plans_of, write_configs
 from perf.running.points import Point, medians_of
-from perf.running.processes import place_of
 from perf.running.runner import Runner
 from perf.running.session import run_table
 from perf.workload.parts import ABLATION_KERNELS, MEGAMOE, PARTS, part_name

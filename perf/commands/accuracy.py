@@ -34,19 +34,20 @@ from perf.arguments import integer, option
 from perf.recording.columns import IDENTIFIES, Launched, column
 from perf.running.contenders import Contender, baseline_of, one_batch
 from perf.running.expected import spread_evenly
+from perf.running.jobs import ALONE, Job
 from perf.running.layer import columns_of as columns_of_inputs
 from perf.running.layer import outputs_of
 from perf.running.listing import Listing, title_of, titles
 from perf.running.options import Options as AllOptions
 from perf.running.options import csv_option, precision_option
 from perf.running.plan import Plan
-from perf.running.processes import ALONE, Job
 from perf.running.runner import Runner
 from perf.running.session import run_plans
 from perf.running.timing import EAGER
-from perf.workload.cases import Case, Inputs, fp8_weights, make_weights
+from perf.workload.cases import Case, Inputs, make_weights
 from perf.workload.parts import MEGAMOE
 from perf.workload.routings import may_mask
+from perf.workload.stored import fp8_weights
 
 SUMMARY = "the layer's error against exact arithmetic, beside that of an unfused pipeline"
 

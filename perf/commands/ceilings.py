@@ -21,11 +21,12 @@ from perf.arguments import integer, one_of, option
 from perf.recording.environment import environment
 from perf.recording.files import ResultsFile
 from perf.running import probes
+from perf.running.jobs import ALONE, Job, place_of
 from perf.running.options import csv_option
 from perf.running.probes import Probe
-from perf.running.processes import ALONE, Job, joined, place_of
-from perf.running.runner import measure_together
+from perf.running.processes import joined
 from perf.running.timing import Times
+from perf.running.together import measure_together
 
 SUMMARY = "measure GEMM, memory, launch and NVLink ceilings on the GPUs here and store them"
 EPILOG = "With torchrun all GPUs are measured at once, and NVLink and a barrier on top."

@@ -28,11 +28,12 @@ from perf.arguments import check_no_results, check_writable, option, path_name
 from perf.recording.environment import environment
 from perf.recording.files import ResultsFile
 from perf.running.checks import check_here
+from perf.running.jobs import ALONE, Job, place_of
 from perf.running.layer import layer_bound, outputs_of
 from perf.running.options import Options as AllOptions
 from perf.running.options import list_configs_option
 from perf.running.plan import Plan, plan_of, write_configs
-from perf.running.processes import ALONE, Job, joined, out_of_memory, place_of
+from perf.running.processes import joined, out_of_memory
 from perf.running.runner import Runner
 from perf.running.timing import EAGER, HEAD_START_CYCLES
 from perf.tracing.phases import PhaseRow, phases_of

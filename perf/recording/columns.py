@@ -110,7 +110,8 @@ class Row(Launched):
 
     mode: eager or graph; with a cold L2 eager-cold or graph-cold (`timing.mode_label`). tflops:
     useful, per GPU. error_rel: relative L2 error against the oracle, largest over ranks.
-    *_bytes: of one rank's workspace.
+    *_bytes: of one rank's workspace. The last three: means of one GPU over the timed calls, the
+    energy that of a launch (`nvml.Load`).
     """
 
     mode: str = column(IDENTIFIES)
@@ -126,6 +127,32 @@ class Row(Launched):
     reset_bytes: int | None = None
     workspace_bytes: int | None = None
     config: str = ""
+    sm_mhz: float | None = column(default=None, added=True)
+    power_w: float | None = column(default=None, added=True)
+    energy_mj: float | None = column(default=None, added=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuelRow(Launched):
+    """One contender of a duel at one token count, beside the first, which is `against`.
+
+    contender, against: as on the command line. us_median: the median over rounds of the medians of
+    batches. ratio: to the first, with its interval (`pairing`). differs: relative L2 distance of
+    some output rows from the first's. The others: as in `Row`, means over rounds.
+    """
+
+    mode: str = column(IDENTIFIES)
+    contender: str = column(IDENTIFIES)
+    against: str = column(IDENTIFIES)
+    rounds: int = column(POSITIVE)
+    us_median: float = column(POSITIVE)
+    ratio: float = column(POSITIVE)
+    ratio_low: float = column(POSITIVE)
+    ratio_high: float = column(POSITIVE)
+    differs: float | None = None
+    sm_mhz: float | None = None
+    power_w: float | None = None
+    energy_mj: float | None = None
 
 
 COLUMNS = columns_of(Row)

@@ -16,10 +16,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EMULATION = "cpu emulation"
 
 
-def _output_of(*command: str) -> str | None:
+def _output_of(*command: str, where: Path = REPOSITORY) -> str | None:
     """First line that a command prints, or None if it is not there or fails."""
     try:
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, cwd=where, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else None
@@ -32,10 +32,22 @@ def source_version() -> tuple[str, int | None]:
     stated = os.environ.get("MEGAMOE_COMMIT", "")
     if stated:
         return stated.removesuffix("-dirty"), int(stated.endswith("-dirty"))
-    commit = _output_of("git", "rev-parse", "HEAD")
+    return _of_git(REPOSITORY)
+
+
+def version_of(tree: Path) -> tuple[str, int | None]:
+    """`source_version` of another checkout: "unknown" if git does not know it as one."""
+    if tree == REPOSITORY:
+        return source_version()
+    top = _output_of("git", "rev-parse", "--show-toplevel", where=tree)
+    return _of_git(tree) if top and Path(top).resolve() == tree.resolve() else ("unknown", None)
+
+
+def _of_git(tree: Path) -> tuple[str, int | None]:
+    commit = _output_of("git", "rev-parse", "HEAD", where=tree)
     if not commit:
         return "unknown", None
-    changes = _output_of("git", "status", "--porcelain", "--untracked-files=no")
+    changes = _output_of("git", "status", "--porcelain", "--untracked-files=no", where=tree)
     return commit, None if changes is None else int(bool(changes))
 
 

@@ -14,13 +14,14 @@ import megamoe
 from megamoe import reference
 from perf.against.baselines import BASELINES, PROCESS_BASELINES, Baseline
 from perf.against.experts import MAX_FP8_ERROR
+from perf.running.jobs import Job
 from perf.running.layer import columns_of, config_of, layer_bound, layer_call
 from perf.running.plan import Plan
-from perf.running.processes import Job
 from perf.running.timing import EAGER
-from perf.workload.cases import Inputs, expanded_weights, make_weights
+from perf.workload.cases import Inputs, make_weights
 from perf.workload.parts import MEGAMOE, STAGING
 from perf.workload.routings import may_mask
+from perf.workload.stored import expanded_weights
 
 
 class WrongResult(RuntimeError):

@@ -15,7 +15,7 @@ import torch
 
 from megamoe import reference
 from megamoe.precision import precision_of
-from perf.running.processes import Job
+from perf.running.jobs import Job
 from perf.workload.cases import Inputs
 
 #: Tokens per rank, spread evenly over all of them.

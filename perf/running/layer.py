@@ -12,8 +12,8 @@ import torch.distributed as dist
 import megamoe
 from megamoe.precision import Precision
 from perf.against.experts import MAX_ERROR
+from perf.running.jobs import ALONE, Job
 from perf.running.plan import Plan
-from perf.running.processes import ALONE, Job
 from perf.workload.cases import Inputs
 
 #: The layer's relative error against the oracle, which stores hidden rows in FP8 as the layer does.

@@ -20,8 +20,8 @@ from perf.against import deepep
 from perf.against.ceilings import ceilings_of
 from perf.against.roofline import CEILINGS, Ceilings, Roofline, Work, roofline_of
 from perf.arguments import check_no_results, check_writable
+from perf.running.jobs import Place
 from perf.running.options import DEFAULTS, Options
-from perf.running.processes import Place
 from perf.running.timing import COLD, GRAPH, WARM, mode_label
 from perf.workload.cases import MODELS, Case, Model
 

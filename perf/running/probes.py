@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perf.running.processes import Job
+from perf.running.jobs import Job
 from perf.running.timing import EAGER, GRAPH
 
 GEMM, HBM_COPY, HBM_READ, LAUNCH = "gemm", "hbm_copy", "hbm_read", "launch"

@@ -1,133 +1,30 @@
-"""One process, or one per GPU started by torchrun: who this process is, and what all of them do
-together.
+"""What ends a process alone or a rank of a job, and how.
 
-The environment is read once, by `place_of`; `joined` forms the job. An error ends this process at
-once, without waiting for the others (`Job.abort`): they may sit in a collective that this process
-will never enter, and torchrun ends them.
+An error ends this process at once, without waiting for the others (`Job.abort`): they may sit in a
+collective that this process will never enter, and torchrun ends them.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from megamoe.kernel_files import KernelError
+from perf.running.jobs import ALONE, Job, Place, join
 
-#: Nothing here needs NVLink multicast, and on a shared host it can put GPUs out of service.
-NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 #: What ends a command, or a rank, in one line: a wrong argument, a file that cannot be written, a
 #: kernel that is not there or must not be loaded.
 ONE_LINE = (ValueError, OSError, KernelError)
-#: Seconds between a rank's last line and its end: torchrun then ends the others, who may have the
-#: better explanation.
-LAST_WORDS_S = 2.0
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a GPU or the host has no memory left; for the host's torch has no class of error."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which process of a torchrun job this is."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-
-def place_of(environ: Mapping[str, str]) -> Place | None:
-    """What torchrun says in `environ`; None without torchrun, or if it started one process."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if any(name not in environ for name in names):
-        return None
-    for name in names:
-        if not environ[name].isdigit():
-            raise ValueError(f"environment: {name}={environ[name]!r} is not an integer")
-    place = Place(*(int(environ[name]) for name in names))
-    return place if place.size > 1 else None
-
-
-class Job:
-    """The job of a single process, which holds every rank; see `ProcessJob`."""
-
-    alone, rank, size = True, 0, 1
-    device: torch.device  # of a process that is not alone
-
-    def align(self) -> None:
-        pass
-
-    def max_over_ranks(self, values: Sequence[float]) -> Sequence[float]:
-        return values
-
-    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def abort(self, message: str, status: int) -> int:
-        print(message, file=sys.stderr)
-        return status
-
-
-ALONE = Job()
-
-
-class ProcessJob(Job):
-    """This process among all of an initialised process group, with one rank of the layer each;
-    every method but `abort` is collective.
-    """
-
-    alone = False
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
-        self._word = torch.zeros(1, device=device)
-
-    def align(self) -> None:
-        """On the device: what is queued after this begins on all ranks together. On a GPU the host
-        does not wait.
-        """
-        dist.all_reduce(self._word)
-
-    def max_over_ranks(self, values: Sequence[float]) -> list[float]:
-        """Element by element the largest of all ranks, which pass equally many."""
-        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.tolist()
-
-    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' tensors, which have one shape, as a new tensor."""
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors, which have one shape [N, ...], in rank order: [W * N, ...]."""
-        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(pieces, tensor.contiguous())
-        return torch.cat(pieces)
-
-    def abort(self, message: str, status: int) -> NoReturn:
-        """Say why, and end this process whatever the other ranks are doing."""
-        print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        time.sleep(LAST_WORDS_S)
-        os._exit(status)
 
 
 @contextmanager
@@ -138,12 +35,7 @@ def joined(place: Place | None) -> Iterator[Job]:
     if place is None:
         yield ALONE
         return
-    for name, value in NO_MULTICAST.items():
-        os.environ.setdefault(name, value)
-    device = torch.device("cuda", place.local_rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    job = ProcessJob(device)
+    job = join(place)
     try:
         job.align()  # the first collective sets up connections
         torch.cuda.synchronize()

@@ -22,19 +22,14 @@ from perf.running.contenders import (
     staging_contenders,
 )
 from perf.running.expected import Expected, expected_of
+from perf.running.jobs import ALONE, Job
 from perf.running.layer import layer_of
 from perf.running.plan import Plan
 from perf.running.points import Point
-from perf.running.processes import ALONE, Job
-from perf.running.timing import Times, flush_of, measure
-from perf.workload.cases import Case, Inputs, make_layer_weights, make_rank_inputs
-
-
-def measure_together(job: Job, *arguments, **options) -> tuple[Times, Any]:
-    """`timing.measure` with the largest time of the ranks; collective."""
-    options["align"] = None if job.alone else job.align
-    times, output = measure(*arguments, **options)
-    return Times(tuple(job.max_over_ranks(times.us))), output
+from perf.running.timing import Times, flush_of
+from perf.running.together import measure_together
+from perf.workload.cases import Case, Inputs, make_rank_inputs
+from perf.workload.stored import make_layer_weights
 
 
 class Runner:

@@ -14,11 +14,12 @@ from perf.recording.environment import environment
 from perf.recording.files import ResultsFile
 from perf.running.checks import check_here
 from perf.running.contenders import WrongResult
+from perf.running.jobs import ALONE, Job, place_of
 from perf.running.listing import SWEEP, Listing
 from perf.running.options import Options
 from perf.running.plan import Plan, plans_of
 from perf.running.points import Point
-from perf.running.processes import ALONE, Job, joined, out_of_memory, place_of
+from perf.running.processes import joined, out_of_memory
 from perf.running.progress import Progress
 from perf.running.runner import Runner
 

@@ -15,6 +15,8 @@ short launch would take longer the more had been computed before it (H200, FP8 P
 The L2 is warm, as the repetition before left it, or cold: then each repetition comes after a
 `flush`, which overwrites a buffer several times as large. The last lines of that buffer, at most
 the size of the L2, are written back to memory during the repetition.
+
+While the host waits for the repetitions it samples the GPU's clock, power and energy (`nvml`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from perf.running.nvml import Load, Meter, Sensors, sensors_of
 
 EAGER, GRAPH = "eager", "graph"
 MODES = (EAGER, GRAPH)
@@ -39,6 +43,8 @@ SETTLE_S = 0.2
 HEAD_START_CYCLES = 4_000_000
 #: Of every repetition that also queues an `align`, about 0.1 ms.
 ALIGN_CYCLES = 200_000
+#: Seconds between two looks at a GPU that has not begun, and between two samples of one that has.
+LOOK_S, SAMPLE_S = 1e-4, 2e-3
 #: A flush overwrites so many times the L2, or so many bytes where torch does not know its size.
 FLUSH_FACTOR = 3
 FLUSH_BYTES = 256 << 20
@@ -65,9 +71,10 @@ def flush_of(l2: str, device: torch.device) -> Callable[[], object] | None:
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of every repetition."""
+    """Microseconds of every repetition, and what the GPU did meanwhile."""
 
     us: tuple[float, ...]
+    load: Load = Load()
 
     @property
     def us_min(self) -> float:
@@ -85,7 +92,8 @@ class Times:
     @property
     def columns(self) -> dict[str, Any]:
         """The columns of a row."""
-        return {name: getattr(self, name) for name in ("us_min", "us_median", "us_p95")}
+        times = {name: getattr(self, name) for name in ("us_min", "us_median", "us_p95")}
+        return times | self.load.columns
 
 
 def _time_cpu(
@@ -106,6 +114,7 @@ def _time_cuda(
     repetitions: int,
     align: Callable[[], object] | None,
     flush: Callable[[], object] | None,
+    sensors: Sensors | None,
 ) -> tuple[Times, object]:
     begins = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions)]
@@ -120,8 +129,25 @@ def _time_cuda(
         begin.record()
         output = call()
         end.record()
+    meter = _watch(begins[0], ends[-1], sensors) if sensors else None
     torch.cuda.synchronize()
-    return Times(tuple(b.elapsed_time(e) * 1e3 for b, e in zip(begins, ends, strict=True))), output
+    us = tuple(b.elapsed_time(e) * 1e3 for b, e in zip(begins, ends, strict=True))
+    load = Load()
+    if meter:
+        load = meter.load(begins[0].elapsed_time(ends[-1]) / 1e3 / repetitions)
+    return Times(us, load), output
+
+
+def _watch(begin: torch.cuda.Event, end: torch.cuda.Event, sensors: Sensors) -> Meter:
+    """Samples from one event to the other, at least one."""
+    meter = Meter(sensors)
+    while not begin.query():
+        time.sleep(LOOK_S)
+    meter.sample()
+    while not end.query():
+        time.sleep(SAMPLE_S)
+        meter.sample()
+    return meter
 
 
 def capture(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -139,6 +165,68 @@ def capture(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
     return graph, output
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A call that ran once, as a graph where that was asked for."""
+
+    call: Callable[[], object]
+    device: torch.device
+    check: Callable[[], object]
+
+
+def prepare(
+    call: Callable[[], object],
+    device: torch.device | str,
+    mode: str = EAGER,
+    check: Callable[[], object] = lambda: None,
+) -> Prepared:
+    """What `time_batch` takes. On a GPU `check` runs after the first call: it should wait for the
+    device and raise what a launch reported, so that a failing call is not repeated.
+    """
+    assert mode in MODES, mode
+    device = torch.device(device)
+    if device.type == "cpu":
+        assert mode == EAGER, "a CUDA graph needs a GPU"
+        return Prepared(call, device, check)
+    call()
+    check()
+    if mode == EAGER:
+        return Prepared(call, device, check)
+    graph, captured = capture(call)
+
+    def replay() -> object:
+        graph.replay()
+        return captured
+
+    return Prepared(replay, device, check)
+
+
+def time_batch(
+    prepared: Prepared,
+    repetitions: int,
+    warmup: int,
+    align: Callable[[], object] | None = None,
+    flush: Callable[[], object] | None = None,
+) -> tuple[Times, object]:
+    """Times of a rested GPU's calls and the output of the last; `flush` (`flush_of`), then `align`
+    run before every timed repetition and are not timed. `check` runs at the end.
+    """
+    call, emulated = prepared.call, prepared.device.type == "cpu"
+    assert repetitions >= 1 and not (emulated and flush), "a cold L2 needs a GPU"
+    if not emulated:
+        torch.cuda.synchronize()
+        time.sleep(SETTLE_S)
+    for _ in range(warmup):
+        call()
+    if emulated:
+        times, output = _time_cpu(call, repetitions, align)
+    else:
+        sensors = sensors_of(prepared.device)
+        times, output = _time_cuda(call, repetitions, align, flush, sensors)
+    prepared.check()
+    return times, output
+
+
 def measure(
     call: Callable[[], object],
     device: torch.device | str,
@@ -149,34 +237,5 @@ def measure(
     align: Callable[[], object] | None = None,
     flush: Callable[[], object] | None = None,
 ) -> tuple[Times, object]:
-    """Times of `call` and the output of its last repetition.
-
-    `check` runs after the first call on a GPU and at the end: it should wait for the device and
-    raise what a launch reported, so that a failing call is not repeated. `flush` (`flush_of`), then
-    `align` run before every timed repetition and are not timed.
-    """
-    assert mode in MODES and repetitions >= 1, (mode, repetitions)
-    if torch.device(device).type == "cpu":
-        assert mode == EAGER and flush is None, "a CUDA graph and a cold L2 need a GPU"
-        for _ in range(warmup):
-            call()
-        times, output = _time_cpu(call, repetitions, align)
-        check()
-        return times, output
-    call()
-    check()
-    if mode == GRAPH:
-        graph, captured = capture(call)
-
-        def replay() -> object:
-            graph.replay()
-            return captured
-
-        call = replay
-    torch.cuda.synchronize()
-    time.sleep(SETTLE_S)
-    for _ in range(warmup):
-        call()
-    times, output = _time_cuda(call, repetitions, align, flush)
-    check()
-    return times, output
+    """`prepare`, then one `time_batch`."""
+    return time_batch(prepare(call, device, mode, check), repetitions, warmup, align, flush)

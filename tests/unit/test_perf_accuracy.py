@@ -24,8 +24,9 @@ from perf.commands.accuracy import (
 )
 from perf.recording.columns import Launched
 from perf.recording.environment import EMULATION
-from perf.workload.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
+from perf.workload.cases import MODELS, Case, make_inputs, make_weights
 from perf.workload.parts import MEGAMOE
+from perf.workload.stored import make_layer_weights
 from tests.nights import at_night
 from tests.unit.perf_helpers import error_line
 

@@ -17,11 +17,12 @@ from perf.against.experts import BLOCKED, GROUPED, MAX_FP8_ERROR
 from perf.running import contenders as contenders_module
 from perf.running.contenders import baseline_contenders
 from perf.running.expected import expected_of
+from perf.running.jobs import ALONE
 from perf.running.layer import layer_bound
-from perf.running.processes import ALONE
 from perf.running.timing import EAGER, GRAPH, Times, measure
-from perf.workload.cases import MODELS, Case, Inputs, make_inputs, make_layer_weights, make_weights
+from perf.workload.cases import MODELS, Case, Inputs, make_inputs, make_weights
 from perf.workload.routings import ROUTINGS
+from perf.workload.stored import make_layer_weights
 from tests.nights import built
 
 #: A few bf16 roundings (2^-9 each) of independent signs.

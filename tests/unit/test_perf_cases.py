@@ -9,7 +9,8 @@ import torch
 
 from megamoe import quantize_weights, reference
 from megamoe.precision import PRECISIONS
-from perf.workload.cases import MODELS, Case, make_inputs, make_layer_weights, make_weights
+from perf.workload.cases import MODELS, Case, make_inputs, make_weights
+from perf.workload.stored import make_layer_weights
 
 EMULATED = MODELS["emulated"]
 

@@ -12,7 +12,7 @@ from perf.against.ceilings import CeilingRow, ceilings_of, load
 from perf.against.roofline import H200, Ceilings, Work, roofline_of
 from perf.commands.ceilings import keep, measured
 from perf.recording.files import ResultsFile
-from perf.running import probes, runner
+from perf.running import probes, together
 from perf.running.listing import heading
 from perf.running.plan import plan_of
 from perf.running.probes import GBPS, GEMM, TFLOPS, US, Probe
@@ -161,7 +161,7 @@ def test_what_is_measured_becomes_rows(tmp_path, monkeypatch, capsys):
         raise AttributeError("torch has no such thing\nmore")
 
     monkeypatch.setattr(probes, "ONE_GPU", (make, absent))
-    monkeypatch.setattr(runner, "measure", lambda *a, **k: (Times((1000.0, 2000.0)), None))
+    monkeypatch.setattr(together, "measure", lambda *a, **k: (Times((1000.0, 2000.0)), None))
     path = tmp_path / "ceilings.csv"
     assert keep(ResultsFile(path, CeilingRow), measured(torch.device("cpu"), 3)) == 0
     frame = load(path)
@@ -227,7 +227,7 @@ def test_a_cut_row_of_ceilings_is_named(tmp_path):
     path = tmp_path / "c.csv"
     write(path, row())
     path.write_text(path.read_text().rsplit(",", 4)[0])
-    with pytest.raises(ValueError, match="c.csv, line 2: 11 columns, expected 15"):
+    with pytest.raises(ValueError, match="c.csv, line 2: 14 columns, expected 18"):
         load(path)
 
 

@@ -408,7 +408,7 @@ def test_every_row_of_a_cold_sweep_says_so(fake, capsys, monkeypatch, tmp_path):
         return measure(*arguments)
 
     monkeypatch.setattr("perf.running.runner.flush_of", lambda l2, device: l2)
-    monkeypatch.setattr("perf.running.runner.measure", measured)
+    monkeypatch.setattr("perf.running.together.measure", measured)
     path = tmp_path / "rows.csv"
     warm = plan_for(*SMALL[1:], "--baseline", "torch_bf16")
     cold = dataclasses.replace(warm, l2=COLD)

@@ -14,7 +14,8 @@ from perf.against.experts import MAX_FP8_ERROR, dequantise
 from perf.running import session
 from perf.running.contenders import baseline_contenders
 from perf.running.timing import EAGER
-from perf.workload.cases import Case, Model, make_layer_weights, make_rank_inputs
+from perf.workload.cases import Case, Model, make_rank_inputs
+from perf.workload.stored import make_layer_weights
 from tests.unit.perf_helpers import error_line, pretend_gpu
 
 FP8 = torch.float8_e4m3fn

@@ -28,22 +28,16 @@ from perf.against.baselines import ExchangedTorchBf16, ExchangedTorchFp8, TorchF
 from perf.against.roofline import work_of
 from perf.commands import accuracy
 from perf.recording.files import ResultsFile, load
-from perf.running import processes, timing
+from perf.running import jobs, processes, timing
 from perf.running.expected import sample_of
+from perf.running.jobs import Place, ProcessJob, place_of
 from perf.running.listing import SWEEP, Listing, heading
 from perf.running.plan import plan_of
-from perf.running.processes import Place, ProcessJob, place_of
 from perf.running.runner import Runner
 from perf.running.session import measure_all
 from perf.running.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
-from perf.workload.cases import (
-    MODELS,
-    Case,
-    make_inputs,
-    make_layer_weights,
-    make_rank_inputs,
-    make_weights,
-)
+from perf.workload.cases import MODELS, Case, make_inputs, make_rank_inputs, make_weights
+from perf.workload.stored import make_layer_weights
 from tests.unit.perf_helpers import error_line, pretend_gpu
 
 RANKS, TOKENS, MOST = 2, 37, 16
@@ -315,6 +309,7 @@ def test_what_comes_before_the_first_event_of_every_repetition(mode, between, mo
         def elapsed_time(self, other):
             return 0.5
 
+    monkeypatch.setattr(timing, "sensors_of", lambda device: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"))
@@ -344,8 +339,9 @@ def test_a_runner_flushes_before_whatever_it_measures(alone, monkeypatch):
     def measured(*arguments, flush, align):
         return Times((1.0,)), (flush, align)
 
-    monkeypatch.setattr("perf.running.runner.measure", measured)
-    job = SimpleNamespace(align="align", max_over_ranks=lambda us: us, alone=alone)
+    monkeypatch.setattr("perf.running.together.measure", measured)
+    same = {"max_over_ranks": lambda us: us, "sum_over_ranks": lambda values: values}
+    job = SimpleNamespace(align="align", alone=alone, size=1, device="cpu", **same)
     plan = plan_of(options_of(["sweep"]))
     runner = SimpleNamespace(plan=plan, flush="flush", job=job)
     _, passed = Runner._measure(runner, None, EAGER, None)
@@ -375,14 +371,14 @@ def test_a_failed_rank_says_so_and_ends_its_process(error, status, message, monk
     monkeypatch.setattr(os, "_exit", end)
     for name in ("LAST_WORDS_S", "dist"):
         fake = SimpleNamespace(init_process_group=lambda *a, **k: None)
-        monkeypatch.setattr(processes, name, 0 if name == "LAST_WORDS_S" else fake)
-    for name in processes.NO_MULTICAST:
+        monkeypatch.setattr(jobs, name, 0 if name == "LAST_WORDS_S" else fake)
+    for name in jobs.NO_MULTICAST:
         monkeypatch.setenv(name, "0")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     job = SimpleNamespace(rank=3, align=lambda: None)
     job.abort = lambda *arguments: ProcessJob.abort(job, *arguments)
-    monkeypatch.setattr(processes, "ProcessJob", lambda device: job)
+    monkeypatch.setattr(jobs, "ProcessJob", lambda device: job)
     plan = plan_of(options_of(["sweep"]))
     with pytest.raises(Ended) as ended, processes.joined(Place(3, 4, 3)) as joined:
         measure_all([plan], None, fail, joined)

@@ -18,9 +18,9 @@ from perf.__main__ import main, options_of
 from perf.against.baselines import baseline_name
 from perf.commands import publish
 from perf.recording.files import load
+from perf.running.jobs import place_of
 from perf.running.options import Options
 from perf.running.plan import plan_of
-from perf.running.processes import place_of
 from perf.running.timing import GRAPH, mode_label
 from perf.workload.cases import MODELS
 from perf.workload.parts import PARTS
