@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from megamoe.architecture import Architecture, architecture_of
-from megamoe.precision import MXFP4, NO_SCALES, WHOLE_ROW, Precision, precision_of
+from megamoe.precision import NO_SCALES, PACKED, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
 MAX_TOP_K = 16
@@ -299,10 +299,13 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
         if operand.mma != recipe.tokens.mma:
             refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
         if name == "weights" and operand.packed:  # in chunks, which are converted
+            rows = list(PACKED)
             for field in ("storage", "bits", "scale_block", "scale"):
-                value, runs = getattr(operand, field), getattr(MXFP4, field)
-                if value != runs:
-                    refuse(f"{name}.{field}", value, f"packed weights have {runs!r}")
+                value = getattr(operand, field)
+                runs = " or ".join(sorted({repr(getattr(row, field)) for row in rows}))
+                rows = [row for row in rows if getattr(row, field) == value]
+                if not rows:
+                    refuse(f"{name}.{field}", value, f"packed weights have {runs}")
             continue
         if operand.storage != operand.mma:
             refuse(f"{name}.storage", operand.storage, f"nothing makes it {operand.mma}")

@@ -45,6 +45,13 @@ class Operand:
         return self.bits < 8
 
     @property
+    def scales_values(self) -> bool:
+        """Of packed values: True if scales become part of what is multiplied, as powers of two do;
+        else they multiply the sums over the columns that share them.
+        """
+        return self.packed and self.scale == "uint8"
+
+    @property
     def scale_columns(self) -> int:
         """Columns of a row that share a scale: 0 without scales, WHOLE_ROW for one per row."""
         return self.scale_block[1]
@@ -134,6 +141,10 @@ def e4m3(rows: int, columns: int) -> Operand:
 
 #: 4-bit values (e2m1) with a power of two per 32 columns: OCP Microscaling Formats 1.0.
 MXFP4 = Operand("uint8", 4, "float8_e4m3fn", (1, 32), "uint8")
+#: 4-bit integers with a scale per 128 columns, as GPTQ and AWQ make them.
+INT4 = Operand("uint8", 4, "float8_e4m3fn", (1, FP8_BLOCK))
+#: Packed operands that there is a format for (`megamoe.fourbit`).
+PACKED = (MXFP4, INT4)
 
 PRECISIONS = {
     recipe.name: recipe
@@ -157,6 +168,13 @@ PRECISIONS = {
             name="fp8_mxfp4",
             tokens=e4m3(1, FP8_BLOCK),
             weights=MXFP4,
+            hidden=e4m3(1, FP8_BLOCK),
+            output="bfloat16",
+        ),
+        Precision(
+            name="fp8_int4",
+            tokens=e4m3(1, FP8_BLOCK),
+            weights=INT4,
             hidden=e4m3(1, FP8_BLOCK),
             output="bfloat16",
         ),

@@ -29,7 +29,7 @@ MODELS = {
 #: Close to others, in what the compiler makes of them: compiled with --nightly.
 SELDOM = (
     "mimo_ep8", "pro_ep1", "wide_ep72", "v3_ep1", "flash_ep4-fp8_channel", "pro_ep8-fp8_block",
-    "flash_ep4-fp8_mxfp4",
+    "flash_ep4-fp8_mxfp4", "flash_ep4-fp8_int4", "pro_ep8-fp8_int4", "int41",
 )  # fmt: skip
 
 
@@ -50,8 +50,9 @@ def variants() -> list:
             continue
         for name, config in MODELS.items():
             add(f"{name}-{precision}", replace(config, precision=precision))
-    for name in ("block_odd", "block_ring", "channel_odd", "mxfp4_odd", "mxfp41"):
-        params.append(pytest.param(*split(CONFIGS[name]), id=name))
+    for name in ("block_odd", "block_ring", "channel_odd", "mxfp4_odd", "mxfp41", "int4_odd", "int41"):
+        marks = [pytest.mark.nightly] * name.startswith(SELDOM)
+        params.append(pytest.param(*split(CONFIGS[name]), id=name, marks=marks))
     traced = MODELS["flash_ep4"]
     params.append(pytest.param(traced, select(traced, trace=True), id="flash_ep4-trace"))
     return params
@@ -83,6 +84,7 @@ WGMMA = {
         }
     ),
     "fp8_mxfp4": swapped_wgmma(),
+    "fp8_int4": swapped_wgmma(),
 }
 
 
@@ -96,6 +98,7 @@ WAITS = {
     "fp8_block": Counter({0: 2 + 1, 1: 3}),
     "fp8_channel": Counter({1: 1 + 3, 0: 1 + 2 + 1}),
     "fp8_mxfp4": Counter({0: sum(swapped_wgmma().values()) // 4}),
+    "fp8_int4": Counter({0: sum(swapped_wgmma().values()) // 4}),
 }
 
 

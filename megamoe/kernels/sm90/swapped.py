@@ -4,8 +4,9 @@ are A, which each thread dequantises into registers, and its tokens are B in sha
 A warpgroup has two blocks of 64 weight rows, the tile's 128 between them and the other warpgroup's;
 an accumulator holds the block's rows by the tile's tokens, as many as there are: a multiple of 8
 for which there is a variant. Both warpgroups work on every tile. Sums of a K block start fresh and
-are promoted, times the scale of their token; exponents of weights are in their e4m3 already, but
-for one factor per row, which the epilogue applies.
+are promoted, times the scale of their token and that of their row, if the weights have one per K
+block; exponents of weights are in their e4m3 already, but for one factor per row, which the
+epilogue applies.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import as_float, load_shared_v2, opaque
 from megamoe.kernels.sm90 import swapped_epilogue
-from megamoe.kernels.sm90.dequantize import expand, load_codes
+from megamoe.kernels.sm90.dequantize import decoder_of, expand, load_codes
 from megamoe.kernels.sm90.mainloop import release
 from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, take_tile
 from megamoe.launch_shape import LaunchShape
@@ -105,16 +106,20 @@ def issue(operands, part: Constexpr, stage):
 
 
 @cute.jit
-def promote(operands, block: Constexpr, part: Constexpr, scales):
-    """accumulator += sums * scale of the token. `scales`: shared pointer to the scale of this
-    lane's first token in the part; every 8 tokens it has two more.
+def promote(operands, block: Constexpr, part: Constexpr, scales, row_scales):
+    """accumulator += sums * scale of the token * that of the row, unless `row_scales` is None.
+    `scales`: shared pointer to the scale of this lane's first token in the part; every 8 tokens it
+    has two more.
     """
     accumulator = operands.accumulators[block][part]
     for slab in range_constexpr(cute.size(accumulator) // 4):
         pair = [as_float(word) for word in load_shared_v2(scales + 32 * slab)]
         for i in range_constexpr(4):
             index = 4 * slab + i
-            accumulator[index] = accumulator[index] + operands.sums[index] * pair[i % 2]
+            scaled = operands.sums[index] * pair[i % 2]
+            if const_expr(row_scales is not None):
+                scaled = scaled * row_scales[i // 2]
+            accumulator[index] = accumulator[index] + scaled
 
 
 @cute.jit
@@ -135,27 +140,29 @@ def accumulate(launch: Launch, operands, pipes, chunks, thread, position, k_bloc
             part.fill(0.0)
     stage = position % stages
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
-    codes, exponents = load_codes(chunks + stage * stage_bytes, thread)
-    expand(operands.words, codes, exponents)
+    codes, exponents = load_codes(launch, chunks + stage * stage_bytes, thread)
+    expand(launch, operands.words, codes, exponents)
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % stages
         ahead = min(block + 1, k_blocks - 1)  # behind the last, it again: its stage is still held
         next_stage = (position + ahead) % stages
         for number in range_constexpr(BLOCKS):
-            codes, exponents = [], None
+            codes, exponents, row_scales = [], None, None
             for part in range_constexpr(parts):
                 issue(operands, part, stage)
                 if const_expr(part == 0):  # under the tensor cores
+                    own = chunks + (stage * stage_bytes + number * CHUNK_BYTES)
+                    row_scales = decoder_of(launch).row_scales(own, thread)
                     here = chunks + (stage * stage_bytes + CHUNK_BYTES)
                     if const_expr(number == BLOCKS - 1):
                         parity = (position + ahead) // stages % 2
                         arch.mbarrier_wait(pipes.full + next_stage, parity)
                         here = chunks + next_stage * stage_bytes
-                    codes, exponents = load_codes(here, thread)
+                    codes, exponents = load_codes(launch, here, thread)
                 warpgroup.wait_group(0)
                 of_part = scales + (stage * scale_bytes + part * (32 * slabs))
-                promote(operands, number, part, of_part)
-            expand(operands.words, codes, exponents)
+                promote(operands, number, part, of_part, row_scales)
+            expand(launch, operands.words, codes, exponents)
         arch.sync_warp()  # every lane has read its scales and codes
         release(pipes.empty, stage, lane, 1)
 
