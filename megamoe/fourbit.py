@@ -6,7 +6,7 @@ Owns the two formats. Two codes lie in a byte, that of column 2i in its low nibb
             255 is NaN and refused. OCP Microscaling Formats (MX) v1.0, sections 5.3 and 6.3.
     INT4    two's complement, -8..7, one BF16 or float32 scale per 128 columns.
 
-`scales` are the exponents or the scales; their dtype says which format it is, and so does the packed
+`scales` are the exponents or the scales; their dtype says which format it is, and so does the
 operand of a recipe (`format_of`). Works on tensors of any device, one expert after the other, to
 spare memory. Neighbours: `fourbit_pack` lays weights out for the kernel, `weights` owns the other
 precisions.
@@ -198,9 +198,9 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def multiplied(
     codes: torch.Tensor, scales: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(values [e, N, K], scales of sums [e, N, G] or None) of weights in checkpoint layout, float32,
-    as the kernel has them: exponents are part of MXFP4's values, INT4's scale multiplies sums over
-    its columns. Exact. Arguments and ValueErrors as in `check_checkpoint`.
+    """(values [e, N, K], scales of sums [e, N, G] or None), float32, of weights in a checkpoint,
+    as the kernel has them: exponents are part of MXFP4's values, an INT4 scale multiplies the sums
+    over its columns. Exact. Arguments and ValueErrors as in `check_checkpoint`.
     """
     form, own = check_checkpoint(codes, scales)
     if form.operand.scales_values:

@@ -50,7 +50,8 @@ def variants() -> list:
             continue
         for name, config in MODELS.items():
             add(f"{name}-{precision}", replace(config, precision=precision))
-    for name in ("block_odd", "block_ring", "channel_odd", "mxfp4_odd", "mxfp41", "int4_odd", "int41"):
+    small = "block_odd", "block_ring", "channel_odd", "mxfp4_odd", "mxfp41", "int4_odd", "int41"
+    for name in small:
         marks = [pytest.mark.nightly] * name.startswith(SELDOM)
         params.append(pytest.param(*split(CONFIGS[name]), id=name, marks=marks))
     traced = MODELS["flash_ep4"]
