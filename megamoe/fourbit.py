@@ -378,3 +378,19 @@ def to_fp8_block(codes: torch.Tensor, scales: torch.Tensor) -> Fp8Block:
         num_inexact += differs.any(dim=3).any(dim=1).sum()
         stored[expert], scale[expert] = own.view(rows, columns), exp2(shift)
     return Fp8Block(stored, scale, int(num_inexact))
+
+
+def to_fp8(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8_e4m3fn [e, N, K], float32 scales) of weights: MXFP4 by `to_fp8_block`, INT4 exactly,
+    with the scales [e, N, K/128] that it has. Arguments and ValueErrors as there.
+    """
+    form, scales = check_checkpoint(codes, scales)
+    if form.operand.scales_values:
+        made = to_fp8_block(codes, scales)
+        return made.stored, made.scale
+    experts, rows, row_bytes = codes.shape
+    stored = codes.new_empty(experts, rows, 2 * row_bytes, dtype=torch.float8_e4m3fn)
+    pairs = form.pairs(codes.device)
+    for expert in range(experts):
+        stored[expert] = _values_of(codes[expert], pairs, scales.shape[2]).view(rows, -1)
+    return stored, scales
