@@ -44,7 +44,8 @@ class MegaMoE(ResidentWeights):
         precision: "bf16"; "fp8_block", e4m3 with a scale per 128 columns of a token and per
             128 x 128 weights, as DeepSeek-V3 checkpoints have them; "fp8_channel", e4m3 with a
             scale per token and per output channel; "fp8_mxfp4", tokens as in "fp8_block" and
-            weights of 4 bits (e2m1) with a power of two per 32 columns, of which it holds a copy.
+            weights of 4 bits (e2m1) with a power of two per 32 columns, of which it holds a copy;
+            "fp8_int4", the same with integers and a scale per row and 128 columns.
         device: "cuda", "cuda:1", "cpu" (slow), "meta" or a torch.device; default is the current
             GPU if there is one. On "meta" nothing is allocated and no other rank is asked until
             `to_empty(device=...)`, which is then what construction is elsewhere.
