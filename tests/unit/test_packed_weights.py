@@ -272,7 +272,7 @@ def test_groups_that_hold_minus_8_are_counted():
     for matrix, held, places in ((given.w13, kept[0], ((1, 3, 0), (1, 3, 1), (1, 3, 64))),
                                  (given.w2, kept[1], ((E - 1, H - 1, 63),))):  # fmt: skip
         for place in places:
-            matrix[place], held[place] = 0x88, 0x99
+            matrix[place], held[place] = 0x18, 0x19
     moe = make(precision=INT4)
     moe.load_weights(*given)
     assert moe.requantized_groups == 3
