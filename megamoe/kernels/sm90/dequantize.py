@@ -29,7 +29,8 @@ STEPS = CHUNK_COLUMNS // 32  # of a product's K
 #: adds 8 to all but the zero.
 LOW, HIGH = 0x14100800, 0x24201C18
 LOW_STEP, HIGH_STEP = 0x08080800, 0x08080808
-#: e4m3 of 0, 1, 2, 3 and of 4, 5, 6, 7.
+#: e4m3 of 0, 1, 2, 3 and of 4, 5, 6, 7. Constants, which ptxas moves into a register before every
+#: PRMT, 32 times in a K block: held in registers they made the tile of 128 tokens spill.
 INT_LOW, INT_HIGH = 0x44403800, 0x4E4C4A48
 MAGNITUDES, SIGNS = 0x77777777, -0x7F7F7F80  # 0x80808080 as an Int32
 
