@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from megamoe.architecture import Architecture, architecture_of
-from megamoe.precision import MXFP4, NO_SCALES, WHOLE_ROW, Precision, precision_of
+from megamoe.precision import NO_SCALES, PACKED, WHOLE_ROW, Precision, precision_of
 
 MAX_RANKS = 72
 MAX_TOP_K = 16
@@ -273,7 +273,8 @@ def select(config: MoEConfig, **overrides) -> KernelConfig:
 def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     """Whether the kernel can run this row: no conversion on the way to the tensor cores but that of
     packed weights; a scale of A per K block comes with its stage, one of the whole row is applied
-    at the end; an FC1 tile holds half its columns of a row of FC1's output, and scales those.
+    at the end, unless sums are scaled before; an FC1 tile holds half its columns of a row of FC1's
+    output, and scales those.
     """
 
     def refuse(field: str, value: object, why: str) -> None:
@@ -285,8 +286,9 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     block_k = 8 * target.stage_row_bytes // recipe.tokens.bits
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
+    by_row = recipe.weights.packed and recipe.weights.scales_sums  # with those of tokens
     blocks: dict[str, list] = {
-        "tokens": list(weights_of),
+        "tokens": list(along_k if by_row else weights_of),
         "weights": [weights_of.get(recipe.tokens.scale_block)],
         "hidden": [(1, kernel.block_n // 2)],
     }
@@ -298,10 +300,13 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
         if operand.mma != recipe.tokens.mma:
             refuse(f"{name}.mma", operand.mma, f"tokens are multiplied as {recipe.tokens.mma}")
         if name == "weights" and operand.packed:  # in chunks, which are converted
+            rows = list(PACKED)
             for field in ("storage", "bits", "scale_block", "scale"):
-                value, runs = getattr(operand, field), getattr(MXFP4, field)
-                if value != runs:
-                    refuse(f"{name}.{field}", value, f"packed weights have {runs!r}")
+                value = getattr(operand, field)
+                runs = " or ".join(sorted({repr(getattr(row, field)) for row in rows}))
+                rows = [row for row in rows if getattr(row, field) == value]
+                if not rows:
+                    refuse(f"{name}.{field}", value, f"packed weights have {runs}")
             continue
         if operand.storage != operand.mma:
             refuse(f"{name}.storage", operand.storage, f"nothing makes it {operand.mma}")

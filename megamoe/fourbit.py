@@ -6,22 +6,25 @@ Owns the two formats. Two codes lie in a byte, that of column 2i in its low nibb
             255 is NaN and refused. OCP Microscaling Formats (MX) v1.0, sections 5.3 and 6.3.
     INT4    two's complement, -8..7, one BF16 or float32 scale per 128 columns.
 
-`scales` are the exponents or the scales; their dtype says which format it is. Works on tensors of
-any device, one expert after the other, to spare memory. Neighbours: `fourbit_pack` lays weights
-out for the kernel, `weights` owns the other precisions.
+`scales` are the exponents or the scales; their dtype says which format it is, and so does the
+operand of a recipe (`format_of`). Works on tensors of any device, one expert after the other, to
+spare memory. Neighbours: `fourbit_pack` lays weights out for the kernel, `weights` owns the other
+precisions.
 
 Legend: e experts, N output channels, K columns; G groups of a row that share a scale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from megamoe.fourbit_layout import E2M1, INT4_GROUP, MXFP4_GROUP
-from megamoe.precision import FP8_BLOCK
+from megamoe import precision
+from megamoe.fourbit_layout import E2M1
+from megamoe.precision import FP8_BLOCK, Operand
 
 EXPONENT_BIAS = 127
 NAN_EXPONENT = 255
@@ -38,27 +41,53 @@ _E2M1_MIDPOINTS = [
 
 @dataclass(frozen=True)
 class Format:
-    """group: columns that share a scale; values: of the 16 codes, without their scale."""
+    """operand: what recipes call it; values: of the 16 codes, without their scale; scale_dtypes:
+    those that checkpoints may have, first the operand's, which holds the others exactly.
+    """
 
     name: str
-    group: int
+    operand: Operand
     values: tuple[float, ...]
+    scale_dtypes: tuple[torch.dtype, ...]
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.operand.scale_columns
 
     def pairs(self, device: torch.device) -> torch.Tensor:
         """The two values of every byte: float32 [256, 2]."""
         values = torch.tensor(self.values, device=device)
         return torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)
 
+    def own_scales(self, scales: Any) -> Any:
+        """Scales of one of `scale_dtypes` in the first of them; anything else as it is."""
+        own = self.scale_dtypes[0]
+        if not isinstance(scales, torch.Tensor) or scales.dtype not in self.scale_dtypes:
+            return scales
+        return scales.view(own) if scales.dtype.itemsize == own.itemsize else scales.to(own)
 
-MXFP4 = Format("mxfp4", MXFP4_GROUP, E2M1 + tuple(-value for value in E2M1))
-INT4 = Format("int4", INT4_GROUP, (*map(float, range(8)), *map(float, range(-8, 0))))
+
+MXFP4 = Format(
+    "mxfp4",
+    precision.MXFP4,
+    E2M1 + tuple(-value for value in E2M1),
+    (torch.uint8, torch.float8_e8m0fnu),
+)
+INT4 = Format(
+    "int4",
+    precision.INT4,
+    (*map(float, range(8)), *map(float, range(-8, 0))),
+    (torch.float32, torch.bfloat16),
+)
 FORMATS = {form.name: form for form in (MXFP4, INT4)}
-_SCALE_DTYPES = {
-    torch.uint8: MXFP4,
-    torch.float8_e8m0fnu: MXFP4,
-    torch.bfloat16: INT4,
-    torch.float32: INT4,
-}
+_SCALE_DTYPES = {dtype: form for form in FORMATS.values() for dtype in form.scale_dtypes}
+
+
+def format_of(operand: Operand) -> Format:
+    """The format of a packed operand that is one of `precision.PACKED`."""
+    (form,) = [form for form in FORMATS.values() if form.operand == operand]
+    return form
 
 
 class Fp8Block(NamedTuple):
@@ -88,17 +117,19 @@ def _check_all(name: str, good_ENG: torch.Tensor, what: str) -> None:
         raise ValueError(f"{name} has {what} at expert {expert}, row {row}, group {group}")
 
 
-def check_exponents(name: str, exponents_ENG: torch.Tensor) -> None:
-    """Raise ValueError, naming the argument, expert, row and group, for an exponent that is NaN.
-    Waits for the device.
+def check_scales(name: str, scales_ENG: torch.Tensor) -> None:
+    """Raise ValueError, naming the argument, expert, row and group, for an exponent that is NaN and
+    for a scale that is not finite. Waits for the device.
     """
-    if exponents_ENG.numel() and int(exponents_ENG.max()) == NAN_EXPONENT:
-        good_ENG = exponents_ENG != NAN_EXPONENT
+    if scales_ENG.dtype != torch.uint8:
+        _check_all(name, torch.isfinite(scales_ENG), "a scale that is not finite")
+    elif scales_ENG.numel() and int(scales_ENG.max()) == NAN_EXPONENT:
+        good_ENG = scales_ENG != NAN_EXPONENT
         _check_all(name, good_ENG, f"the exponent {NAN_EXPONENT} (NaN)")
 
 
 def check_checkpoint(codes: torch.Tensor, scales: torch.Tensor) -> tuple[Format, torch.Tensor]:
-    """(format, scales with exponents as uint8) of weights in checkpoint layout.
+    """(format, scales in its own dtype) of weights in checkpoint layout.
 
     codes: uint8 [e, N, K/2]; scales: uint8 or float8_e8m0fnu [e, N, K/32], or bfloat16 or float32
     [e, N, K/128]. Raises ValueError, naming the argument, for another dtype, shape or device, for K
@@ -123,12 +154,9 @@ def check_checkpoint(codes: torch.Tensor, scales: torch.Tensor) -> tuple[Format,
             f"scales has shape {list(scales.shape)}, expected {expected} for {form.name} codes of "
             f"shape {list(codes.shape)}"
         )
-    if form is INT4:
-        _check_all("scales", torch.isfinite(scales), "a scale that is not finite")
-        return form, scales
-    exponents = scales.view(torch.uint8)
-    check_exponents("scales", exponents)
-    return form, exponents
+    own = form.own_scales(scales)
+    check_scales("scales", own)
+    return form, own
 
 
 # ---------------------------------------------------------------- values
@@ -161,10 +189,23 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     pairs = form.pairs(codes.device)
     for expert in range(experts):
         own = scales[expert]
-        factors = exp2(_exponents_of(own)) if form is MXFP4 else own.float()
+        factors = exp2(_exponents_of(own)) if form is MXFP4 else own
         values = _values_of(codes[expert], pairs, own.shape[1])
         torch.mul(values, factors.unsqueeze(-1), out=out[expert].view(values.shape))
     return out
+
+
+def multiplied(
+    codes: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(values [e, N, K], scales of sums [e, N, G] or None), float32, of weights in a checkpoint,
+    as the kernel has them: exponents are part of MXFP4's values, an INT4 scale multiplies the sums
+    over its columns. Exact. Arguments and ValueErrors as in `check_checkpoint`.
+    """
+    form, own = check_checkpoint(codes, scales)
+    if form.operand.scales_values:
+        return dequantize(codes, own), None
+    return dequantize(codes, torch.ones_like(own)), own
 
 
 # ---------------------------------------------------------------- quantisers
@@ -267,7 +308,7 @@ def quantize_mxfp4(
 
 @torch.no_grad()
 def quantize_int4(
-    weights: torch.Tensor, scale: torch.Tensor | None = None, columns: int = INT4_GROUP
+    weights: torch.Tensor, scale: torch.Tensor | None = None, columns: int = INT4.group
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes uint8 [e, N, K/2], float32 scales [e, N, K/columns]) of weights [e, N, K].
 
@@ -291,6 +332,13 @@ def quantize_int4(
         codes[expert] = join_nibbles(rounded).view(rows, -1)
         scales[expert] = own
     return codes, scales
+
+
+#: By format: (codes, scales) of weights.
+QUANTIZERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    MXFP4.name: quantize_mxfp4,
+    INT4.name: quantize_int4,
+}
 
 
 # ---------------------------------------------------------------- to FP8
@@ -330,3 +378,19 @@ def to_fp8_block(codes: torch.Tensor, scales: torch.Tensor) -> Fp8Block:
         num_inexact += differs.any(dim=3).any(dim=1).sum()
         stored[expert], scale[expert] = own.view(rows, columns), exp2(shift)
     return Fp8Block(stored, scale, int(num_inexact))
+
+
+def to_fp8(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(float8_e4m3fn [e, N, K], float32 scales) of weights: MXFP4 by `to_fp8_block`, INT4 exactly,
+    with the scales [e, N, K/128] that it has. Arguments and ValueErrors as there.
+    """
+    form, scales = check_checkpoint(codes, scales)
+    if form.operand.scales_values:
+        made = to_fp8_block(codes, scales)
+        return made.stored, made.scale
+    experts, rows, row_bytes = codes.shape
+    stored = codes.new_empty(experts, rows, 2 * row_bytes, dtype=torch.float8_e4m3fn)
+    pairs = form.pairs(codes.device)
+    for expert in range(experts):
+        stored[expert] = _values_of(codes[expert], pairs, scales.shape[2]).view(rows, -1)
+    return stored, scales

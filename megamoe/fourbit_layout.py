@@ -44,10 +44,6 @@ CODE_BYTES = CHUNK_ROWS * CHUNK_COLUMNS // 2
 SCALE_BYTES = 4 * CHUNK_ROWS
 CHUNK_BYTES = CODE_BYTES + SCALE_BYTES
 
-#: Columns that share a scale.
-MXFP4_GROUP = 32
-INT4_GROUP = CHUNK_COLUMNS
-
 #: Exponents of MXFP4 groups, relative to their row's, for which all magnitudes are normal numbers
 #: of float8_e4m3fn, or 0: they can be added to the exponent bits.
 MIN_EXPONENT = -5

@@ -167,7 +167,7 @@ def _words(chunks: torch.Tensor) -> torch.Tensor:
 
 def _scales(chunks: torch.Tensor, form: Format) -> torch.Tensor:
     """View of an expert's chunks as `_scales_by_row` has them."""
-    own = chunks[..., CODE_BYTES:].view(torch.uint8 if form is MXFP4 else torch.float32)
+    own = chunks[..., CODE_BYTES:].view(form.scale_dtypes[0])
     sizes = [_SIZES[axis] for axis in _SCALE_AXES[own.dtype][4:]]
     return own.unflatten(-1, sizes).unflatten(2, (2, 2))
 
@@ -304,7 +304,6 @@ def pack(
         else:
             own, eights = _sign_and_magnitude(own)
             changed = int((eights.view(*own_scales.shape, -1).amax(dim=-1) > 0).sum())
-            own_scales = own_scales.float()
             out.row_scale[place] = 1.0
         num_changed += changed
         _write_words(out.chunks[place], _padded(own), order)
@@ -343,9 +342,8 @@ def unpack(packed: Packed, order: str, form: str) -> tuple[torch.Tensor, torch.T
         )
     row_format = FORMATS[form]
     groups = columns // row_format.group
-    scale_dtype = torch.uint8 if row_format is MXFP4 else torch.float32
     codes = packed.chunks.new_empty(experts, rows, columns // 2)
-    scales = codes.new_empty(experts, rows, groups, dtype=scale_dtype)
+    scales = codes.new_empty(experts, rows, groups, dtype=row_format.scale_dtypes[0])
     padded_rows = _num_tiles(rows) * TILE_ROWS
     own = codes.new_empty(padded_rows, columns // 2)
     own_scales = scales.new_empty(padded_rows, groups)

@@ -44,7 +44,9 @@ class MegaMoE(ResidentWeights):
         precision: "bf16"; "fp8_block", e4m3 with a scale per 128 columns of a token and per
             128 x 128 weights, as DeepSeek-V3 checkpoints have them; "fp8_channel", e4m3 with a
             scale per token and per output channel; "fp8_mxfp4", tokens as in "fp8_block" and
-            weights of 4 bits (e2m1) with a power of two per 32 columns, of which it holds a copy.
+            weights of 4 bits (e2m1) with a power of two per 32 columns, of which it holds a copy;
+            "fp8_mxfp4_token", the same with one scale per token, faster with many tokens;
+            "fp8_int4", as "fp8_mxfp4" with integers and a scale per row and 128 columns.
         device: "cuda", "cuda:1", "cpu" (slow), "meta" or a torch.device; default is the current
             GPU if there is one. On "meta" nothing is allocated and no other rank is asked until
             `to_empty(device=...)`, which is then what construction is elsewhere.
@@ -273,9 +275,10 @@ class MegaMoE(ResidentWeights):
         differ per rank and be zero.
 
         x: [T, H] bfloat16, which the launch quantises if the precision has scales, or float8_e4m3fn
-        with x_scale: float32 [T, H/128], for "fp8_channel" [T, 1]. topk_idx: [T, K] int64 or int32,
-        -1 masks a slot. topk_weights: [T, K] float32. out: [T, H] bfloat16, or None. expert_counts:
-        int32 [e], or None; the rows that each expert of the rank receives are added to it.
+        with x_scale: float32 [T, H/128], or [T, 1] where a token has one scale. topk_idx: [T, K]
+        int64 or int32, -1 masks a slot. topk_weights: [T, K] float32. out: [T, H] bfloat16, or
+        None. expert_counts: int32 [e], or None; the rows that each expert of the rank receives are
+        added to it.
         All are contiguous; x and out start at a multiple of 16 bytes, and what is written shares no
         memory with what is read, or with other outputs, of any rank of this process. Returns [T, H]
         per rank: `out`, or a buffer of the workspace that the next forward on it overwrites; a new

@@ -45,14 +45,26 @@ class Operand:
         return self.bits < 8
 
     @property
+    def scales_values(self) -> bool:
+        """Of packed values: True if scales become part of what is multiplied, as powers of two do;
+        else they multiply the sums over the columns that share them.
+        """
+        return self.packed and self.scale == "uint8"
+
+    @property
     def scale_columns(self) -> int:
         """Columns of a row that share a scale: 0 without scales, WHOLE_ROW for one per row."""
         return self.scale_block[1]
 
     @property
     def scales_along_k(self) -> bool:
-        """True if a row has several scales, so that sums are scaled by block."""
+        """True if a row has several scales."""
         return self.scale_block[1] > 0
+
+    @property
+    def scales_sums(self) -> bool:
+        """True if sums over blocks of K are multiplied by scales."""
+        return self.scales_along_k and not self.scales_values
 
     @property
     def tile_scales(self) -> bool:
@@ -85,11 +97,11 @@ class Precision:
     @property
     def fc1_promotes(self) -> bool:
         """True if FC1 adds up blocks of K times their scales, in registers of their own."""
-        return self.tokens.scales_along_k or self.weights.tile_scales
+        return self.tokens.scales_sums or self.weights.scales_sums
 
     @property
     def fc2_promotes(self) -> bool:
-        return self.hidden.scales_along_k or self.weights.tile_scales
+        return self.hidden.scales_sums or self.weights.scales_sums
 
     @property
     def promotes(self) -> bool:
@@ -134,6 +146,10 @@ def e4m3(rows: int, columns: int) -> Operand:
 
 #: 4-bit values (e2m1) with a power of two per 32 columns: OCP Microscaling Formats 1.0.
 MXFP4 = Operand("uint8", 4, "float8_e4m3fn", (1, 32), "uint8")
+#: 4-bit integers with a scale per 128 columns, as GPTQ and AWQ make them.
+INT4 = Operand("uint8", 4, "float8_e4m3fn", (1, FP8_BLOCK))
+#: Packed operands that there is a format for (`megamoe.fourbit`).
+PACKED = (MXFP4, INT4)
 
 PRECISIONS = {
     recipe.name: recipe
@@ -164,6 +180,13 @@ PRECISIONS = {
             name="fp8_mxfp4_token",
             tokens=e4m3(1, WHOLE_ROW),
             weights=MXFP4,
+            hidden=e4m3(1, FP8_BLOCK),
+            output="bfloat16",
+        ),
+        Precision(
+            name="fp8_int4",
+            tokens=e4m3(1, FP8_BLOCK),
+            weights=INT4,
             hidden=e4m3(1, FP8_BLOCK),
             output="bfloat16",
         ),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from megamoe.fourbit import dequantize as dequantize_4bit
+from megamoe.fourbit import multiplied
 from megamoe.precision import (
     FP8_BLOCK,
     FP8_MAX,
@@ -36,7 +36,8 @@ class Weights(NamedTuple):
 
     w13: [E, 2I, H], gate rows then up rows; w2: [E, H, I]; both of the recipe's weight dtype.
     w13_scale, w2_scale: float32, what the stored values are multiplied by; None without scales.
-    fp8_block: [E, 2I/128, H/128] and [E, H/128, I/128]; fp8_channel: [E, 2I] and [E, H].
+    fp8_block: [E, 2I/128, H/128] and [E, H/128, I/128]; fp8_channel: [E, 2I] and [E, H]. Of 4-bit
+    weights see `fourbit`.
     """
 
     w13: torch.Tensor
@@ -238,7 +239,8 @@ def expert_rows(
 
     def multiply(values, scale, weights, weight_scale):
         if recipe.weights.packed:
-            (weights,), weight_scale = dequantize_4bit(weights[None], weight_scale[None]), None
+            (weights,), own = multiplied(weights[None], weight_scale[None])
+            weight_scale = None if own is None else own[0]
         scales = (scale, scale_rows(weight_scale, weights.shape[0]))
         converted = (None if one is None else one.to(compute) for one in scales)
         return product(values.to(compute), weights.to(compute), *converted)

@@ -15,6 +15,7 @@ import torch
 
 from megamoe.arguments import resolve_device
 from megamoe.config import MoEConfig
+from megamoe.fourbit import format_of
 from megamoe.precision import Precision
 from megamoe.reference import Weights
 from megamoe.weights import (
@@ -45,8 +46,8 @@ class ResidentWeights(torch.nn.Module):
     def _declare(self) -> None:
         """Declare the weights, of which there are none yet."""
         self._names = tuple(resident_shapes(*self._sizes()))
-        #: Groups of 4-bit weights that loading has rounded anew, because their exponents were too
-        #: far below the highest of their row.
+        #: Groups of 4-bit weights that loading has rounded anew: MXFP4's because their exponents
+        #: were too far below the highest of their row, INT4's because they held a -8.
         self.requantized_groups = 0
         for name in (*self._names, *TABLES):
             self.register_buffer(name, None, persistent=name not in TABLES)
@@ -85,11 +86,12 @@ class ResidentWeights(torch.nn.Module):
         w13: [n, 2I, H], gate rows then up rows; w2: [n, H, I]; bfloat16, or float8_e4m3fn for the
         precisions "fp8_block" and "fp8_channel". w13_scale, w2_scale: float32, what the stored
         weights are multiplied by; for "fp8_block" [n, 2I/128, H/128] and [n, H/128, I/128], for
-        "fp8_channel" [n, 2I] and [n, H]. For "fp8_mxfp4" w13 is uint8 [n, 2I, H/2] and w2 uint8
+        "fp8_channel" [n, 2I] and [n, H]. In MXFP4 w13 is uint8 [n, 2I, H/2] and w2 uint8
         [n, H, I/2], two e2m1 codes a byte, the first in the low nibble, and the scales are
-        exponents of two, uint8 or float8_e8m0fnu [n, 2I, H/32] and [n, H, I/32].
-        `megamoe.quantize_weights` makes all four. n is E if all ranks live here, e = E / W with a
-        process per rank (its experts are number rank * e and following).
+        exponents of two, uint8 or float8_e8m0fnu [n, 2I, H/32] and [n, H, I/32]; in INT4 the
+        codes are two's complement, and the scales float32 or bfloat16 [n, 2I, H/128] and
+        [n, H, I/128]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here,
+        e = E / W with a process per rank (its experts are number rank * e and following).
 
         All are contiguous and on the device, and start at a multiple of 16 bytes. Raises
         ValueError, naming the tensor, otherwise. Weights are not copied: the layer holds them as
@@ -98,7 +100,8 @@ class ResidentWeights(torch.nn.Module):
         4-bit weights are copied, into the order in which the kernel reads them: the given tensors
         can be freed, loading again writes into the same place, and new values come only so.
         Exponents are kept to 2^-11 of the largest of their row; lower groups are rounded to that
-        and counted (`requantized_groups`).
+        and counted (`requantized_groups`), and so are groups of integers with a -8, which becomes
+        -7.
 
         Once a CUDA graph has captured a forward, tensors at other addresses are refused, because
         the graph reads the old ones; `replace` takes them, for who captures again
@@ -185,13 +188,8 @@ class ResidentWeights(torch.nn.Module):
         """4-bit weights of a checkpoint as the kernel reads them: in the place of those that the
         layer has, if any.
         """
-        exponents = [
-            scale.view(torch.uint8)
-            if isinstance(scale, torch.Tensor) and scale.dtype == torch.float8_e8m0fnu
-            else scale
-            for scale in given[2:]
-        ]
-        given = Weights(*given[:2], *exponents)
+        form = format_of(self.config.recipe.weights)
+        given = Weights(*given[:2], *map(form.own_scales, given[2:]))
         check_weights(self.config, self.num_local_experts, self.device, given)
         if self.device.type == "meta":
             return empty_weights(*self._sizes(), self.device, resident=True)
@@ -266,7 +264,7 @@ class ResidentWeights(torch.nn.Module):
         """As of any module; 4-bit weights in the layout of checkpoints, so of another memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.config.recipe.weights.packed and self._holds_any():
-            unpacked = unpack_weights(self._held())
+            unpacked = unpack_weights(self._held(), self.config.recipe.weights)
             destination.update((prefix + name, getattr(unpacked, name)) for name in self._names)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *lists) -> None:

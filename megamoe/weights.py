@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from megamoe.config import MoEConfig
-from megamoe.fourbit import MXFP4, check_exponents, quantize_mxfp4
+from megamoe.fourbit import QUANTIZERS, check_scales, format_of
 from megamoe.fourbit_pack import (
     DOWN,
     GATE_UP,
@@ -19,7 +19,7 @@ from megamoe.fourbit_pack import (
     packed_shapes,
     unpack,
 )
-from megamoe.precision import NO_SCALES, WHOLE_ROW, Precision, precision_of
+from megamoe.precision import NO_SCALES, WHOLE_ROW, Operand, Precision, precision_of
 from megamoe.reference import Weights, quantize
 
 ALIGNMENT = 16  # bytes: what TMA and vector accesses of the kernel ask of an address
@@ -69,13 +69,13 @@ def resident_shapes(
 def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights, int]:
     """(4-bit weights as the kernel reads them, how many groups were rounded anew) of weights in
     checkpoint layout: w13 and w2 are chunks, their scales those of rows. See `fourbit_pack.pack`,
-    also for `out`. Raises ValueError for an exponent that is NaN, in either matrix before one is
-    written.
+    also for `out`. Raises ValueError for an exponent that is NaN or a scale that is not finite, in
+    either matrix before one is written.
     """
     packed, changed = [], 0
     for name, scales in (("w13_scale", weights.w13_scale), ("w2_scale", weights.w2_scale)):
-        if scales is not None and scales.dtype == torch.uint8:
-            check_exponents(name, scales)
+        assert scales is not None
+        check_scales(name, scales)
     for order, name in ((GATE_UP, "w13"), (DOWN, "w2")):
         into = out and Packed(getattr(out, name), getattr(out, f"{name}_scale"))
         codes, scales = getattr(weights, name), getattr(weights, f"{name}_scale")
@@ -87,11 +87,12 @@ def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights,
 
 
 @torch.no_grad()
-def unpack_weights(weights: Weights) -> Weights:
-    """The checkpoint layout of what `pack_weights` has made."""
+def unpack_weights(weights: Weights, operand: Operand) -> Weights:
+    """The checkpoint layout of what `pack_weights` has made of this operand."""
     assert weights.w13_scale is not None and weights.w2_scale is not None
-    w13 = unpack(Packed(weights.w13, weights.w13_scale), GATE_UP, MXFP4.name)
-    w2 = unpack(Packed(weights.w2, weights.w2_scale), DOWN, MXFP4.name)
+    name = format_of(operand).name
+    w13 = unpack(Packed(weights.w13, weights.w13_scale), GATE_UP, name)
+    w2 = unpack(Packed(weights.w2, weights.w2_scale), DOWN, name)
     return Weights(w13[0], w2[0], w13[1], w2[1])
 
 
@@ -134,9 +135,10 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
 
     w13: [e, 2I, H], gate rows then up rows; w2: [e, H, I]; bfloat16 or another floating dtype of
     at least two bytes, on any device. A block of weights (128 x 128 or an output channel, see
-    `Weights`) is stored as value / scale with scale = max |value| / 448. For "fp8_mxfp4" 32 columns
-    of a row share a power of two, and codes of 4 bits lie two a byte (`fourbit.quantize_mxfp4`).
-    One expert after the other, to spare memory. Nothing is recorded for autograd. Raises ValueError
+    `Weights`) is stored as value / scale with scale = max |value| / 448. Codes of 4 bits lie two a
+    byte: in MXFP4 32 columns of a row share a power of two (`fourbit.quantize_mxfp4`), in INT4 128
+    columns a scale (`fourbit.quantize_int4`). One expert after the other, to spare memory. Nothing
+    is recorded for autograd. Raises ValueError
     for a recipe without scales, for what is no tensor of such a dtype, and for shapes that do not
     fit each other or are no multiples of 128.
     """
@@ -163,8 +165,8 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     if hidden % 128 or intermediate % 128:
         raise ValueError(f"w2 has shape {list(w2.shape)}: H and I must be multiples of 128")
     if recipe.weights.packed:
-        w13, w13_scale = quantize_mxfp4(w13)
-        w2, w2_scale = quantize_mxfp4(w2)
+        quantize_4bit = QUANTIZERS[format_of(recipe.weights).name]
+        (w13, w13_scale), (w2, w2_scale) = quantize_4bit(w13), quantize_4bit(w2)
         return Weights(w13, w2, w13_scale, w2_scale)
     weights = empty_weights(recipe, experts, hidden, intermediate, w13.device)
     for expert in range(experts):

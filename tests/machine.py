@@ -68,6 +68,17 @@ class Layer:
             self.weights = quantize_weights(w13, w2, precision)
         self.moe.load_weights(*self.weights)
 
+    def spread_scales(self) -> None:
+        """Scales of weights that differ by up to 16 from one to the next: a wrong one shows."""
+        scales = []
+        for scale in self.weights[2:]:
+            if scale is not None:
+                exponents = torch.randint(-2, 3, scale.shape, generator=self.random)
+                scale = scale + exponents if scale.dtype == torch.uint8 else scale * 2.0**exponents
+                scales.append(scale.to(self.weights[2].dtype))
+        self.weights = Weights(*self.weights[:2], *scales)
+        self.moe.load_weights(*self.weights)
+
     def _draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.random).bfloat16()
 

@@ -27,7 +27,7 @@ SIZES = {
     "v3_ep1": (32, 8, 7168, 2048, 4096, 1),
     "odd_ep4": (8, 16, 384, 384, 96, 4),
 }
-PRECISIONS = ("bf16", "fp8_block", "fp8_channel", "fp8_mxfp4")
+PRECISIONS = ("bf16", "fp8_block", "fp8_channel", "fp8_mxfp4", "fp8_mxfp4_token", "fp8_int4")
 
 #: Run with a tree of the project first on the path: compiles, leaving cubins in a directory each,
 #: that of a recipe which the tree does not have yet empty.

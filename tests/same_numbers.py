@@ -23,7 +23,8 @@ from tests.gpu.configs import CONFIGS
 
 LAYERS = (
     "narrow", "odd_hidden", "one_expert_per_rank", "block_narrow", "block_odd", "channel_narrow",
-    "channel_odd", "mxfp4_narrow", "mxfp4_odd",
+    "channel_odd", "mxfp4_narrow", "mxfp4_odd", "mxfp4_token_narrow",
+    "mxfp4_token_odd", "int4_narrow", "int4_odd",
 )  # fmt: skip
 NUM_SMS = 2
 

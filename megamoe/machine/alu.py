@@ -73,6 +73,8 @@ def _integers() -> Iterator[tuple[str, str, str, str]]:
         yield f"rem.{t}", t, f"{t} {t}", "remainder(to_s64(a), to_s64(b))"
     for name in ("popc", "clz", "brev"):
         yield f"{name}.b32", "u32", "u32", f"{name}(a)"
+    yield "bfe.u32", "u32", "u32 u32 u32", "field(a, b, c)"
+    yield "bfe.s32", "s32", "s32 u32 u32", "signed_field(a, b, c)"
     yield "prmt.b32", "u32", "u32 u32 u32", "prmt(a, b, c)"
     yield "lop3.b32", "u32", "u32 u32 u32 number", "lop3(a, b, c, n)"
 
@@ -229,6 +231,22 @@ def lop3(a, b, c, table):
         if table >> i & 1:
             result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
     return result
+
+
+def field(a, position, length):
+    """Bits of a from a position on, zeros above."""
+    position, length = position & 255, length & 255
+    bits = np.where(position < 32, a >> np.minimum(position, 31), 0)
+    mask = (np.uint64(1) << np.minimum(length, 32).astype(np.uint64)) - np.uint64(1)
+    return (bits & mask).astype(np.uint32)
+
+
+def signed_field(a, position, length):
+    """The same with the sign of its highest bit above."""
+    position, length = position & 255, length & 255
+    room = np.where(length < 32, 32 - np.maximum(length, 1), 0).astype(np.int32)
+    bits = a >> np.minimum(position, 31).astype(np.int32)
+    return np.where(length, bits << room >> room, 0).astype(np.int32)
 
 
 def fused(a, b, c):

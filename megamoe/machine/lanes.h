@@ -88,6 +88,17 @@ static inline u32 lop3(u32 a, u32 b, u32 c, u32 table) {
     r |= -(table >> k & 1) & (k & 4 ? a : ~a) & (k & 2 ? b : ~b) & (k & 1 ? c : ~c);
   return r;
 }
+static inline u32 field(u32 a, u32 position, u32 length) {
+  position &= 255, length &= 255;
+  u32 r = position < 32 ? a >> position : 0;
+  return length < 32 ? r & ((1u << length) - 1) : r;
+}
+static inline s32 signed_field(s32 a, u32 position, u32 length) {
+  position &= 255, length &= 255;
+  u32 room = length < 32 ? 32 - length : 0;
+  s32 r = a >> (position < 31 ? position : 31);
+  return length ? (s32)((u32)r << room) >> room : 0;
+}
 static inline u32 word_of(f32 x) { u32 w; memcpy(&w, &x, 4); return w; }
 static inline f32 float_of(u32 w) { f32 x; memcpy(&x, &w, 4); return x; }
 static inline f32 fused(f32 a, f32 b, f32 c) { return __builtin_fmaf(a, b, c); }

@@ -7,7 +7,8 @@ expert, e experts, H hidden, I intermediate, K and N depth and width of a produc
 FP8 has two forms. "grouped": one scale per row and per weight row, `torch._scaled_grouped_mm` over
 all experts at once; these are the finest scales that it takes on Hopper, and it needs no counts on
 the host. "blocked", where torch has no such product: one scale per 128 columns of a row and per 128
-x 128 weights, a `torch._scaled_mm` per expert. On a CPU both multiply the dequantised operands.
+x 128 weights, or per 128 columns of a weight row, a `torch._scaled_mm` per expert. On a CPU both
+multiply the dequantised operands.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def fp8_form(device: torch.device) -> str:
 
 class Fp8Experts:
     """Weights as `Bf16Experts` takes them, quantised once, or with scales as `megamoe` has them and
-    quantised already: blocked with a scale per 128 x 128, else grouped. Rows are quantised in every
+    quantised already: blocked with several along a row, else grouped. Rows are quantised in every
     call. Packed rows are FP8 bytes, which index and collective operations take, and their scales.
     """
 
@@ -133,8 +134,8 @@ class Fp8Experts:
     def _weights(
         self, w_eNK: torch.Tensor, scale: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(FP8 [e, N, K], scales [e, N, 1] or [e, N / 128, K / 128]), an expert at a time: no
-        float32 copy of all, and no copy of what is quantised already.
+        """(FP8 [e, N, K], scales [e, N, 1], [e, N / 128, K / 128] or [e, N, K / 128]), an expert at
+        a time: no float32 copy of all, and no copy of what is quantised already.
         """
         if scale is not None:
             return w_eNK, scale if self.form == BLOCKED else scale.unsqueeze(2)
@@ -197,17 +198,20 @@ def _dequantised_mm(rows_MK, scale, w_NK, w_scale) -> torch.Tensor:
 
 def _blocked_mm(rows_MK, scale, w_NK, w_scale) -> torch.Tensor:
     """[M, N] bf16 by torch._scaled_mm with a scale per 128 columns, stored column by column, and
-    per 128 x 128 weights.
+    per 128 x 128 weights or, stored in the same way, per 128 columns of their rows.
     """
     num_rows = rows_MK.shape[0]
     rest = -num_rows % ROW_MULTIPLE
     if rest:
         rows_MK = F.pad(rows_MK.view(torch.uint8), (0, 0, 0, rest)).view(FP8)
         scale = F.pad(scale, (0, 0, 0, rest), value=1.0)
+    of_weights = w_scale.t()
+    if len(w_scale) == len(w_NK):
+        of_weights = of_weights.contiguous()
     return torch._scaled_mm(
         rows_MK,
         w_NK.t(),
         scale_a=scale.t().contiguous().t(),
-        scale_b=w_scale.t(),
+        scale_b=of_weights,
         out_dtype=torch.bfloat16,
     )[:num_rows]

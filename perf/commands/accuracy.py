@@ -13,7 +13,8 @@ layer: tokens quantised; FC1, stored in BF16; SwiGLU; hidden rows quantised; FC2
 BF16; weighted sum. On a GPU its products are torch's scaled ones, on a CPU float32 products of
 dequantised operands; the layer is the kernel, on a CPU too. With `fp8_channel` it
 stores hidden rows with one scale each, the finest that torch multiplies by output channels. 4-bit
-weights it takes as e4m3 with a scale per 128 x 128 block, which holds nearly all of them exactly.
+weights it takes as e4m3: those of MXFP4 with a scale per 128 x 128 block, which holds nearly all of
+them exactly, those of INT4 with their own scale per row and 128 columns.
 
 Errors are over the tokens of all ranks together, at most SAMPLED of each rank, spread evenly.
 """

@@ -140,8 +140,10 @@ def _recipe(precision: str, model: str, place: str, layers: dict[str, str], gpus
     return Step(f"{model}_{place}_{precision}", options, table, precision, gpus=gpus)
 
 
-def _mxfp4(place: str, layers: dict[str, str], gpus: int = 1) -> list[Step]:
-    return [_recipe("fp8_mxfp4", name, place, layers, gpus) for name in ("pro", "flash", "v3")]
+def _mxfp4(
+    place: str, layers: dict[str, str], gpus: int = 1, precision: str = "fp8_mxfp4"
+) -> list[Step]:
+    return [_recipe(precision, name, place, layers, gpus) for name in ("pro", "flash", "v3")]
 
 
 STEPS = (
@@ -149,6 +151,7 @@ STEPS = (
     *_sweeps("one", _ONE, "pro"),
     _recipe("fp8_channel", "pro", "one", _ONE),
     *_mxfp4("one", _ONE),
+    _recipe("fp8_int4", "pro", "one", _ONE),
     *_sweeps("one", _ONE, "flash v3", fp8="mimo qwen3"),
     *_share_of_ep8(1),
     _errors("pro_errors_fp8", _PRO_ERRORS, "fp8_block"),
@@ -156,6 +159,9 @@ STEPS = (
     _errors("pro_errors_fp8_channel", _PRO_ERRORS, "fp8_channel"),
     _errors("pro_errors_fp8_mxfp4", _PRO_ERRORS, "fp8_mxfp4"),
     _errors("pro_errors_fp8_mxfp4_spread", f"{_PRO_ERRORS} --spread 16", "fp8_mxfp4"),
+    _errors("pro_errors_fp8_mxfp4_token", _PRO_ERRORS, "fp8_mxfp4_token"),
+    _errors("pro_errors_fp8_mxfp4_token_spread", f"{_PRO_ERRORS} --spread 16", "fp8_mxfp4_token"),
+    _errors("pro_errors_fp8_int4", _PRO_ERRORS, "fp8_int4"),
     _errors("pro_errors", _PRO_ERRORS, "bf16"),
     _ablation("pro_ablation_fp8", _ONE["pro"]),
     Step("zeroing", f"{_V3} --tokens 4096,8192,16384,32768", ZEROING, "fp8_block", command=ZEROING),
@@ -204,6 +210,8 @@ EP_STEPS = (
     Step("smoke_ep2", _SMOKE, SMOKE, limit_s=120, gpus=2),
     *_sweeps("ep2", _EP2, "pro"),
     *_mxfp4("ep2", _EP2, 2),
+    *_mxfp4("ep2", _EP2, 2, "fp8_mxfp4_token"),
+    _recipe("fp8_int4", "pro", "ep2", _EP2, 2),
     _ablation("pro_ablation_ep2_fp8", _EP2["pro"], 2),
     *_sweeps("ep2", _EP2, "flash v3"),
     *(fp8 for _, fp8 in _skewed(2, _EP2["pro"])),

@@ -11,7 +11,7 @@ from perf.workload.cases import Case, make_weights
 
 
 def expanded_weights(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """(w13, w2) in bf16 of 4-bit weights: the values that they stand for."""
+    """(w13, w2) in bf16 of 4-bit weights: what they stand for; that of INT4 is rounded."""
     matrices = []
     for codes, scales in ((weights.w13, weights.w13_scale), (weights.w2, weights.w2_scale)):
         assert scales is not None
@@ -25,11 +25,11 @@ def expanded_weights(weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fp8_weights(weights: Weights) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """((w13, w2), their scales) of 4-bit weights as "fp8_block" takes them."""
+    """((w13, w2), their scales) of 4-bit weights in e4m3 (`fourbit.to_fp8`)."""
     assert weights.w13_scale is not None and weights.w2_scale is not None
-    w13 = fourbit.to_fp8_block(weights.w13, weights.w13_scale)
-    w2 = fourbit.to_fp8_block(weights.w2, weights.w2_scale)
-    return (w13.stored, w2.stored), (w13.scale, w2.scale)
+    w13, w13_scale = fourbit.to_fp8(weights.w13, weights.w13_scale)
+    w2, w2_scale = fourbit.to_fp8(weights.w2, weights.w2_scale)
+    return (w13, w2), (w13_scale, w2_scale)
 
 
 def make_layer_weights(

@@ -10,6 +10,7 @@ import pytest
 from perf.__main__ import main
 from perf.recording.environment import REPOSITORY
 from tests.browser import chromium
+from tests.nights import at_night
 
 WINDOWS = {"desktop": (1280, 900), "phone": (390, 844)}
 LAYOUT = Path(__file__).with_name("layout.js").read_text()
@@ -38,13 +39,17 @@ def findings(tab: chromium.Tab, page: Path, window: str = "phone") -> list[str]:
 # The report
 
 
-@pytest.fixture(scope="module")
-def report(tab, tmp_path_factory) -> Path:
+#: Drawing all published results takes most of a minute.
+PLACES = ["tests/data perf/results/phases.csv", at_night("tests/data perf/results")]
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def report(request, tab, tmp_path_factory) -> Path:
     """The page of the published results and of rows measured on four GPUs before; nobody draws it
     where there is no browser.
     """
     page = tmp_path_factory.mktemp("report") / "report.html"
-    places = [str(REPOSITORY / place) for place in ("perf/results", "tests/data")]
+    places = [str(REPOSITORY / place) for place in request.param.split()]
     assert main(["report", *places, "-o", str(page)]) == 0
     return page
 

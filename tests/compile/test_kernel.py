@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megamoe.config import DISPATCH, GEMMS, PARTS, MoEConfig, select
-from megamoe.kernels.sm90.swapped import SWAPPED_TOKENS, part_tokens
+from megamoe.kernels.sm90.swapped import SWAPPED_TOKENS, fragments_of, part_tokens
 from megamoe.precision import PRECISIONS
 from tests.compile.sass import compile_kernel
 from tests.gpu.configs import CONFIGS, split
@@ -29,7 +29,7 @@ MODELS = {
 #: Close to others, in what the compiler makes of them: compiled with --nightly.
 SELDOM = (
     "mimo_ep8", "pro_ep1", "wide_ep72", "v3_ep1", "flash_ep4-fp8_channel", "pro_ep8-fp8_block",
-    "flash_ep4-fp8_mxfp4",
+    "channel_odd", "flash_ep4-fp8_mxfp4", "flash_ep4-fp8_int4", "mxfp4", "int4",
 )  # fmt: skip
 
 
@@ -50,8 +50,10 @@ def variants() -> list:
             continue
         for name, config in MODELS.items():
             add(f"{name}-{precision}", replace(config, precision=precision))
-    for name in ("block_odd", "block_ring", "channel_odd", "mxfp4_odd", "mxfp41"):
-        params.append(pytest.param(*split(CONFIGS[name]), id=name))
+    small = "block_odd", "block_ring", "channel_odd", "mxfp4_odd", "mxfp41", "mxfp4_token_odd"
+    for name in (*small, "int4_odd", "int41"):
+        marks = [pytest.mark.nightly] * name.startswith(SELDOM)
+        params.append(pytest.param(*split(CONFIGS[name]), id=name, marks=marks))
     traced = MODELS["flash_ep4"]
     params.append(pytest.param(traced, select(traced, trace=True), id="flash_ep4-trace"))
     return params
@@ -83,19 +85,35 @@ WGMMA = {
         }
     ),
     "fp8_mxfp4": swapped_wgmma(),
+    "fp8_mxfp4_token": Counter({name: 2 * n for name, n in swapped_wgmma().items()}),
+    "fp8_int4": swapped_wgmma(),
 }
+
+
+def swapped_waits(promotes: bool) -> Counter:
+    """Of few tokens either block's sums complete in turn; else every part of a block, or without
+    promotion all of them together.
+    """
+    found: Counter = Counter()
+    for tokens in SWAPPED_TOKENS:
+        if fragments_of(tokens) == 2:
+            found += Counter({1: 1, 0: 1})
+        else:
+            found[0] += 2 * (tokens // part_tokens(tokens) if promotes else 1)
+    return found
 
 
 #: Waits for WGMMA groups, by groups that may still be in flight: a sum is read, or a stage given
 #: back, only behind one. One more or less in flight reads a sum that is not complete, or lets the
 #: tensor cores idle. BF16: in the loop and behind it. With a scale per K block: both halves
-#: complete; and of four quarters the first three with the next in flight, then the last. With
-#: weights in registers: every part of a block complete.
+#: complete; and of four quarters the first three with the next in flight, then the last.
 WAITS = {
     "bf16": Counter({1: 1, 0: 1}),
     "fp8_block": Counter({0: 2 + 1, 1: 3}),
     "fp8_channel": Counter({1: 1 + 3, 0: 1 + 2 + 1}),
-    "fp8_mxfp4": Counter({0: sum(swapped_wgmma().values()) // 4}),
+    "fp8_mxfp4": swapped_waits(True),
+    "fp8_mxfp4_token": swapped_waits(False) + swapped_waits(True),
+    "fp8_int4": swapped_waits(True),
 }
 
 

@@ -54,6 +54,8 @@ SCALED = {
     **_scaled("block", "fp8_block"),
     **_scaled("channel", "fp8_channel"),
     **_scaled("mxfp4", "fp8_mxfp4"),
+    **_scaled("mxfp4_token", "fp8_mxfp4_token"),
+    **_scaled("int4", "fp8_int4"),
 }
 STRESS["block_stress8"] = layer(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
 QWEN3 = {"qwen3_block": layer(16, 4, 256, 128, 512, 1)}  # of a small Qwen3-MoE

@@ -34,7 +34,7 @@ def test_forward_matches_the_oracle(name, routing):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 127, 128, 129, 255])
-@pytest.mark.parametrize("name", [*SMALL, "block4", "channel4", "mxfp44"])
+@pytest.mark.parametrize("name", [*SMALL, "block4", "channel4", "mxfp44", "mxfp4_token4", "int44"])
 def test_token_counts(name, tokens):
     moe = shared_moe(name)
     poison(moe)
@@ -44,7 +44,17 @@ def test_token_counts(name, tokens):
 
 
 @pytest.mark.parametrize(
-    "name", ["small1", "small8", "tiny_ring", "block4", "channel_ring", "mxfp4_ring"]
+    "name",
+    [
+        "small1",
+        "small8",
+        "tiny_ring",
+        "block4",
+        "channel_ring",
+        "mxfp4_ring",
+        "mxfp4_token_ring",
+        "int4_ring",
+    ],
 )
 def test_two_runs_are_bit_identical(name):
     moe = shared_moe(name)
@@ -85,7 +95,9 @@ def test_input_buffer_needs_no_copy():
     )
 
 
-@pytest.mark.parametrize("name", ["small1", "small4", "block4", "channel4", "mxfp44"])
+@pytest.mark.parametrize(
+    "name", ["small1", "small4", "block4", "channel4", "mxfp44", "mxfp4_token4", "int44"]
+)
 def test_received_rows_are_added_to_expert_counts(name):
     moe = shared_moe(name)
     xs, ids, weights = inputs_of(moe, "masked", seed=9)

@@ -24,7 +24,19 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(
-    "name", ["small1", "small2", "small4", "small8", "block1", "block4", "channel4", "mxfp44"]
+    "name",
+    [
+        "small1",
+        "small2",
+        "small4",
+        "small8",
+        "block1",
+        "block4",
+        "channel4",
+        "mxfp44",
+        "mxfp4_token4",
+        "int44",
+    ],
 )
 def test_replay_equals_eager_with_other_contents(name):
     moe = shared_moe(name)

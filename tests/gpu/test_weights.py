@@ -12,7 +12,7 @@ from tests.gpu.harness import capture, forward, inputs_of, launch, make_moe, wei
 pytestmark = pytest.mark.gpu
 
 NAMES = ["small1", "small4", "block1", "block4", "channel4"]
-PACKED = ["mxfp41", "mxfp44"]  # launches read a copy, which loading again writes in place
+PACKED = ["mxfp41", "mxfp44", "int44"]  # launches read a copy, which loading again writes in place
 
 
 def other_weights(moe, seed: int) -> reference.Weights:

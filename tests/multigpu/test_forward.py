@@ -10,7 +10,9 @@ from tests.routing import ROUTINGS, seed_of
 
 pytestmark = pytest.mark.gpu
 
-VARIANTS = ("", "_ring", "_odd", "_stress", "_block", "_channel", "_mxfp4")
+VARIANTS = (
+    "", "_ring", "_odd", "_stress", "_block", "_channel", "_mxfp4", "_mxfp4_token", "_int4",
+)  # fmt: skip
 LARGE_ROUTINGS = ("uniform", "skewed", "all_to_one_rank", "ragged")
 
 

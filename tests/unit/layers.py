@@ -12,6 +12,7 @@ from tests.routing import make_routing
 E, K, H, I, T, W = 8, 2, 256, 128, 12, 2  # noqa: E741
 #: Recipes whose launches read the given tensors; packed weights are copied.
 READ_WHERE_THEY_ARE = [name for name, recipe in PRECISIONS.items() if not recipe.weights.packed]
+PACKED = [name for name, recipe in PRECISIONS.items() if recipe.weights.packed]
 
 
 def make(**changes) -> MegaMoE:

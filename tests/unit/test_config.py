@@ -27,8 +27,10 @@ from megamoe.config import (
 )
 from megamoe.precision import (
     BF16,
+    INT4,
     ITEM_BYTES,
     MXFP4,
+    PACKED,
     PRECISIONS,
     WHOLE_ROW,
     Operand,
@@ -268,7 +270,9 @@ def test_precision_rows(name):
         item_bits = 8 * getattr(torch, operand.storage).itemsize
         assert item_bits == (8 if operand.packed else operand.bits)
         assert operand.has_scales == (operand.bits <= 8)
-        assert getattr(torch, operand.scale) is (torch.uint8 if operand.packed else torch.float32)
+        scale = torch.uint8 if operand.scales_values else torch.float32
+        assert getattr(torch, operand.scale) is scale
+        assert operand.packed == (operand in PACKED)
     assert not recipe.tokens.packed and not recipe.hidden.packed
     assert recipe.output_bytes == ITEM_BYTES[recipe.output]
     # FC1's epilogue holds half a tile of a row: as many columns as share a scale.
@@ -328,6 +332,13 @@ IMPOSSIBLE = {
     "packed weights with float32 scales": (
         "fp8_mxfp4", {"weights": replace(MXFP4, scale="float32")}, "weights.scale='float32'"
     ),
+    "integers with exponents": (
+        "fp8_int4", {"weights": replace(INT4, scale="uint8")}, "weights.scale='uint8'.*'float32'"
+    ),
+    "integers in groups of 64": (
+        "fp8_int4", {"weights": replace(INT4, scale_block=(1, 64))},
+        r"weights.scale_block=\(1, 64\): .*\(1, 128\) or \(1, 32\)"
+    ),
     "packed weights that BF16 multiplies": (
         "fp8_mxfp4", {"weights": replace(MXFP4, mma="bfloat16")},
         "weights.mma='bfloat16'.*float8_e4m3fn"
@@ -335,9 +346,7 @@ IMPOSSIBLE = {
     "packed weights and BF16 tokens": (
         "bf16", {"weights": MXFP4}, "weights.mma='float8_e4m3fn'.*bfloat16"
     ),
-    "packed weights and tokens by row": (
-        "fp8_channel", {"weights": MXFP4}, "tokens.scale_block.*128"
-    ),
+    "integers and tokens by row": ("fp8_channel", {"weights": INT4}, "tokens.scale_block.*128"),
     "packed weights and BF16 hidden rows": ("fp8_mxfp4", {"hidden": BF16}, "hidden.mma='bfloat16'"),
     "packed weights and one hidden scale": (
         "fp8_mxfp4", {"hidden": e4m3(1, WHOLE_ROW)}, "hidden.scale_block"

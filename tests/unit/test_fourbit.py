@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from megamoe import fourbit, fourbit_pack
+from megamoe import fourbit, fourbit_pack, precision
 from megamoe.backends import in_places
 from megamoe.fourbit_layout import CHUNK_BYTES, E2M1, column_at, place_of
 from megamoe.fourbit_pack import DOWN, GATE_UP, empty_packed, pack, unpack
@@ -409,6 +409,31 @@ def test_weights_with_block_scales_are_multiplied_by_them_first(quantize):
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
+@pytest.mark.parametrize("operand", precision.PACKED)
+def test_every_packed_operand_has_a_format(operand):
+    form = fourbit.format_of(operand)
+    assert form.operand is operand and form.group == operand.scale_columns
+    assert form.scale_dtypes[0] is getattr(torch, operand.scale)
+    weights = torch.randn(1, 2, 128, generator=generator(3))
+    codes, scales = fourbit.QUANTIZERS[form.name](weights)
+    assert fourbit.check_checkpoint(codes, scales)[0] is form
+    assert scales.dtype is form.scale_dtypes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_kernel_multiplies_is_exact(dtype):
+    """Integers, and their scales apart: a product of both is rounded."""
+    codes, scales = drawn_int4((2, 4, 256), 5, dtype)
+    codes[0, 0, 0] = 0x88
+    values, of_sums = fourbit.multiplied(codes, scales)
+    assert values.dtype == of_sums.dtype == torch.float32
+    assert torch.equal(of_sums.to(dtype), scales) and values[0, 0, 0] == -8
+    assert torch.equal(values, fourbit.dequantize(codes, torch.ones_like(scales)))
+    codes, exponents = drawn_mxfp4((2, 4, 256), 5)
+    values, nothing = fourbit.multiplied(codes, exponents)
+    assert nothing is None and torch.equal(values, fourbit.dequantize(codes, exponents))
+
+
 # --- to FP8
 
 
@@ -447,6 +472,18 @@ def test_blocks_with_too_wide_a_spread_are_counted():
     exact = block_values(made) == exact_values(codes, exponents)
     assert exact.view(2, 128, 2, 128).all(3).all(1).tolist() == [[False, True], [True, False]]
     assert bool(torch.isfinite(made.stored.float()).all())
+
+
+def test_integers_are_exact_in_fp8_with_their_own_scales():
+    codes, scales = drawn_int4((2, 128, 256), 4)
+    codes[0, 0, 0] = 0x88
+    stored, own = fourbit.to_fp8(codes, scales.bfloat16())
+    assert stored.dtype == FP8 and torch.equal(own, scales.bfloat16().float())
+    assert torch.equal(stored.float(), fourbit.dequantize(codes, torch.ones_like(scales)))
+    codes, exponents = drawn_mxfp4((2, 128, 256), 4)
+    made = fourbit.to_fp8_block(codes, exponents)
+    stored, scale = fourbit.to_fp8(codes, exponents)
+    assert torch.equal(stored.float(), made.stored.float()) and torch.equal(scale, made.scale)
 
 
 def test_a_block_of_zeros_has_scale_1():

@@ -16,7 +16,7 @@ from megamoe.reference import Weights, quantize
 from megamoe.wire import COUNT_RECORD_BYTES, ROUTED_RECORD_BYTES
 from tests.machine import RING, Layer, WrongResult
 from tests.mutants import Mutator, watch
-from tests.nights import at_night
+from tests.nights import at_night, one_packed
 from tests.routing import ROUTINGS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +26,7 @@ COPIES = ("load_bulk", "load_tensor", "store_bulk")
 FP8_RECIPES = [name for name, recipe in PRECISIONS.items() if recipe.tokens.has_scales]
 
 
-@pytest.fixture(scope="module", params=PRECISIONS)
+@pytest.fixture(scope="module", params=one_packed())
 def ring(request) -> Layer:
     return Layer(**RING, precision=request.param)
 
@@ -89,6 +89,8 @@ def test_many_ranks(precision, world):
         ("fp8_block", 3),
         at_night("fp8_channel", 2),
         at_night("fp8_mxfp4", 3),
+        at_night("fp8_mxfp4_token", 3),
+        at_night("fp8_int4", 3),
     ],
 )
 def test_experts_of_several_blocks(precision, num_ctas):
@@ -105,12 +107,17 @@ def test_experts_of_several_blocks(precision, num_ctas):
 ROWS = (1, 16, 0, 17, 32, 33, 48, 49, 64, 65, 96, 97, 128)
 
 
-@pytest.mark.parametrize("precision", [at_night("bf16"), at_night("fp8_block"), "fp8_mxfp4"])
+@pytest.mark.parametrize(
+    "precision",
+    [*(at_night(p) for p in ("bf16", "fp8_block", "fp8_mxfp4")), "fp8_mxfp4_token", "fp8_int4"],
+)
 def test_every_number_of_tokens_of_a_tile(precision):
     assert {min(n for n in SWAPPED_TOKENS if n >= rows) for rows in ROWS} == {*SWAPPED_TOKENS}
     layer = Layer(
-        1, sum(ROWS), 1, len(ROWS), inner=256, precision=precision, overrides={"pool_blocks": 3}
-    )
+        1, sum(ROWS), 1, len(ROWS), hidden=384, inner=256, precision=precision,
+        overrides={"pool_blocks": 3},
+    )  # fmt: skip
+    layer.spread_scales()
     inputs = xs, [idx], weights = layer.inputs("uniform", 1)
     experts = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS))
     idx[:, 0] = experts[torch.randperm(len(experts), generator=torch.Generator().manual_seed(1))]
@@ -149,7 +156,7 @@ def test_seed_decides_everything(ring):
         assert all(torch.equal(a, b) for a, b in zip(ys, seen[0][1], strict=True))
 
 
-@pytest.mark.parametrize("precision", FP8_RECIPES)
+@pytest.mark.parametrize("precision", one_packed(FP8_RECIPES))
 def test_the_launch_quantises_as_the_caller_would(precision):
     layer = Layer(**RING, precision=precision)
     xs, *routing = layer.inputs("ragged", 1)
@@ -234,7 +241,7 @@ def test_wrong_numbers_are_noticed(ring):
     outputs = ring.forward(inputs)
     if ring.config.recipe.tokens.has_scales:
         scale = right.w2_scale.clone()
-        if ring.config.recipe.weights.packed:
+        if ring.config.recipe.weights.scales_values:
             scale[0, ::16] += 1  # exponents: twice as much, in few channels
         else:
             scale.view(scale.shape[0], -1)[0] *= 1.2

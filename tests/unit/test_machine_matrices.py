@@ -1,4 +1,6 @@
-"""Tensor cores with A in registers, matrices in shared memory, lop3: both engines against numpy."""
+"""Tensor cores with A in registers, matrices in shared memory, lop3, bit fields: both engines
+against numpy.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +82,27 @@ def test_lop3_is_what_its_table_says():
     for i, expression in enumerate(expressions):
         assert np.array_equal(found[:, i], expression(*given.T[:3]))
     assert alu.TABLE["lop3.b32"].ins[3] == "number"
+
+
+FIELDS = [(3, 8), (0, 32), (0, 1), (31, 1), (28, 8), (32, 4), (40, 1), (5, 0), (0, 255), (256, 257)]
+
+
+@pytest.mark.parametrize("sign", "us")
+def test_fields_of_bits(sign):
+    """What lies above the word is zeros or its sign; of places and lengths 8 bits count."""
+    given = np.random.default_rng(0).integers(0, 1 << 32, (32, 4), np.uint32)
+    body = f"ld.global.v4.b32 {listed('a', 4)}, [%rd2];"
+    for i, (place, length) in enumerate(FIELDS):
+        body += f"bfe.{sign}32 %d{i}, %a0, {place}, {length};"
+    found = outcome(body + keep([f"%d{i}" for i in range(len(FIELDS))]), given, len(FIELDS))
+    for i, (place, length) in enumerate(FIELDS):
+        place, length = place & 255, length & 255
+        for word, got in zip(given[:, 0].tolist(), found[:, i].tolist(), strict=True):
+            value = (word - (word >> 31 << 32) * (sign == "s")) >> place
+            value &= (1 << length) - 1
+            if sign == "s" and length and value >> (length - 1):
+                value -= 1 << length
+            assert got == value & 0xFFFFFFFF
 
 
 @pytest.mark.parametrize("transposed", ["", ".trans"])

@@ -165,6 +165,15 @@ def test_a_cpu_is_within_the_bounds(shape, seed, one_thread, tmp_path, capsys):
             assert 0.05 < error < 0.1 and 0.9 < float(row["ratio"]) < 1.1
 
 
+@pytest.mark.nightly
+def test_integers_are_compared_with_e4m3_that_has_their_scales(one_thread, tmp_path):
+    path = tmp_path / "rows.csv"
+    assert main(["accuracy", *FEW, "--precision", "fp8_int4", "--csv", str(path)]) == 0
+    stored = [row for row in rows_of(path) if row["exact"] == STORED]
+    assert [row["impl"] for row in stored] == [MEGAMOE, "torch_fp8"]
+    assert "form=blocked" in stored[1]["config"] and 0.9 < float(stored[0]["ratio"]) < 1.1
+
+
 def test_rows_say_what_was_compared_where(one_thread, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     argv = [*FEW, "--precision", "fp8_block,fp8_channel,fp8_mxfp4", "--csv", str(path)]

@@ -45,6 +45,8 @@ def test_work_per_gpu():
         ("fp8_block", 3 * H * I + 4 * (3 * H * I // 128**2), H // 128),
         ("fp8_channel", 3 * H * I + 4 * (2 * I + H), 1),
         ("fp8_mxfp4", 3 * H * I // 2 + 3 * H * I // 32, H // 128),
+        ("fp8_mxfp4_token", 3 * H * I // 2 + 3 * H * I // 32, 1),
+        ("fp8_int4", 3 * H * I // 2 + 4 * (3 * H * I // 128), H // 128),
     ],
 )
 def test_bytes_of_fp8_have_their_scales(precision, weight_bytes, token_scales):

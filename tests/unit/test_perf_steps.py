@@ -143,8 +143,8 @@ def test_a_file_holds_one_kind_of_rows():
     files.pop("smoke.csv")
     assert files.pop("ablation.csv") == {("fp8_block", 1), ("fp8_block", 2), ("fp8_block", 4)}
     assert files.pop("accuracy.csv") == {
-        ("fp8_block", 1), ("fp8_channel", 1), ("fp8_mxfp4", 1), ("bf16", 1), ("fp8_block", 4),
-        ("fp8_block", 8),
+        ("fp8_block", 1), ("fp8_channel", 1), ("fp8_mxfp4", 1), ("fp8_mxfp4_token", 1),
+        ("fp8_int4", 1), ("bf16", 1), ("fp8_block", 4), ("fp8_block", 8),
     }  # fmt: skip
     assert {s.file("h200") for s in publish.STEPS if s.command == "accuracy"} == {"accuracy.csv"}
     assert files.pop("h200_fp8_share_of_ep8.csv") == {("fp8_block", 1), ("fp8_block", 2)}
@@ -161,6 +161,9 @@ def test_a_file_holds_one_kind_of_rows():
         "h200_fp8_mxfp4_one_gpu.csv": ("fp8_mxfp4", 1),
         "h200_fp8_mxfp4_ep4.csv": ("fp8_mxfp4", 4),
         "h200_fp8_mxfp4_ep2.csv": ("fp8_mxfp4", 2),
+        "h200_fp8_mxfp4_token_ep2.csv": ("fp8_mxfp4_token", 2),
+        "h200_fp8_int4_one_gpu.csv": ("fp8_int4", 1),
+        "h200_fp8_int4_ep2.csv": ("fp8_int4", 2),
         "h200_bf16_ep2.csv": ("bf16", 2),
         "h200_fp8_ep2.csv": ("fp8_block", 2),
         "staging.csv": ("bf16", 2),

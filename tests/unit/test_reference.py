@@ -56,6 +56,13 @@ def naive_e2m1(codes, exponents):
     return values * 2.0 ** (exponents.double() - 127).repeat_interleave(32, 1)
 
 
+def naive_int4(codes, scales):
+    """Two codes a byte, the first in the low nibble, two's complement; a scale per 128."""
+    codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1).double()
+    values = codes - 16.0 * (codes >= 8)
+    return values * scales.double().repeat_interleave(128, 1)
+
+
 @functools.lru_cache(maxsize=64)
 def naive_weights(weights, expert):
     """(w13, w2) of one expert, dequantised, in float64."""
@@ -64,9 +71,8 @@ def naive_weights(weights, expert):
         return w13, w2
     scales = weights.w13_scale[expert], weights.w2_scale[expert]
     if weights.w13.dtype == torch.uint8:  # packed
-        return (
-            naive_e2m1(weights.w13[expert], scales[0]), naive_e2m1(weights.w2[expert], scales[1])
-        )  # fmt: skip
+        values_of = naive_e2m1 if scales[0].dtype == torch.uint8 else naive_int4
+        return values_of(weights.w13[expert], scales[0]), values_of(weights.w2[expert], scales[1])
     return w13 * spread(scales[0], *w13.shape), w2 * spread(scales[1], *w2.shape)
 
 

@@ -16,10 +16,13 @@ from megamoe.weights import (
     check_weights,
     empty_tile_scales,
     empty_weights,
+    pack_weights,
+    unpack_weights,
     write_tile_scales,
 )
 
 CPU = torch.device("cpu")
+PACKED = [name for name, recipe in PRECISIONS.items() if recipe.weights.packed]
 FP8 = torch.float8_e4m3fn
 FP8_RECIPES = ("fp8_block", "fp8_channel")
 
@@ -105,6 +108,30 @@ def test_quantised_weights_are_what_the_layer_takes(precision):
 def test_what_cannot_be_quantised(w13, w2, precision, message):
     with pytest.raises(ValueError, match=message):
         quantize_weights(w13, w2, precision)
+
+
+@pytest.mark.parametrize("precision", PACKED)
+def test_packed_weights_come_back(precision):
+    operand, given = PRECISIONS[precision].weights, quantize_weights(*drawn(2), precision)
+    config = config_of(precision)
+    check_weights(config, 2, CPU, given)
+    held, changed = pack_weights(given)
+    check_weights(config, 2, CPU, held, resident=True)
+    assert changed == 0
+    for one, other in zip(unpack_weights(held, operand), given, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("precision", PACKED)
+def test_no_matrix_is_packed_if_scales_of_the_other_are_refused(precision):
+    held, _ = pack_weights(quantize_weights(*drawn(2), precision))
+    before = [tensor.clone() for tensor in held]
+    w13, w2 = drawn(2)
+    other = quantize_weights(2 * w13, 2 * w2, precision)
+    other.w2_scale[1, 3, 0] = 255 if other.w2_scale.dtype == torch.uint8 else float("nan")
+    with pytest.raises(ValueError, match="w2_scale has .* at expert 1, row 3, group"):
+        pack_weights(other, held)
+    assert all(torch.equal(one, kept) for one, kept in zip(held, before, strict=True))
 
 
 @pytest.mark.parametrize("precision", FP8_RECIPES)

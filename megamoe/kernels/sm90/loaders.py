@@ -273,9 +273,7 @@ def load_boxes(
 
 
 @cute.jit
-def load_tokens(
-    launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes, exchange, lane
-):
+def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes, exchange, lane):
     """Wait until a tile's rows are ready, then load them. `exchange`: shared memory of an epilogue
     with swapped operands, or None.
     """
@@ -289,7 +287,6 @@ def load_tokens(
     while running == 1:
         tile = take_tile(pipes, taken)
         release_tile(pipes, taken, lane)
-        block = tile.pool % shape.ring
         began = sync.trace_clock(launch)
         slot = taken % QUEUE_SLOTS
         if tile.phase == schedule.PHASE_FC1:
@@ -298,9 +295,7 @@ def load_tokens(
             waited_tokens += sync.trace_clock(launch) - began
             if taken == 0:
                 sync.mark(launch, "first_tile")
-            load_metadata(
-                launch, pipes, "l1_topk_weights_buffer", tile, slot, exchange, lane
-            )
+            load_metadata(launch, pipes, "l1_topk_weights_buffer", tile, slot, exchange, lane)
             load_rows(
                 launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
                 tile, "l1_scale_buffer" if recipe.tokens.scales_along_k else None, lane,

@@ -4,8 +4,9 @@ are A, which each thread dequantises into registers, and its tokens are B in sha
 A warpgroup has two blocks of 64 weight rows, the tile's 128 between them and the other warpgroup's;
 an accumulator holds the block's rows by the tile's tokens, as many as there are: a multiple of 8
 for which there is a variant. Both warpgroups work on every tile. Sums of a K block start fresh and
-are promoted, times the scale of their token; exponents of weights are in their e4m3 already, but
-for one factor per row, which the epilogue applies.
+are promoted, times the scale of their token and that of their row, if there is one per K block;
+without either the tensor cores add up over all of K. Exponents of weights are in their e4m3
+already, but for one factor per row, which the epilogue applies.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import as_float, load_shared_v2, opaque
 from megamoe.kernels.sm90 import swapped_epilogue
-from megamoe.kernels.sm90.dequantize import expand, load_codes
+from megamoe.kernels.sm90.dequantize import decoder_of, expand, load_codes
 from megamoe.kernels.sm90.mainloop import release
 from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, take_tile
 from megamoe.launch_shape import LaunchShape
@@ -114,15 +115,19 @@ def issue(operands, fragment: Constexpr, parts: Constexpr, outputs: Constexpr, s
 
 
 @cute.jit
-def promote(accumulator, sums, scales):
-    """accumulator += sums * scale of the token. `scales`: shared pointer to the scale of this
-    lane's first token in the part; every 8 tokens it has two more.
+def promote(accumulator, sums, scales, row_scales):
+    """accumulator += sums * scale of the token * that of the row, unless `row_scales` is None.
+    `scales`: shared pointer to the scale of this lane's first token in the part; every 8 tokens it
+    has two more.
     """
     for slab in range_constexpr(cute.size(accumulator) // 4):
         pair = [as_float(word) for word in load_shared_v2(scales + 32 * slab)]
         for i in range_constexpr(4):
             index = 4 * slab + i
-            accumulator[index] = accumulator[index] + sums[index] * pair[i % 2]
+            scaled = sums[index] * pair[i % 2]
+            if const_expr(row_scales is not None):
+                scaled = scaled * row_scales[i // 2]
+            accumulator[index] = accumulator[index] + scaled
 
 
 @cute.jit
@@ -158,8 +163,8 @@ def accumulate_together(
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
     for number in range_constexpr(BLOCKS):
         here = chunks + (stage * stage_bytes + number * CHUNK_BYTES)
-        codes, exponents = load_codes(here, thread)
-        expand(operands.words[number], codes, exponents)
+        codes, exponents = load_codes(launch, here, thread)
+        expand(launch, operands.words[number], codes, exponents)
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % stages
         for number in range_constexpr(BLOCKS):
@@ -171,15 +176,17 @@ def accumulate_together(
         next_stage = (position + ahead) % stages
         arch.mbarrier_wait(pipes.full + next_stage, (position + ahead) // stages % 2)
         loaded = [
-            load_codes(chunks + (next_stage * stage_bytes + number * CHUNK_BYTES), thread)
+            load_codes(launch, chunks + (next_stage * stage_bytes + number * CHUNK_BYTES), thread)
             for number in range(BLOCKS)
         ]
         for number in range_constexpr(BLOCKS):
             warpgroup.wait_group(BLOCKS - 1 - number)
             if const_expr(promotes):
                 sums, accumulator = operands.sums[number], operands.accumulators[number][0]
-                promote(accumulator, sums, scales + stage * scale_bytes)
-            expand(operands.words[number], *loaded[number])
+                own = chunks + (stage * stage_bytes + number * CHUNK_BYTES)
+                row_scales = decoder_of(launch).row_scales(own, thread)
+                promote(accumulator, sums, scales + stage * scale_bytes, row_scales)
+            expand(launch, operands.words[number], *loaded[number])
         arch.sync_warp()  # every lane has read its scales and codes
         release(pipes.empty, stage, lane, 1)
 
@@ -200,29 +207,31 @@ def accumulate_in_turn(
     groups = [[part] for part in parts] if promotes else [parts]
     stage = position % stages
     arch.mbarrier_wait(pipes.full + stage, (position // stages) % 2)
-    codes, exponents = load_codes(chunks + stage * stage_bytes, thread)
-    expand(words, codes, exponents)
+    codes, exponents = load_codes(launch, chunks + stage * stage_bytes, thread)
+    expand(launch, words, codes, exponents)
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % stages
         ahead = min(block + 1, k_blocks - 1)  # behind the last, it again: its stage is still held
         next_stage = (position + ahead) % stages
         for number in range_constexpr(BLOCKS):
             accumulators = operands.accumulators[number]
-            codes, exponents = [], None
+            codes, exponents, row_scales = [], None, None
             for group in groups:
                 issue(operands, 0, group, [sums] if promotes else accumulators, stage, promotes)
                 if const_expr(group == groups[0]):  # under the tensor cores
+                    own = chunks + (stage * stage_bytes + number * CHUNK_BYTES)
+                    row_scales = decoder_of(launch).row_scales(own, thread)
                     here = chunks + (stage * stage_bytes + CHUNK_BYTES)
                     if const_expr(number == BLOCKS - 1):
                         parity = (position + ahead) // stages % 2
                         arch.mbarrier_wait(pipes.full + next_stage, parity)
                         here = chunks + next_stage * stage_bytes
-                    codes, exponents = load_codes(here, thread)
+                    codes, exponents = load_codes(launch, here, thread)
                 warpgroup.wait_group(0)
                 if const_expr(promotes):
                     of_part = scales + (stage * scale_bytes + group[0] * (32 * slabs))
-                    promote(accumulators[group[0]], sums, of_part)
-            expand(words, codes, exponents)
+                    promote(accumulators[group[0]], sums, of_part, row_scales)
+            expand(launch, words, codes, exponents)
         arch.sync_warp()  # every lane has read its scales and codes
         release(pipes.empty, stage, lane, 1)
 

@@ -47,7 +47,11 @@ FC1_BYTES, FC2_BYTES = 16, 64
 
 
 class Exchange(NamedTuple):
-    """Shared memory of the epilogue (`budget.exchange`), and what rows leave through."""
+    """Shared memory of the epilogue (`budget.exchange`), and what rows leave through, 2 KB a warp.
+
+    Either slot of the tile queue has its own: who writes that of a tile has seen every warp give
+    back the tile before the last, which had the slot.
+    """
 
     staging: cute.Pointer
     maxima: cute.Pointer
