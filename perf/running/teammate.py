@@ -74,10 +74,12 @@ class Held:
         self.weights = weights_of(case, device, experts)  # the layer may not hold them itself
         self.moe.load_weights(*self.weights)
         self.calls: list[Prepared] = []
+        self.inputs: list = []  # which captured graphs read
         self.reps: list[int] = []
         self.outputs = []
         for tokens in orders.tokens:
             inputs = [make_rank_inputs(case.with_tokens(tokens), rank, device) for rank in ranks]
+            self.inputs.append(inputs)
             call = self._call(inputs)
             prepared = prepare(call, device, orders.mode, self.moe.synchronize)
             few = {"repetitions": orders.reps, "warmup": orders.warmup}
