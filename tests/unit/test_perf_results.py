@@ -13,7 +13,7 @@ from perf.against.ceilings import CeilingRow
 from perf.against.peers import PeerRow
 from perf.commands.accuracy import AccuracyRow
 from perf.recording import environment as environments
-from perf.recording.columns import COLUMNS, IDENTIFIES, POSITIVE, Row, column
+from perf.recording.columns import COLUMNS, IDENTIFIES, POSITIVE, DuelRow, Row, column
 from perf.recording.environment import environment, source_version
 from perf.recording.files import ResultsFile, load, result_files
 from perf.tracing.phases import PhaseRow
@@ -305,7 +305,10 @@ def test_files_from_before_a_column_was_added_load_as_they_are(tmp_path):
 
 
 def test_every_published_file_is_of_some_kind():
-    kinds = {"ceilings": CeilingRow, "peers": PeerRow, "phases": PhaseRow, "accuracy": AccuracyRow}
+    kinds = {
+        "ceilings": CeilingRow, "peers": PeerRow, "phases": PhaseRow, "accuracy": AccuracyRow,
+        "duel": DuelRow,
+    }  # fmt: skip
     files = sorted((environments.REPOSITORY / "perf" / "results").glob("*.csv"))
     assert len(files) > 10
     for path in files:
