@@ -286,9 +286,10 @@ def _check_recipe(recipe: Precision, kernel: KernelConfig) -> None:
     block_k = 8 * target.stage_row_bytes // recipe.tokens.bits
     along_k = {(1, block_k): (kernel.block_n // 2, block_k)}
     weights_of = along_k | {(1, WHOLE_ROW): (1, WHOLE_ROW)}  # the blocks of weights, by tokens'
-    by_row = recipe.weights.packed and recipe.weights.scales_sums  # with those of tokens
+    # Where sums of packed weights have scales, those of tokens are applied with them.
+    with_sums = recipe.weights.packed and recipe.weights.scales_sums
     blocks: dict[str, list] = {
-        "tokens": list(along_k if by_row else weights_of),
+        "tokens": list(along_k if with_sums else weights_of),
         "weights": [weights_of.get(recipe.tokens.scale_block)],
         "hidden": [(1, kernel.block_n // 2)],
     }

@@ -138,9 +138,8 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     `Weights`) is stored as value / scale with scale = max |value| / 448. Codes of 4 bits lie two a
     byte: in MXFP4 32 columns of a row share a power of two (`fourbit.quantize_mxfp4`), in INT4 128
     columns a scale (`fourbit.quantize_int4`). One expert after the other, to spare memory. Nothing
-    is recorded for autograd. Raises ValueError
-    for a recipe without scales, for what is no tensor of such a dtype, and for shapes that do not
-    fit each other or are no multiples of 128.
+    is recorded for autograd. Raises ValueError for a recipe without scales, for what is no tensor
+    of such a dtype, and for shapes that do not fit each other or are no multiples of 128.
     """
     recipe = precision_of(precision)
     if not recipe.weights.has_scales:

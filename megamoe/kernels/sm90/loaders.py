@@ -160,40 +160,43 @@ def load_weights(
             running = Int32(0)
 
 
-@cute.jit
-def copy_words(source, to, count: Constexpr, lane):
-    """`count` words that another CTA's dispatch warp wrote, from address `source` to shared
-    memory.
+def load_words(launch: Launch, name, index, lane) -> list:
+    """Words for the rows of a pool block, from row `index` of a region on, which another CTA's
+    dispatch warp wrote to global memory: every 32nd.
     """
-    words = [
-        arch.load(global_ptr(source) + (lane + first), Int32, sem="relaxed", scope="gpu")
-        for first in range(0, count, 32)
+    source = global_ptr(address(launch, name, index))
+    return [
+        arch.load(source + (lane + first), Int32, sem="relaxed", scope="gpu")
+        for first in range(0, launch.shape.kernel.block_m, 32)
     ]
-    for part in range_constexpr(len(words)):
-        store_shared(to + (lane + 32 * part), words[part])
+
+
+def store_words(to, index, words):
+    """Every 32nd word of shared memory, from number `index` on."""
+    for part, word in enumerate(words):
+        store_shared(to + (index + 32 * part), word)
 
 
 @cute.jit
-def load_metadata(launch: Launch, pipes, name: Constexpr, tile, slot, exchange, lane):
-    """A word of padding metadata for every row of the tile's pool block, into its queue slot, where
-    the epilogue finds it; with `exchange` also what else that of swapped operands needs.
+def load_metadata(launch: Launch, pipes, name: Constexpr, tile, block, slot, exchange, lane):
+    """A word of padding metadata for every row of a tile's pool block, number `block` of the ring,
+    into its queue slot, where the epilogue finds it; with `exchange` also what else one with
+    swapped operands needs.
     """
-    kernel, recipe = launch.shape.kernel, launch.shape.config.recipe
-    block, rows = tile.pool % launch.shape.ring, kernel.block_m
-    full, to = pipes.metadata_full + slot, pipes.metadata + slot * rows
-    if const_expr(kernel.only == GEMMS and name == "l1_topk_weights_buffer"):
-        for first in range_constexpr(0, rows, 32):  # no row came with a weight, and 0 would save
-            store_shared(to + (lane + first), Int32(ONE))  # FC2 power
-    else:
-        copy_words(address(launch, name, block * rows), to, rows, lane)
+    rows = launch.shape.kernel.block_m
+    words = load_words(launch, name, block * rows, lane)
+    if const_expr(launch.shape.kernel.only == GEMMS and name == "l1_topk_weights_buffer"):
+        words = [Int32(ONE)] * len(words)  # no row came with a weight, and 0 would save FC2 power
+    store_words(pipes.metadata, slot * rows + lane, words)
+    full = pipes.metadata_full + slot
     if const_expr(exchange is None):
         arch.mbarrier_arrive(full)
     else:
-        if const_expr(recipe.tokens.scale_columns == WHOLE_ROW):
+        if const_expr(launch.shape.config.recipe.tokens.scale_columns == WHOLE_ROW):
             if tile.phase == schedule.PHASE_FC1:
-                scales = exchange.token_scales + slot * (4 * rows)
-                source = address(launch, "l1_scale_buffer", block)
-                copy_words(source, cute.recast_ptr(scales, dtype=Int32), rows, lane)
+                scales = load_words(launch, "l1_scale_buffer", block, lane)
+                to = cute.recast_ptr(exchange.token_scales, dtype=Int32)
+                store_words(to, slot * rows + lane, scales)
         if lane == 0:
             load_row_factors(launch, tile, exchange.row_factors, slot, full)
         else:
@@ -287,6 +290,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
     while running == 1:
         tile = take_tile(pipes, taken)
         release_tile(pipes, taken, lane)
+        block = tile.pool % shape.ring
         began = sync.trace_clock(launch)
         slot = taken % QUEUE_SLOTS
         if tile.phase == schedule.PHASE_FC1:
@@ -295,7 +299,9 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
             waited_tokens += sync.trace_clock(launch) - began
             if taken == 0:
                 sync.mark(launch, "first_tile")
-            load_metadata(launch, pipes, "l1_topk_weights_buffer", tile, slot, exchange, lane)
+            load_metadata(
+                launch, pipes, "l1_topk_weights_buffer", tile, block, slot, exchange, lane
+            )
             load_rows(
                 launch, budget, tokens, smem_a, pipes, position, shape.fc1_k_blocks,
                 tile, "l1_scale_buffer" if recipe.tokens.scales_along_k else None, lane,
@@ -305,7 +311,7 @@ def load_tokens(launch: Launch, budget: Budget, tokens, fc1_outs, smem_a, pipes,
             done = Int32(shape.fc1_done)
             sync.wait_for(launch, FC1_DONE, tile.pool, done, role)
             waited_fc1_out += sync.trace_clock(launch) - began
-            load_metadata(launch, pipes, "token_src_metadata", tile, slot, exchange, lane)
+            load_metadata(launch, pipes, "token_src_metadata", tile, block, slot, exchange, lane)
             load_rows(
                 launch, budget, fc1_outs, smem_a, pipes, position, shape.fc2_k_blocks,
                 tile, "fc1_output_scale" if recipe.hidden.scales_along_k else None, lane,
