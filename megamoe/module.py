@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megamoe import arguments, compile, custom_op
+from megamoe import arguments, compile, custom_op, streams
 from megamoe.backends import CPU_CTAS, Backend, CpuBackend, GpuBackend
 from megamoe.config import MoEConfig, supports
 from megamoe.faults import Limits
@@ -428,13 +428,16 @@ class MegaMoE(ResidentWeights):
         return self.workspace.regions(rank)[name]
 
 
-#: Backends of layers that ended inside a graph capture, where nobody can wait for their launches.
+#: Backends of layers that ended where nobody can wait for their launches: inside a graph capture,
+#: or by the garbage collector between the launches of virtual ranks. They go with the next layer.
 _waiting: list = []
 
 
 def _close(backend: Backend) -> None:
     """Let a backend go once its launches have ended."""
     _waiting.append(backend)
+    if streams.half_launched():
+        return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
     while _waiting:

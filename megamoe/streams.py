@@ -6,6 +6,7 @@ ranks on one stream the second would wait for the first, which waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Iterator
 
@@ -14,6 +15,26 @@ import torch
 from megamoe.compile import cuda_runtime
 
 NON_BLOCKING = 1  # cudaStreamNonBlocking: the legacy default stream waits for none of them
+
+_open = 0  # `side_by_side` blocks that have begun and not ended
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[None]:
+    """While the host launches ranks one after the other. The first wait for the last, so who waits
+    for the GPU in between waits until they time out: a layer, say, that the garbage collector ends.
+    """
+    global _open
+    _open += 1
+    try:
+        yield
+    finally:
+        _open -= 1
+
+
+def half_launched() -> bool:
+    """True while launches run that wait for others which the host has not made yet."""
+    return _open > 0
 
 
 class Streams:
@@ -35,11 +56,12 @@ class Streams:
     def fork(self, current: torch.cuda.Stream) -> Iterator[tuple[int, torch.cuda.Stream]]:
         """(number, stream) of each, current in turn, behind what `current` holds."""
         self._begin.record(current)
-        for number, stream in enumerate(self.streams):
-            stream.wait_event(self._begin)
-            with torch.cuda.stream(stream):
-                yield number, stream
-                self._ends[number].record(stream)
+        with side_by_side():
+            for number, stream in enumerate(self.streams):
+                stream.wait_event(self._begin)
+                with torch.cuda.stream(stream):
+                    yield number, stream
+                    self._ends[number].record(stream)
 
     def join(self, current: torch.cuda.Stream) -> None:
         """Let `current` wait for what `fork` has been given to do."""

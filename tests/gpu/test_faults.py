@@ -17,6 +17,7 @@ from megamoe import (
     PeerFailed,
     faults,
 )
+from megamoe.streams import side_by_side
 from tests.gpu.harness import (
     assert_at_rest,
     assert_correct,
@@ -31,11 +32,12 @@ pytestmark = pytest.mark.gpu
 
 def launch_only(moe, ranks, xs, ids, weights):
     """Start the launches of some ranks, as if the others had died."""
-    for rank in ranks:
-        streams = moe.backend.streams
-        stream = torch.cuda.current_stream() if streams is None else streams.streams[rank]
-        stream, y = stream.cuda_stream, moe.backend.outputs[rank]
-        moe.backend.launch(rank, xs[rank], ids[rank], weights[rank], y, stream)
+    streams = moe.backend.streams
+    with side_by_side():
+        for rank in ranks:
+            stream = torch.cuda.current_stream() if streams is None else streams.streams[rank]
+            stream, y = stream.cuda_stream, moe.backend.outputs[rank]
+            moe.backend.launch(rank, xs[rank], ids[rank], weights[rank], y, stream)
 
 
 @pytest.mark.parametrize("missing", [0, 3])
@@ -148,9 +150,10 @@ def test_a_rank_that_refuses_ends_the_others_at_once(name, refuses):
     expected = forward(moe, xs, ids, weights)
     torch.cuda.synchronize()
     started = time.monotonic()
-    launch_only(moe, [rank for rank in range(4) if rank != refuses], xs, ids, weights)
     stream = moe.backend.streams.streams[refuses].cuda_stream
-    moe.backend.launchers[refuses](stream, x=0, num_tokens=faults.NO_INPUT)
+    with side_by_side():
+        launch_only(moe, [rank for rank in range(4) if rank != refuses], xs, ids, weights)
+        moe.backend.launchers[refuses](stream, x=0, num_tokens=faults.NO_INPUT)
     with pytest.raises(PeerFailed, match=f"rank {refuses} refused its input"):
         moe.synchronize()
     assert time.monotonic() - started < 1.0

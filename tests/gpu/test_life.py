@@ -80,6 +80,36 @@ def test_a_layer_that_goes_while_its_launch_runs_on_another_stream(name, how):
         assert all(map(torch.equal, outs, expected))
 
 
+def test_a_layer_that_goes_between_the_launches_of_ranks_is_not_waited_for(monkeypatch):
+    """The garbage collector may end a layer at any time: to wait for the GPU there, between the
+    launch of rank 0 and that of rank 1 for which it waits, would last until they time out.
+    """
+    moe, cycle = make_moe("small4"), [make_moe("small1")]
+    cycle.append(cycle)
+    inputs = inputs_of(moe, "uniform", seed=3)
+    expected = forward(moe, *inputs)
+    ends, launch_rank = [], moe.backend.launch
+
+    def close():
+        ends.append(backend)
+        torch.cuda.synchronize()
+
+    def collect_and_launch(index, *arguments, **options):
+        if index == 1:
+            cycle.clear()
+            gc.collect()
+        return launch_rank(index, *arguments, **options)
+
+    backend = cycle[0].backend
+    monkeypatch.setattr(backend, "close", close)
+    monkeypatch.setattr(moe.backend, "launch", collect_and_launch)
+    again = forward(moe, *inputs)
+    assert all(map(torch.equal, again, expected))
+    assert not ends
+    make_moe("small1").close()
+    assert ends == [backend]
+
+
 def test_memory_comes_back():
     make_moe("small4").close()  # what is made once: streams of torch, kernels
     gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -10,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from megamoe import MegaMoE
+from megamoe import MegaMoE, streams
 from megamoe.custom_op import FORWARD_ONLY
 from tests.nights import built
 from tests.unit.layers import E, H, K, T, check, inputs, loaded, make, quantized, same, weights
@@ -385,3 +386,18 @@ def test_the_operator_is_declared_right(block):
 def test_construction_registers_one_number_a_layer():
     assert len({loaded(world=1)._number for _ in range(3)}) == 3
     assert isinstance(make(world=1), MegaMoE)
+
+
+def test_a_layer_that_goes_between_launches_of_ranks_is_ended_with_the_next():
+    """To wait for the GPU there would be to wait for a launch that is still to be made."""
+    layers = [make(world=1) for _ in range(2)]
+    ends: list = []
+    for layer in layers:
+        layer.backend.close = functools.partial(ends.append, layer.backend)
+    first, second = (layer.backend for layer in layers)
+    with streams.side_by_side():
+        del layers[0], layer
+        gc.collect()
+        assert not ends
+    layers[0].close()
+    assert sorted(map(id, ends)) == sorted(map(id, (first, second)))
