@@ -25,6 +25,7 @@ _PUBLIC = {
     "RanksDisagree": "megamoe.group",
     "UntrustedKernel": "megamoe.kernel_files",
     "quantize_weights": "megamoe.weights",
+    "split_shared": "megamoe.weights",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeGuard
 
 import torch
 
@@ -34,9 +35,14 @@ def kernel_config_of(
 
 def is_positive(value: object) -> bool:
     """True for a number above 0 that is finite in float32."""
+    return is_finite(value) and value > 0
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """True for a number that is finite in float32."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return 0 < value <= torch.finfo(torch.float32).max
+    return abs(value) <= torch.finfo(torch.float32).max
 
 
 def check_limits(limits: Limits) -> None:
@@ -50,6 +56,11 @@ def check_limits(limits: Limits) -> None:
 def check_clamp(clamp: float | None) -> None:
     if clamp is not None and not is_positive(clamp):
         raise ValueError(f"activation_clamp={clamp!r} must be a finite float32 number > 0, or None")
+
+
+def check_shared_weight(weight: float) -> None:
+    if not is_finite(weight):
+        raise ValueError(f"shared_weight={weight!r} must be a finite float32 number")
 
 
 def check_num_sms(sms: int | None) -> None:

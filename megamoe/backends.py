@@ -48,6 +48,7 @@ class Backend:
         limits: Limits,
         layer: int = 0,
         clamp: float | None = None,
+        shared_weight: float = 1.0,
         yields: bool = False,
     ):
         self.layout, self.workspace, self.device = workspace.layout, workspace, workspace.device
@@ -80,6 +81,7 @@ class Backend:
                 layer=layer,
                 dependents=int(not yields),
                 clamp=math.inf if clamp is None else clamp,
+                shared_weight=shared_weight,
                 num_ctas=num_ctas,
             )
 

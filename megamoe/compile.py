@@ -431,6 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--intermediate-size", type=int)
     parser.add_argument("--max-tokens-per-rank", type=int)
     parser.add_argument("--num-ranks", type=int, default=1)
+    parser.add_argument("--num-shared-experts", type=int, default=0)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--cpu", action="store_true", help="for device='cpu', not for a GPU")
     arguments = parser.parse_args(argv)

@@ -30,9 +30,10 @@ DISPATCH, GEMMS, COMBINE = PARTS = ("dispatch", "gemms", "combine")
 class MoEConfig:
     """One expert-parallel MoE layer; `max_tokens_per_rank` bounds T on every rank.
 
-    Two pairs of numbers are equal, as every expert is routed: `top_k` columns of `topk_idx` and
-    `slots_per_token`, `experts_per_rank` that tokens can name and `local_experts`. An expert that
-    every token goes to (a shared one) would be one more local expert, with a slot of its own.
+    An expert that every token goes to (a shared one, `num_shared_experts` of them) is one more
+    local expert of every rank, for the rank's own tokens, with a slot of its own in each. So two
+    pairs of numbers differ by it: `top_k` columns of `topk_idx` and `slots_per_token`,
+    `experts_per_rank` that tokens can name and `local_experts`.
     """
 
     num_experts: int
@@ -42,6 +43,7 @@ class MoEConfig:
     max_tokens_per_rank: int
     num_ranks: int = 1
     precision: str = "bf16"
+    num_shared_experts: int = 0
 
     @property
     def experts_per_rank(self) -> int:
@@ -50,20 +52,25 @@ class MoEConfig:
 
     @property
     def local_experts(self) -> int:
-        """Experts that a rank computes (e), the routed ones first: rows of its weights, of its
-        counts and in its pool.
+        """Experts that a rank computes, the routed ones first: rows of its weights and in its
+        pool.
         """
-        return self.experts_per_rank
+        return self.experts_per_rank + self.num_shared_experts
 
     @property
     def slots_per_token(self) -> int:
         """Rows that come back for a token and are added, those of the K columns first."""
-        return self.top_k
+        return self.top_k + self.num_shared_experts
 
     @property
     def max_slots_per_rank(self) -> int:
-        """Rows that one rank can send: T * slots_per_token."""
+        """Rows that come back to one rank at most: T * slots_per_token."""
         return self.max_tokens_per_rank * self.slots_per_token
+
+    @property
+    def max_routed_per_rank(self) -> int:
+        """Rows that one rank can send: T * K."""
+        return self.max_tokens_per_rank * self.top_k
 
     @property
     def recipe(self) -> Precision:
@@ -183,10 +190,12 @@ def _check_integer(name: str, value: object, low: int, high: int | None = None) 
 
 
 def max_pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
-    """Pool blocks of the worst routing: every slot of every rank lands here and every expert pads a
-    block.
+    """Pool blocks of the worst routing: every choice of every rank lands here and every routed
+    expert pads a block; a shared one has the rank's own tokens.
     """
-    return config.num_ranks * config.max_slots_per_rank // kernel.block_m + config.local_experts
+    routed = config.num_ranks * config.max_routed_per_rank // kernel.block_m
+    shared = config.num_shared_experts * -(-config.max_tokens_per_rank // kernel.block_m)
+    return routed + config.experts_per_rank + shared
 
 
 def pool_blocks(config: MoEConfig, kernel: KernelConfig) -> int:
@@ -201,6 +210,7 @@ def _check_problem(config: MoEConfig) -> None:
     _check_integer("num_ranks", config.num_ranks, 1, MAX_RANKS)
     _check_integer("num_experts", config.num_experts, 1)
     _check_integer("top_k", config.top_k, 1, MAX_TOP_K)
+    _check_integer("num_shared_experts", config.num_shared_experts, 0, MAX_TOP_K)
     _check_integer("hidden_size", config.hidden_size, 1)
     _check_integer("intermediate_size", config.intermediate_size, 1)
     _check_integer("max_tokens_per_rank", config.max_tokens_per_rank, 1)
@@ -214,7 +224,8 @@ def _check_problem(config: MoEConfig) -> None:
     if config.num_ranks * config.max_slots_per_rank > MAX_ROUTED_SLOTS:
         raise ValueError(
             f"max_tokens_per_rank={config.max_tokens_per_rank} is too large: "
-            f"num_ranks * max_tokens_per_rank * top_k must be <= {MAX_ROUTED_SLOTS}"
+            "num_ranks * max_tokens_per_rank * (top_k + num_shared_experts) must be <= "
+            f"{MAX_ROUTED_SLOTS}"
         )
 
 

@@ -119,8 +119,8 @@ class InputCheck:
             written.append(place("out", number, out, rows, self.output, ALIGNMENT))
             _check_writable(self._label("out", number), out)
         if count is not None:
-            local = (config.local_experts,)
-            written.append(place("expert_counts", number, count, local, torch.int32))
+            routed = (config.experts_per_rank,)
+            written.append(place("expert_counts", number, count, routed, torch.int32))
             _check_writable(self._label("expert_counts", number), count)
 
     def _check_scale(self, number: int, x: torch.Tensor, scale: Any) -> torch.dtype:

@@ -62,6 +62,10 @@ class MegaMoE(ResidentWeights):
             the work, to be timed, and its outputs mean nothing.
         workspace: `workspace` of another layer of the same configuration, to share. Layers that
             share one run one after the other, and one's output is valid until the next runs.
+        num_shared_experts: experts that every token goes to, of the same I (one of S * I columns is
+            S of them: `megamoe.split_shared`). Every rank holds their weights behind those of its
+            routed experts and computes its own tokens: y[t] += shared_weight * expert(x[t]).
+        shared_weight: their factor, a finite float.
         activation_clamp: a float c > 0: SwiGLU takes min(gate, c) and up within -c..c; default:
             no clamp. NaN stays NaN.
 
@@ -93,6 +97,8 @@ class MegaMoE(ResidentWeights):
         kernel_options: dict | None = None,
         workspace: Workspace | None = None,
         activation_clamp: float | None = None,
+        num_shared_experts: int = 0,
+        shared_weight: float = 1.0,
     ):
         super().__init__()
         if group is not None and world is not None:
@@ -107,9 +113,11 @@ class MegaMoE(ResidentWeights):
             max_tokens_per_rank=max_tokens_per_rank,
             num_ranks=world,
             precision=precision,
+            num_shared_experts=num_shared_experts,
         )
         self.limits = Limits(timeout_s, start_timeout_s)
         self.num_sms, self.activation_clamp = num_sms, activation_clamp
+        self.shared_weight = shared_weight
         self._kernel_dir, self._kernel_options = kernel_dir, kernel_options
         self.workspace: Any = None  # a Workspace, unless the layer is closed or on "meta"
         self.backend: Backend | None = None
@@ -153,6 +161,7 @@ class MegaMoE(ResidentWeights):
             self.limits,
             layer=self.group.number if self.group else 0,
             clamp=self.activation_clamp,
+            shared_weight=self.shared_weight,
             yields=self._yields,
         )
         self._finalizer = weakref.finalize(self, _close, self.backend)
@@ -165,6 +174,7 @@ class MegaMoE(ResidentWeights):
         supports(self.config)
         arguments.check_limits(self.limits)
         arguments.check_clamp(self.activation_clamp)
+        arguments.check_shared_weight(self.shared_weight)
         arguments.check_num_sms(self.num_sms)
         self.device = arguments.resolve_device(device)
         self.kernel_config = arguments.kernel_config_of(
@@ -201,6 +211,7 @@ class MegaMoE(ResidentWeights):
         if error is None:
             facts |= where(self.device) | arguments.fields_of(self.layout)
             facts["activation_clamp"] = self.activation_clamp
+            facts["shared_weight"] = self.shared_weight
             facts |= {"megamoe version": compile.source_digest(), "torch": torch.__version__}
         return facts
 
@@ -215,13 +226,14 @@ class MegaMoE(ResidentWeights):
         world: int = 1,
         precision: str = "bf16",
         kernel_options: dict | None = None,
+        num_shared_experts: int = 0,
     ) -> dict[str, int]:
         """Bytes that one rank's workspace would take, without allocating it or needing a GPU.
 
         Keys: the kinds of region ("counter", "padding", "data", "barrier"), "reset" (what is zero
-        again between launches) and "total" (with alignment). Weights are extra: 6 * e * I * H bytes
-        in BF16, half of it and the scales in FP8. Raises ValueError for an unsupported
-        configuration.
+        again between launches) and "total" (with alignment). Weights are extra: 6 * n * I * H bytes
+        in BF16 for n local experts, half of it and the scales in FP8. Raises ValueError for an
+        unsupported configuration.
         """
         config = MoEConfig(
             num_experts,
@@ -231,6 +243,7 @@ class MegaMoE(ResidentWeights):
             max_tokens_per_rank,
             world,
             precision,
+            num_shared_experts,
         )
         supports(config)
         layout = layout_of(config, arguments.kernel_config_of(config, kernel_options))
@@ -277,8 +290,8 @@ class MegaMoE(ResidentWeights):
         x: [T, H] bfloat16, which the launch quantises if the precision has scales, or float8_e4m3fn
         with x_scale: float32 [T, H/128], or [T, 1] where a token has one scale. topk_idx: [T, K]
         int64 or int32, -1 masks a slot. topk_weights: [T, K] float32. out: [T, H] bfloat16, or
-        None. expert_counts: int32 [e], or None; the rows that each expert of the rank receives are
-        added to it.
+        None. expert_counts: int32 [E / W], or None; the rows that each routed expert of the rank
+        receives are added to it.
         All are contiguous; x and out start at a multiple of 16 bytes, and what is written shares no
         memory with what is read, or with other outputs, of any rank of this process. Returns [T, H]
         per rank: `out`, or a buffer of the workspace that the next forward on it overwrites; a new
@@ -401,6 +414,7 @@ class MegaMoE(ResidentWeights):
             "max_tokens_per_rank": config.max_tokens_per_rank,
             "num_ranks": config.num_ranks,
             "precision": config.precision,
+            "num_shared_experts": config.num_shared_experts,
             "device": str(self.device),
         }
         return ", ".join(f"{name}={value!r}" for name, value in sizes.items())

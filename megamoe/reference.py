@@ -292,6 +292,24 @@ def slot_rows(
     return slots
 
 
+def with_shared(
+    topk_idx_TK: torch.Tensor,
+    topk_weights_TK: torch.Tensor,
+    num_experts: int,
+    num_shared: int,
+    shared_weight: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routing with a column more for every shared expert, that every token goes to: [T, K + S].
+    Shared experts have the ids behind those of the routed ones.
+    """
+    shared = torch.arange(num_experts, num_experts + num_shared).to(topk_idx_TK)
+    columns = topk_idx_TK.shape[0], num_shared
+    return (
+        torch.cat([topk_idx_TK, shared.expand(columns)], dim=1),
+        torch.cat([topk_weights_TK, topk_weights_TK.new_full(columns, shared_weight)], dim=1),
+    )
+
+
 def moe_forward(
     x_TH: torch.Tensor,
     topk_idx_TK: torch.Tensor,

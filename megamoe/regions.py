@@ -56,7 +56,7 @@ class TileRecord(NamedTuple):
 def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
     """All regions of `config`, without offsets."""
     ranks, experts = config.num_ranks, config.num_experts
-    local, slots = config.local_experts, config.max_slots_per_rank
+    routed, records = config.experts_per_rank, config.max_routed_per_rank
     tokens, hidden = config.max_tokens_per_rank, config.hidden_size
     blocks = max_pool_blocks(config, kernel)
     rows = pool_blocks(config, kernel) * kernel.block_m
@@ -78,10 +78,10 @@ def region_table(config: MoEConfig, kernel: KernelConfig) -> list[Region]:
         Region("launched_layer", "int32", (ranks,), SYMMETRIC, DATA,
                "every source rank: the number of its layer", "the first CTA, after the barrier",
                "every rank writes its word in every launch"),
-        Region("expert_recv_count", "int32", (ranks, local, count_words), SYMMETRIC, DATA,
+        Region("expert_recv_count", "int32", (ranks, routed, count_words), SYMMETRIC, DATA,
                "every source rank: count records", "all CTAs after the dispatch barrier",
                "every rank writes its whole row in every launch"),
-        Region("routed_record", "int32", (ranks, slots, record_words), SYMMETRIC, DATA,
+        Region("routed_record", "int32", (ranks, records, record_words), SYMMETRIC, DATA,
                "every source rank: routed records", "dispatch warps",
                "only records below the published counts are read"),
         Region("input_token_buffer", recipe.tokens.storage, (tokens, hidden),

@@ -91,7 +91,8 @@ class ResidentWeights(torch.nn.Module):
         exponents of two, uint8 or float8_e8m0fnu [n, 2I, H/32] and [n, H, I/32]; in INT4 the
         codes are two's complement, and the scales float32 or bfloat16 [n, 2I, H/128] and
         [n, H, I/128]. `megamoe.quantize_weights` makes all four. n is E if all ranks live here,
-        e = E / W with a process per rank (its experts are number rank * e and following).
+        e = E / W with a process per rank (its experts are number rank * e and following). With
+        shared experts those of each rank are followed by the shared ones: n is W or once e + S.
 
         All are contiguous and on the device, and start at a multiple of 16 bytes. Raises
         ValueError, naming the tensor, otherwise. Weights are not copied: the layer holds them as

@@ -23,8 +23,8 @@ F32 = Annotated[float, c_float]
 class HostArguments:
     """What only the host side of a launch reads: for tensor maps, and the grid."""
 
-    w13: I64  # weight [e, 2I, H]
-    w2: I64  # weight [e, H, I]
+    w13: I64  # weight [n, 2I, H] of the local experts, shared ones last
+    w2: I64  # weight [n, H, I]
     num_ctas: I32
 
 
@@ -41,7 +41,7 @@ class Arguments:
     topk_idx: I64  # int32 or int64 [T, K]
     topk_weights: I64  # float32 [T, K]
     y: I64  # output [T, H]
-    expert_counts: I64  # int32 [e] that received rows are added to, or 0
+    expert_counts: I64  # int32 [E / W] that received rows are added to, or 0
     record: I64  # host-visible error record
     timeout_ns: I64  # of a wait, once all ranks have begun
     start_timeout_ns: I64  # of a wait for CTAs and ranks to begin
@@ -51,6 +51,7 @@ class Arguments:
     wide_idx: I32  # 1 if topk_idx holds int64
     dependents: I32  # 1 if the next kernel of the stream may begin beside this launch
     clamp: F32  # of gate and up before SwiGLU; infinite: none
+    shared_weight: F32  # in place of a router weight, of shared experts
 
 
 def fields_of(arguments: type) -> tuple[tuple[str, type], ...]:

@@ -176,6 +176,24 @@ def quantize_weights(w13: torch.Tensor, w2: torch.Tensor, precision: str) -> Wei
     return weights
 
 
+def split_shared(
+    w13: torch.Tensor, w2: torch.Tensor, intermediate_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A shared expert of S * I columns as S shared experts of I = `intermediate_size`, whose
+    outputs add up to its own: ([S, 2I, H], [S, H, I]) of w13 [2 * S * I, H], gate rows then up
+    rows, and w2 [H, S * I]. Any dtype; copies. Raises ValueError for shapes that do not fit.
+    """
+    hidden, columns = w2.shape
+    if columns % intermediate_size or tuple(w13.shape) != (2 * columns, hidden):
+        raise ValueError(
+            f"w13 of shape {list(w13.shape)} and w2 of {list(w2.shape)} are no shared expert of a "
+            f"multiple of intermediate_size={intermediate_size} columns"
+        )
+    gate_up = w13.view(2, -1, intermediate_size, hidden).transpose(0, 1)
+    down = w2.view(hidden, -1, intermediate_size).transpose(0, 1)
+    return gate_up.reshape(-1, 2 * intermediate_size, hidden), down.contiguous()
+
+
 def empty_tile_scales(
     config: MoEConfig, experts: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:

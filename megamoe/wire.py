@@ -1,7 +1,7 @@
 """The bytes that cross between ranks, beside the token rows themselves, and to the host.
 
 - routed record (8 bytes, source -> owner): ``slot`` int32 = token * slots_per_token + k on the
-  source, ``weight`` float32.
+  source, ``weight`` float32. Rows of shared experts stay where they are and have none.
 - count record (8 bytes, source -> owner): ``count`` int32 rows for one expert, ``offset`` int32 of
   its first record.
 - source code (int32, `token_src_metadata`): 0 for a row that pads a block, else 1 + rank *

@@ -96,10 +96,13 @@ def clean_up(launch: Launch, thread, epoch, threads: Constexpr):
 @cute.jit
 def live_slots(launch: Launch, token, lane) -> Int32:
     """Bit k is set if slot k of `token` is neither masked nor invalid; for a whole warp."""
-    top_k = launch.shape.config.top_k
+    top_k, slots = launch.shape.config.top_k, launch.shape.config.slots_per_token
     expert = Int32(-1)
     if lane < top_k:
         expert = read_expert(launch, token * top_k + lane, False)
+    if const_expr(slots > top_k):
+        if lane >= top_k and lane < slots:  # of a shared expert
+            expert = Int32(0)
     return arch.vote_ballot_sync(expert >= 0)
 
 

@@ -21,6 +21,7 @@ from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import (
     bulk_load,
     bulk_store,
+    float_bits,
     global_ptr,
     load_global_v2,
     load_shared,
@@ -108,15 +109,16 @@ def segment_offsets(launch: Launch, totals, offsets):
 @cute.jit
 def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch):
     """Whole CTA: publish what this rank sends, pass the barrier, and leave the local experts that
-    have rows: their number in `flag_smem[FLAG_LIVE]`, their rows in `received`, their ids in
-    `expert_ids`.
+    have rows, shared ones first: their number in `flag_smem[FLAG_LIVE]`, their rows in `received`,
+    their ids in `expert_ids`.
 
     `scratch` is shared memory for 3 * E words. If the barrier fails, if a launch before this one
     has failed and nobody has recovered, or if this rank has refused its input, there are none, so
     that every role of the CTA agrees that there is nothing to do.
     """
     shape = launch.shape
-    experts, local, ranks = shape.config.num_experts, shape.local_experts, shape.config.num_ranks
+    experts, ranks = shape.config.num_experts, shape.config.num_ranks
+    routed, shared = shape.config.experts_per_rank, shape.config.num_shared_experts
     threads = shape.kernel.num_threads
     histogram = scratch
     entries = launch.num_tokens * shape.config.top_k
@@ -151,12 +153,15 @@ def count(launch: Launch, scratch, received, expert_ids, flag_smem, epoch):
     if launch.cta == 0 and launch.thread < ranks:
         if flag_smem[FLAG_OK] == 1:
             layer = global_ptr(address(launch, "launched_layer", launch.thread))[0]
-    for expert in range(launch.thread, local, threads):
+    if const_expr(shared > 0):
+        if launch.thread < shared:
+            received[launch.thread] = launch.num_tokens * flag_smem[FLAG_OK]
+    for expert in range(launch.thread, routed, threads):
         total = Int32(0)
         if flag_smem[FLAG_OK] == 1:
             for rank in range(ranks):
-                total += counts[(rank * local + expert) * 2]
-        received[expert] = total
+                total += counts[(rank * routed + expert) * 2]
+        received[shared + expert] = total
         if launch.cta == 0 and launch.expert_counts != 0:
             statistics = global_ptr(launch.expert_counts + Int64(expert) * 4)
             arch.red(statistics, total, op="add", dtype="s32", sem="relaxed", scope="gpu")
@@ -203,7 +208,7 @@ def publish(launch: Launch, scratch, flag_smem):
             if read_expert(launch, token * top_k + k, False) >= 0:
                 live += 1
         awaited = global_ptr(address(launch, "combine_arrival_count", token))
-        arch.store(awaited, -live, sem="relaxed", scope="gpu")
+        arch.store(awaited, -live - config.num_shared_experts, sem="relaxed", scope="gpu")
     for entry in range(first, launch.num_tokens * top_k, stride):
         expert = read_expert(launch, entry, False)
         if expert >= 0:
@@ -215,8 +220,10 @@ def publish(launch: Launch, scratch, flag_smem):
                 peer_address(launch, "routed_record", owner, launch.rank)
                 + Int64(position) * wire.ROUTED_RECORD_BYTES
             )
-            # The number of an entry is that of its slot while all slots are columns of topk_idx.
-            store_global_v2(record, entry, weight)
+            slot = entry
+            if const_expr(config.num_shared_experts > 0):  # else all slots are columns of topk_idx
+                slot = entry + entry // top_k * config.num_shared_experts
+            store_global_v2(record, slot, weight)
     if launch.cta == 0:
         for expert in range(launch.thread, experts, threads):
             owner = expert // per_rank
@@ -233,8 +240,11 @@ def publish(launch: Launch, scratch, flag_smem):
 def leave_out_empty(launch: Launch, received, expert_ids, flag_smem):
     """One warp: move the counts of experts with rows to the front, in order, with their ids: with
     few tokens most experts have none, and every role would walk over them one by one.
+
+    Shared experts, whose weights lie behind those of the routed ones, come first.
     """
     local, lane = launch.shape.local_experts, launch.thread
+    shared = launch.shape.config.num_shared_experts
     found = Int32(0)
     for start in range(0, local, 32):
         expert = start + lane
@@ -246,7 +256,10 @@ def leave_out_empty(launch: Launch, received, expert_ids, flag_smem):
         if rows > 0:
             index = found + arch.popc(filled & ((Int32(1) << lane) - 1))
             received[index] = rows
-            expert_ids[index] = Int16(expert)
+            number = expert
+            if const_expr(shared > 0):
+                number = (expert + local - shared) % local
+            expert_ids[index] = Int16(number)
         found += arch.popc(filled)
     if lane == 0:
         flag_smem[FLAG_LIVE] = found
@@ -285,6 +298,35 @@ def load_counts(launch: Launch, counts, expert, lane):
         counts[rank * 2] = count
         counts[rank * 2 + 1] = offset
     arch.sync_warp()
+
+
+@cute.jit
+def routed_row(launch: Launch, counts, index):
+    """(source rank, its slot, router weight as a word) of row `index` of the routed expert whose
+    count records are `counts`.
+    """
+    source, turn = schedule.pick_source(counts, 0, 2, launch.shape.config.num_ranks, index)
+    offset = counts[source * 2 + 1]
+    record = (
+        address(launch, "routed_record", source) + Int64(offset + turn) * wire.ROUTED_RECORD_BYTES
+    )
+    slot, weight = load_global_v2(record)
+    return source, slot, weight
+
+
+@cute.jit
+def row_of(launch: Launch, counts, expert, index):
+    """As `routed_row`, of a local expert: a shared one has this rank's tokens, in order."""
+    config = launch.shape.config
+    if const_expr(config.num_shared_experts == 0):
+        source, slot, weight = routed_row(launch, counts, index)
+    else:
+        column = config.top_k + expert - config.experts_per_rank
+        source, slot = launch.rank, index * config.slots_per_token + column
+        weight = float_bits(launch.shared_weight)
+        if expert < config.experts_per_rank:
+            source, slot, weight = routed_row(launch, counts, index)
+    return source, slot, weight
 
 
 @cute.jit
@@ -327,7 +369,7 @@ def pull(
     still unpublished. `zeros` is shared memory with zeros for `budget.zero_bytes`.
     """
     shape = launch.shape
-    block_m, ranks = shape.kernel.block_m, shape.config.num_ranks
+    block_m = shape.kernel.block_m
     has_scales = shape.config.recipe.tokens.has_scales
     row_bytes, piece_bytes = shape.token_row_bytes, buffers.piece_bytes
     pieces = row_bytes // piece_bytes
@@ -342,22 +384,21 @@ def pull(
     # so a fast peer may already be writing the next launch's records.
     arch.fence_proxy(INPUT_STAGED.kind)
     row = Int32(worker)
-    counted = Int32(-1)  # the expert whose count records lie in shared memory
+    counted = Int32(-1)  # place of the expert whose count records lie in shared memory,
+    expert = Int32(0)  # and the expert
     position = schedule.seek_pull(
         schedule.PullWalk(Int32(0), Int32(0), Int32(0)), row, received, num_live, block_m
     )
     while position.expert < num_live:
         if position.expert != counted:
-            load_counts(launch, buffers.counts, Int32(expert_ids[position.expert]), lane)
+            expert = Int32(expert_ids[position.expert])
+            if const_expr(shape.config.num_shared_experts == 0):
+                load_counts(launch, buffers.counts, expert, lane)
+            elif expert < shape.config.experts_per_rank:
+                load_counts(launch, buffers.counts, expert, lane)
             counted = position.expert
         index = row - position.first_row
-        source, turn = schedule.pick_source(buffers.counts, 0, 2, ranks, index)
-        offset = buffers.counts[source * 2 + 1]
-        record = (
-            address(launch, "routed_record", source)
-            + Int64(offset + turn) * wire.ROUTED_RECORD_BYTES
-        )
-        slot, weight = load_global_v2(record)
+        source, slot, weight = row_of(launch, buffers.counts, expert, index)
         block = position.first_block + index // block_m
         row_in_block = index % block_m
         ring_row = schedule.ring_row(block, shape.ring, block_m) + row_in_block
