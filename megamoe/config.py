@@ -57,6 +57,14 @@ class MoEConfig:
         """
         return self.experts_per_rank + self.num_shared_experts
 
+    def experts_of(self, rank: int) -> list[int]:
+        """Numbers of the local experts of a rank, in order: its routed ones, then the shared ones,
+        which are numbered from `num_experts` on.
+        """
+        first = rank * self.experts_per_rank
+        shared = range(self.num_experts, self.num_experts + self.num_shared_experts)
+        return [*range(first, first + self.experts_per_rank), *shared]
+
     @property
     def slots_per_token(self) -> int:
         """Rows that come back for a token and are added, those of the K columns first."""

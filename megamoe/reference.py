@@ -50,8 +50,8 @@ class Weights(NamedTuple):
         """The tensors that are there, in order."""
         return [tensor for tensor in self if tensor is not None]
 
-    def of(self, experts: int | slice) -> Weights:
-        """The weights of one expert, or of a slice of them; no copy."""
+    def of(self, experts: int | slice | list[int]) -> Weights:
+        """The weights of one expert, or of a slice of them, not copied, or of a list, copied."""
         return Weights._make(None if tensor is None else tensor[experts] for tensor in self)
 
 

@@ -11,9 +11,9 @@ from megamoe.precision import PRECISIONS
 
 
 def layer(
-    num_experts, top_k, hidden, intermediate, tokens, ranks, precision="bf16", **kernel
+    num_experts, top_k, hidden, intermediate, tokens, ranks, precision="bf16", shared=0, **kernel
 ) -> dict:
-    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks, precision)
+    config = MoEConfig(num_experts, top_k, hidden, intermediate, tokens, ranks, precision, shared)
     return {**dataclasses.asdict(config), "kernel": kernel}
 
 
@@ -58,6 +58,15 @@ SCALED = {
     **_scaled("int4", "fp8_int4"),
 }
 STRESS["block_stress8"] = layer(16, 4, 256, 128, 64, 8, "fp8_block", pool_blocks=12)
+#: With experts that every token goes to.
+SHARED = {
+    "shared1": layer(16, 4, 512, 256, 256, 1, shared=1),
+    "shared4": layer(16, 4, 512, 256, 256, 4, shared=2),
+    "shared_block1": layer(16, 4, 512, 256, 256, 1, "fp8_block", shared=1),
+    "shared_block4": layer(16, 4, 512, 256, 256, 4, "fp8_block", shared=1),
+    "shared_ring": layer(8, 4, 256, 256, 512, 2, "fp8_block", 1, pool_blocks=3, group_blocks=2),
+    "shared_mxfp44": layer(16, 4, 512, 256, 256, 4, "fp8_mxfp4", shared=1),
+}
 QWEN3 = {"qwen3_block": layer(16, 4, 256, 128, 512, 1)}  # of a small Qwen3-MoE
 #: 1.6 GB of weights: some 0.4 ms on H200, long beside what timing adds, whatever the clocks do.
 TIMED = {"timed1": layer(32, 8, 4096, 2048, 64, 1)}
@@ -69,4 +78,4 @@ ALONE = {
 }
 #: Dispatch alone over a ring that is too small: nobody frees its slots.
 ALONE["dispatch_ring"] = layer(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")
-CONFIGS = {**SMALL, **EDGE, **MANY, **SCALED, **STRESS, **QWEN3, **TIMED, **ALONE}
+CONFIGS = {**SMALL, **EDGE, **MANY, **SCALED, **SHARED, **STRESS, **QWEN3, **TIMED, **ALONE}

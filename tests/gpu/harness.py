@@ -55,10 +55,27 @@ def weights_of(
 
 
 def all_weights(moe: MegaMoE) -> reference.Weights:
+    """Of the routed experts, then of the shared ones."""
     config = moe.config
     return weights_of(
-        config.num_experts, config.hidden_size, config.intermediate_size, config.precision
-    )
+        config.num_experts + config.num_shared_experts, config.hidden_size,
+        config.intermediate_size, config.precision,
+    )  # fmt: skip
+
+
+def weights_here(moe: MegaMoE) -> reference.Weights:
+    """What the ranks of this process hold."""
+    weights, config = all_weights(moe), moe.config
+    if not config.num_shared_experts and not moe.group:
+        return weights
+    experts = [expert for rank in moe.local_ranks for expert in config.experts_of(rank)]
+    index = torch.tensor(experts, device="cuda")
+    return reference.Weights(*(None if part is None else take(part, index) for part in weights))
+
+
+def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """tensor[index] of any dtype, by its bytes."""
+    return tensor.view(torch.uint8)[index].view(tensor.dtype)
 
 
 def make_moe(name: str, **options) -> MegaMoE:
@@ -76,7 +93,7 @@ def make_moe(name: str, **options) -> MegaMoE:
         **fields,
         **options,
     )
-    moe.load_weights(*all_weights(moe))
+    moe.load_weights(*weights_here(moe))
     return moe
 
 
@@ -156,10 +173,13 @@ def expected_of(moe: MegaMoE, xs, ids, weights, rounding: bool) -> list[torch.Te
     without those behind the input.
     """
     exact_float32()
+    config, factor = moe.config, moe.shared_weight
+    shared = config.num_experts, config.num_shared_experts, factor
     return [
         reference.moe_forward(
-            x, idx, weight.nan_to_num(), *all_weights(moe), precision=moe.config.precision,
-            clamp=moe.activation_clamp, rounding=rounding, compute=torch.float64,
+            x, *reference.with_shared(idx, weight.nan_to_num(), *shared), *all_weights(moe),
+            precision=config.precision, clamp=moe.activation_clamp, rounding=rounding,
+            compute=torch.float64,
         )
         for x, idx, weight in zip(xs, ids, weights, strict=True)
     ]  # fmt: skip

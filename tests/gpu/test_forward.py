@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megamoe import reference
-from tests.gpu.configs import EDGE, SCALED, SMALL
+from tests.gpu.configs import EDGE, SCALED, SHARED, SMALL
 from tests.gpu.harness import (
     assert_at_rest,
     assert_correct,
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("name", [*SMALL, *EDGE, *SCALED])
+@pytest.mark.parametrize("name", [*SMALL, *EDGE, *SCALED, *SHARED])
 def test_forward_matches_the_oracle(name, routing):
     moe = shared_moe(name)
     poison(moe)
@@ -34,7 +34,10 @@ def test_forward_matches_the_oracle(name, routing):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 127, 128, 129, 255])
-@pytest.mark.parametrize("name", [*SMALL, "block4", "channel4", "mxfp44", "mxfp4_token4", "int44"])
+@pytest.mark.parametrize(
+    "name",
+    [*SMALL, "block4", "channel4", "mxfp44", "mxfp4_token4", "int44", "shared4", "shared_block4"],
+)
 def test_token_counts(name, tokens):
     moe = shared_moe(name)
     poison(moe)
@@ -54,6 +57,8 @@ def test_token_counts(name, tokens):
         "mxfp4_ring",
         "mxfp4_token_ring",
         "int4_ring",
+        "shared4",
+        "shared_ring",
     ],
 )
 def test_two_runs_are_bit_identical(name):
@@ -96,12 +101,13 @@ def test_input_buffer_needs_no_copy():
 
 
 @pytest.mark.parametrize(
-    "name", ["small1", "small4", "block4", "channel4", "mxfp44", "mxfp4_token4", "int44"]
+    "name",
+    ["small1", "small4", "block4", "channel4", "mxfp44", "mxfp4_token4", "int44", "shared4"],
 )
 def test_received_rows_are_added_to_expert_counts(name):
     moe = shared_moe(name)
     xs, ids, weights = inputs_of(moe, "masked", seed=9)
-    local = moe.config.local_experts
+    local = moe.config.experts_per_rank
     counts = [
         torch.full((local,), rank, dtype=torch.int32, device="cuda") for rank in range(len(xs))
     ]
@@ -123,3 +129,10 @@ def test_a_clamped_activation(name):
     assert_correct(moe, outputs, *inputs)
     free = forward(shared_moe(name), *inputs)
     assert all(reference.relative_error(a, b) > 0.1 for a, b in zip(outputs, free, strict=True))
+
+
+@pytest.mark.parametrize("name", ["shared1", "shared_block4", "shared_mxfp44"])
+def test_shared_experts_have_a_factor(name):
+    moe = make_moe(name, shared_weight=-0.5)
+    inputs = inputs_of(moe, "masked", seed=12)
+    assert_correct(moe, forward(moe, *inputs), *inputs)

@@ -36,6 +36,9 @@ pytestmark = pytest.mark.gpu
         "mxfp44",
         "mxfp4_token4",
         "int44",
+        "shared4",
+        "shared_block4",
+        "shared_mxfp44",
     ],
 )
 def test_replay_equals_eager_with_other_contents(name):

@@ -28,6 +28,7 @@ def _of_world(ranks: int) -> dict[str, dict]:
         f"{name}_mxfp4": layer(16, 4, 512, 256, 256, ranks, "fp8_mxfp4"),
         f"{name}_mxfp4_token": layer(16, 4, 512, 256, 256, ranks, "fp8_mxfp4_token"),
         f"{name}_int4": layer(16, 4, 512, 256, 256, ranks, "fp8_int4"),
+        f"{name}_shared": layer(16, 4, 512, 256, 256, ranks, "fp8_block", shared=1),
         f"{name}_block_stress": layer(16, 4, 256, 128, 64, ranks, "fp8_block", pool_blocks=4),
     }
 

@@ -47,7 +47,7 @@ def virtual_outputs(context: Context, name: str, cases: list[tuple[str, int]]) -
     if context.rank != 0:
         return None
     moe = layer.construct(context, name, group=None, world=context.world)
-    moe.load_weights(*harness.all_weights(moe))
+    moe.load_weights(*harness.weights_here(moe))
     return [
         [bits(y) for y in harness.forward(moe, *harness.inputs_of(moe, *case))] for case in cases
     ]
@@ -77,8 +77,7 @@ def counted_rows(context: Context, name: str) -> None:
     moe = layer.shared(context, name)
     everyone = harness.inputs_of(moe, "masked", 4)
     x, idx, weights = (part[context.rank] for part in everyone)
-    local = moe.config.local_experts
-    counts = torch.ones(local, dtype=torch.int32, device=context.device)
+    counts = torch.ones(moe.config.experts_per_rank, dtype=torch.int32, device=context.device)
     moe(x, idx, weights, expert_counts=counts)
     moe.synchronize()
     flat = torch.cat([ids.flatten() for ids in everyone[1]])
@@ -132,11 +131,6 @@ def first_launch_in_a_capture(context: Context, name: str) -> None:
     assert torch.equal(layer.forward(moe, inputs), first)
 
 
-def take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """tensor[index] of any dtype, by its bytes."""
-    return tensor.view(torch.uint8)[index].view(tensor.dtype)
-
-
 def share_a_workspace(context: Context, name: str, rounds: int) -> None:
     """Two layers with other weights (the experts in reverse order) on one workspace."""
     first = layer.shared(context, name)
@@ -144,7 +138,7 @@ def share_a_workspace(context: Context, name: str, rounds: int) -> None:
     assert second.workspace is first.workspace
     weights = harness.all_weights(first)
     backwards = torch.arange(first.config.num_experts - 1, -1, -1, device=context.device)
-    flipped = (None if field is None else take(field, backwards) for field in weights)
+    flipped = (None if field is None else harness.take(field, backwards) for field in weights)
     layer.load_slice(second, context.rank, Weights(*flipped))
     last = first.config.num_experts - 1
     known = []

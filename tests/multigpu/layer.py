@@ -47,7 +47,7 @@ def load_slice(moe: MegaMoE, rank: int, weights: Weights) -> None:
 def make(context: Context, name: str, timeout_s: float = TIMEOUT_S, **changes) -> MegaMoE:
     """A fresh module with its weights; collective."""
     moe = construct(context, name, timeout_s, **changes)
-    load_slice(moe, context.rank, harness.all_weights(moe))
+    moe.load_weights(*harness.weights_here(moe))
     return moe
 
 

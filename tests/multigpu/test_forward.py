@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 
 VARIANTS = (
     "", "_ring", "_odd", "_stress", "_block", "_channel", "_mxfp4", "_mxfp4_token", "_int4",
+    "_shared",
 )  # fmt: skip
 LARGE_ROUTINGS = ("uniform", "skewed", "all_to_one_rank", "ragged")
 
@@ -50,7 +51,7 @@ def test_staged_input_narrow_indices_and_out(jobs, variant):
     jobs.run(work.input_buffer, name=f"mp{jobs.world}{variant}")
 
 
-@pytest.mark.parametrize("variant", ["", "_block"])
+@pytest.mark.parametrize("variant", ["", "_block", "_shared"])
 def test_received_rows_are_counted(jobs, variant):
     jobs.run(work.counted_rows, name=f"mp{jobs.world}{variant}")
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 FULL = [routing for routing in ROUTINGS if routing != "ragged"]
 
 
-@pytest.mark.parametrize("variant", ["", "_ring", "_block", "_channel", "_mxfp4"])
+@pytest.mark.parametrize("variant", ["", "_ring", "_block", "_channel", "_mxfp4", "_shared"])
 def test_replay_equals_eager_with_other_contents(jobs, variant):
     jobs.run(work.graph, name=f"mp{jobs.world}{variant}", routings=FULL, tokens=100)
 

@@ -28,7 +28,7 @@ def test_no_kernel_is_built_twice(configs):
 def test_every_world_has_every_variant():
     variants = (
         "", "_ring", "_odd", "_stress", "_large", "_block", "_channel", "_mxfp4",
-        "_mxfp4_token", "_int4", "_block_stress",
+        "_mxfp4_token", "_int4", "_shared", "_block_stress",
     )  # fmt: skip
     assert set(many_gpus.CONFIGS) == {f"mp{w}{v}" for w in many_gpus.WORLDS for v in variants}
 

@@ -24,17 +24,14 @@ def all_experts(precision: str, seed: int = 1) -> reference.Weights:
     return quantize_weights(w13, w2, precision)
 
 
-def of_ranks(weights: reference.Weights, world: int) -> reference.Weights:
+def of_ranks(moe: MegaMoE, weights: reference.Weights) -> reference.Weights:
     """What the ranks hold: each its routed experts, then the shared ones."""
-    order: list[int] = []
-    for rank in range(world):
-        order += [*range(rank * E // world, (rank + 1) * E // world), *range(E, E + S)]
-    return weights.of(order)
+    return weights.of([e for rank in range(moe.num_ranks) for e in moe.config.experts_of(rank)])
 
 
 def loaded(precision: str, world: int = W, **changes) -> MegaMoE:
     moe = make(precision=precision, world=world, num_shared_experts=S, **changes)
-    moe.load_weights(*of_ranks(all_experts(precision), world))
+    moe.load_weights(*of_ranks(moe, all_experts(precision)))
     return moe
 
 
@@ -95,6 +92,7 @@ def test_numbers_of_experts_and_slots():
     config = MoEConfig(E, K, H, I, T, W, num_shared_experts=S)
     assert (config.experts_per_rank, config.local_experts) == (E // W, E // W + S)
     assert (config.slots_per_token, config.max_slots_per_rank) == (K + S, T * (K + S))
+    assert config.experts_of(1) == [4, 5, 6, 7, 8, 9]
     assert max_pool_blocks(config, KernelConfig()) == W * T * K // 128 + E // W + S
 
 
