@@ -19,9 +19,9 @@ from megamoe.config import GEMMS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch, address, peer_address
 from megamoe.kernels.ptx import (
+    as_word,
     bulk_load,
     bulk_store,
-    float_bits,
     global_ptr,
     load_global_v2,
     load_shared,
@@ -323,7 +323,7 @@ def row_of(launch: Launch, counts, expert, index):
     else:
         column = config.top_k + expert - config.experts_per_rank
         source, slot = launch.rank, index * config.slots_per_token + column
-        weight = float_bits(launch.shared_weight)
+        weight = as_word(launch.shared_weight)
         if expert < config.experts_per_rank:
             source, slot, weight = routed_row(launch, counts, index)
     return source, slot, weight

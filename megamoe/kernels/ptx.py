@@ -199,11 +199,6 @@ def as_float(word):
     return prims.mov_b32(word, target_type=Float32)
 
 
-def float_bits(value):
-    """A Float32 as an Int32."""
-    return prims.mov_b32(value, target_type=Int32)
-
-
 def as_word(value):
     return prims.mov_b32(value, target_type=Int32)
 
