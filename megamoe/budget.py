@@ -19,6 +19,7 @@ from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 WARP_ROWS = 16  # rows of a tile that one math warp owns
 PASS_ROW_BYTES = 128  # of a row in one epilogue pass: 64 bf16
 PASS_BYTES = WARP_ROWS * PASS_ROW_BYTES  # shared memory of a math warp's pass
+FEW_TOKENS = 64  # of a tile: with so many or less the operands of FP8 weights are swapped
 QUEUE_SLOTS = 2  # tiles handed over: the one in work and the next
 QUEUE_WORDS = 8  # int32 per handed-over tile
 FLAG_WORDS = 4
@@ -104,15 +105,23 @@ def barriers(kernel: KernelConfig) -> list[Part]:
     ]
 
 
+def max_tokens(config: MoEConfig, kernel: KernelConfig) -> int:
+    """Tokens of a tile whose operands are swapped, at most."""
+    return kernel.block_m if config.recipe.weights.packed else FEW_TOKENS
+
+
 def exchange(config: MoEConfig, kernel: KernelConfig) -> list[Part]:
     """What an epilogue with swapped operands reads and what its warps tell each other, for either
-    slot of the tile queue: the largest output of every token by warp, the factors of the tile's
-    weight rows, and the scales of its tokens if a row has one.
+    slot of the tile queue: the largest output of every token by warp (with FP8 weights once), the
+    factors of the tile's weight rows if they have some, and the scales of its tokens if a row has
+    one.
     """
+    recipe = config.recipe
+    maxima = kernel.num_math_warps * max_tokens(config, kernel)
     parts = {
-        "maxima": kernel.num_math_warps * kernel.block_m,
-        "row_factors": kernel.block_n,
-        "token_scales": kernel.block_m * (config.recipe.tokens.scale_columns == WHOLE_ROW),
+        "maxima": maxima if recipe.weights.packed else maxima // QUEUE_SLOTS,
+        "row_factors": kernel.block_n * recipe.weights.row_factors,
+        "token_scales": kernel.block_m * (recipe.tokens.scale_columns == WHOLE_ROW),
     }
     return [
         Part(name, "uint8", 4 * QUEUE_SLOTS * words or EMPTY_BYTES, 128)
@@ -155,7 +164,7 @@ def budget_of(config: MoEConfig, kernel: KernelConfig) -> Budget:
         # Of all sources for the expert that is being pulled.
         words("pull_counts", COUNT_RECORD_BYTES // 4 * config.num_ranks),
         words("metadata", QUEUE_SLOTS * kernel.block_m),
-        *(exchange(config, kernel) if recipe.weights.packed else ()),
+        *(exchange(config, kernel) if recipe.promotes else ()),
         *barriers(kernel),
         words("received", local),
         words("expert_ids", local, "int16"),

@@ -71,6 +71,11 @@ class Operand:
         """Of weights: True if scales by block come with a tile, laid out for it."""
         return self.scales_along_k and not self.packed
 
+    @property
+    def row_factors(self) -> bool:
+        """Of weights: True if a row's sums are multiplied by a factor of its own at the end."""
+        return self.packed or self.scale_columns == WHOLE_ROW
+
     def num_bytes(self, values: int) -> int:
         """Bytes of so many values."""
         return values * self.bits // 8

@@ -182,6 +182,15 @@ def opaque(word):
     return arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[word])
 
 
+def select(condition, yes, no):
+    """`yes` where `condition` (Int32) is not 0, else `no`: Float32, without a branch."""
+    return arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.b32 p, {$r0}, 0; selp.b32 {$w0}, {$r1}, {$r2}, p; }",
+        write_only_types=[Float32],
+        read_only_args=[condition, yes, no],
+    )
+
+
 def min_or_nan(x, y):
     """The smaller Float32, or NaN if one of them is: min.f32 would return the other."""
     return arch.inline_ptx(

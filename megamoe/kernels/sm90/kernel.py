@@ -127,7 +127,7 @@ class MegaMoEKernel:
         received, expert_ids = smem["received"], smem["expert_ids"]
         pipes = Pipes(**{name: smem[name] for name in Pipes._fields})
         exchange = None
-        if const_expr(self.config.recipe.weights.packed):
+        if const_expr(self.config.recipe.promotes):
             exchange = Exchange(**{name: smem[name] for name in Exchange._fields})
 
         if thread == 0:
@@ -206,7 +206,7 @@ class MegaMoEKernel:
             if const_expr(self.config.recipe.weights.packed):
                 swapped.math(launch, smem_a, smem_b, exchange, pipes, warp - 4, lane)
             else:
-                math(launch, smem_a, smem_b, staging, pipes, warp - 4, lane)
+                math(launch, smem_a, smem_b, staging, exchange, pipes, warp - 4, lane)
             sync.cta_barrier(launch, REPORTED)
             combine(launch, flags, thread - SM90A.group_threads, epoch)
 

@@ -197,7 +197,9 @@ def load_metadata(launch: Launch, pipes, name: Constexpr, tile, block, slot, exc
                 scales = load_words(launch, "l1_scale_buffer", block, lane)
                 to = cute.recast_ptr(exchange.token_scales, dtype=Int32)
                 store_words(to, slot * rows + lane, scales)
-        if lane == 0:
+        if const_expr(not launch.shape.config.recipe.weights.row_factors):
+            arch.mbarrier_arrive(full)
+        elif lane == 0:
             load_row_factors(launch, tile, exchange.row_factors, slot, full)
         else:
             arch.mbarrier_arrive(full)

@@ -76,7 +76,6 @@ def accumulate_scaled(
     position,
     k_blocks,
     lane,
-    warps,
     kernel: Constexpr,
 ):
     """accumulator = sum over K blocks of scale * (A @ B^T), element by element.
@@ -113,7 +112,7 @@ def accumulate_scaled(
                 warpgroup.wait_group(min(step, parts - 1) - part)
                 if const_expr(part == parts - 1):
                     arch.sync_warp()  # every lane has read its scales
-                    release(pipes.empty, stage, lane, warps)
+                    release(pipes.empty, stage, lane, 1)
                 for i in range_constexpr(size):
                     index = size * part + i
                     scale = scales[index // quarter][(i // 2) % 2]

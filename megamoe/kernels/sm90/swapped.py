@@ -26,10 +26,10 @@ from megamoe.config import GEMMS
 from megamoe.fourbit_layout import CHUNK_BYTES, CHUNK_COLUMNS
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
-from megamoe.kernels.ptx import as_float, load_shared_v2, opaque
-from megamoe.kernels.sm90 import swapped_epilogue
+from megamoe.kernels.ptx import as_float, load_shared_v2
 from megamoe.kernels.sm90.dequantize import decoder_of, expand, load_codes
 from megamoe.kernels.sm90.mainloop import release
+from megamoe.kernels.sm90.swapped_epilogue import store
 from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, take_tile
 from megamoe.launch_shape import LaunchShape
 
@@ -234,22 +234,6 @@ def accumulate_in_turn(
             expand(launch, words, codes, exponents)
         arch.sync_warp()  # every lane has read its scales and codes
         release(pipes.empty, stage, lane, 1)
-
-
-@cute.jit
-def store(
-    launch: Launch, accumulators, fc1: Constexpr, tokens: Constexpr, pipes, smem, tile, taken, warp,
-    lane,
-):  # fmt: skip
-    """The epilogue of FC1 or of FC2, once the tile's metadata is there."""
-    kernel, slot = launch.shape.kernel, taken % QUEUE_SLOTS
-    arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
-    lane = opaque(lane)
-    metadata, smem = pipes.metadata + slot * kernel.block_m, smem.of_slot(kernel, slot)
-    if const_expr(fc1):
-        swapped_epilogue.store_fc1(launch, accumulators, tokens, smem, metadata, tile, warp, lane)
-    else:
-        swapped_epilogue.store_fc2(launch, accumulators, tokens, smem, metadata, tile, warp, lane)
 
 
 @cute.jit

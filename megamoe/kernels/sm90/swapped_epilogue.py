@@ -2,10 +2,17 @@
 tokens.
 
 Accumulator element (q, r, j) of a lane in a block of 64 rows is row lane / 4 + 8 r of the 16 of its
-warp, token 8 j + 2 (lane % 4) + q. In FC1 row 8 r + g of a warp is the gate (r = 0) or the up value
-(r = 1) of one output, and outputs of the two blocks of a warpgroup lie side by side; so a warp has
-16 neighbouring places of each token's row, and a tile 128 of them, which share a scale. In FC2 a
-warp has 32 neighbouring outputs. `fourbit_layout` says which weight rows these are.
+warp, token 8 j + 2 (lane % 4) + q. Which weight rows the two blocks of a warpgroup are:
+
+- packed (`fourbit_layout`): in FC1 row 8 r + g of a warp is the gate (r = 0) or the up value
+  (r = 1) of one output, and outputs of the two blocks lie side by side. In FC2 a warp has 32
+  neighbouring outputs.
+- as they lie in the checkpoint: in FC1 the first block is the gates and the second the ups of 64
+  neighbouring outputs; two lanes trade, so that each has two outputs that lie side by side. In FC2
+  a warp has 16 neighbouring outputs of each block.
+
+Either way a warp has 16 neighbouring places of each token's row of FC1's output, and a tile 128 of
+them, which share a scale.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
 from megamoe import schedule, wire
 from megamoe.activation import SWIGLU
-from megamoe.budget import PASS_BYTES
+from megamoe.budget import PASS_BYTES, QUEUE_SLOTS, max_tokens
 from megamoe.fourbit_layout import column_at
 from megamoe.kernels import sync
 from megamoe.kernels.activation import ACTIVATIONS, NO_LIMIT
@@ -28,8 +35,10 @@ from megamoe.kernels.ptx import (
     load_shared,
     load_shared_v2,
     load_shared_v4,
+    opaque,
     pack_bf16x2,
     pack_e4m3x4,
+    select,
     store_global,
     store_global_v4,
     store_matrices_transposed,
@@ -50,7 +59,8 @@ class Exchange(NamedTuple):
     """Shared memory of the epilogue (`budget.exchange`), and what rows leave through, 2 KB a warp.
 
     Either slot of the tile queue has its own: who writes that of a tile has seen every warp give
-    back the tile before the last, which had the slot.
+    back the tile before the last, which had the slot. Maxima of FP8 weights have one place for
+    all tiles, for want of memory, and a barrier behind their readers.
     """
 
     staging: cute.Pointer
@@ -58,13 +68,32 @@ class Exchange(NamedTuple):
     row_factors: cute.Pointer
     token_scales: cute.Pointer
 
-    def of_slot(self, kernel, slot):
+    def of_slot(self, shape, slot):
         """That of one slot of the tile queue."""
+        kernel, maxima = shape.kernel, self.maxima
+        if shape.config.recipe.weights.packed:
+            maxima += slot * (4 * kernel.num_math_warps * max_tokens(shape.config, kernel))
         return self._replace(
-            maxima=self.maxima + slot * (4 * kernel.num_math_warps * kernel.block_m),
+            maxima=maxima,
             row_factors=self.row_factors + slot * (4 * kernel.block_n),
             token_scales=self.token_scales + slot * (4 * kernel.block_m),
         )
+
+
+@cute.jit
+def store(
+    launch: Launch, accumulators, fc1: Constexpr, tokens: Constexpr, pipes, smem, tile, taken, warp,
+    lane,
+):  # fmt: skip
+    """The epilogue of FC1 or of FC2, once the tile's metadata is there."""
+    kernel, slot = launch.shape.kernel, taken % QUEUE_SLOTS
+    arch.mbarrier_wait(pipes.metadata_full + slot, taken // QUEUE_SLOTS % 2)
+    lane = opaque(lane)
+    metadata, smem = pipes.metadata + slot * kernel.block_m, smem.of_slot(launch.shape, slot)
+    if const_expr(fc1):
+        store_fc1(launch, accumulators, tokens, smem, metadata, tile, warp, lane)
+    else:
+        store_fc2(launch, accumulators, tokens, smem, metadata, tile, warp, lane)
 
 
 def group_of(tokens: int) -> int:
@@ -78,13 +107,36 @@ def parts_of(accumulators, block: int):
     return [(part, 4 * slab) for part in accumulators[block] for slab in range(size)]
 
 
+def outputs_of(accumulators, packed: bool) -> list:
+    """By slab of 8 tokens and q: where the gates and where the ups of two outputs of a token are,
+    each a tensor and an index. The outputs take the places of the gates.
+    """
+    found = []
+    for blocks in zip(*(parts_of(accumulators, block) for block in range(2)), strict=True):
+        for q in range(2):
+            of_blocks = [[(part, index + 2 * r + q) for r in range(2)] for part, index in blocks]
+            found.append([list(pair) for pair in zip(*of_blocks, strict=True)])
+            if not packed:
+                found[-1] = of_blocks
+    return found
+
+
 @cute.jit
-def bound(accumulators, function: Constexpr, limit):
+def bound(accumulators, packed: Constexpr, function: Constexpr, limit):
     """The activation's bounds."""
-    for block in range_constexpr(len(accumulators)):
-        for part, index in parts_of(accumulators, block):
-            for i in range_constexpr(4):
-                part[index + i] = function(part[index + i], i >= 2, limit)
+    for places in outputs_of(accumulators, packed):
+        for is_up in range_constexpr(2):
+            for part, index in places[is_up]:
+                part[index] = function(part[index], is_up == 1, limit)
+
+
+def traded(values, odd):
+    """Of a lane's values of rows g and g + 8, and those of the lane with g ^ 1: both lanes' values
+    of row g, or if g is odd of row g + 8, that of the smaller row first.
+    """
+    first, second = values
+    theirs = arch.shuffle_sync_bfly(select(odd, first, second), offset=4)
+    return select(odd, theirs, first), select(odd, second, theirs)
 
 
 @cute.jit
@@ -99,43 +151,52 @@ def scale_tokens(accumulators, scales, t):
                 part[index + i] = part[index + i] * pair[i % 2]
 
 
+def row_factors(launch: Launch, factors, warp, g):
+    """Factors of the gates of a lane's two outputs, then of their ups."""
+    columns = launch.shape.kernel.block_n // 2
+    if launch.shape.config.recipe.weights.packed:
+        gate = factors + 4 * column_at(warp * 16 + g * 2)
+        return [[as_float(word) for word in load_shared_v2(gate + 4 * n * columns)] for n in (0, 1)]
+    gate = factors + 4 * (warp * 16 + g)
+    return [
+        [as_float(load_shared(gate + 4 * (n * columns + 8 * r))) for r in (0, 1)] for n in (0, 1)
+    ]
+
+
 @cute.jit
 def scale_and_activate(launch: Launch, accumulators, factors, warp, g):
     """Times the factors of their rows, then the activation: outputs replace the gates."""
-    activation = ACTIVATIONS[SWIGLU.name]
-    columns = launch.shape.kernel.block_n // 2
-    gate = factors + 4 * column_at(warp * 16 + g * 2)
-    of_gates = [as_float(word) for word in load_shared_v2(gate)]
-    of_ups = [as_float(word) for word in load_shared_v2(gate + 4 * columns)]
-    for block in range_constexpr(len(accumulators)):
-        for part, index in parts_of(accumulators, block):
-            for q in range_constexpr(2):
-                part[index + q] = part[index + q] * of_gates[block]
-                part[index + 2 + q] = part[index + 2 + q] * of_ups[block]
+    activation, weights = ACTIVATIONS[SWIGLU.name], launch.shape.config.recipe.weights
+    if const_expr(weights.row_factors):
+        values = row_factors(launch, factors, warp, g)
+        for places in outputs_of(accumulators, weights.packed):
+            for kind in range_constexpr(2):
+                for n in range_constexpr(2):
+                    part, index = places[kind][n]
+                    part[index] = part[index] * values[kind][n]
     if launch.clamp < NO_LIMIT:  # a branch around the work: most layers have none
-        bound(accumulators, activation.bound, launch.clamp)
-    first, second = (parts_of(accumulators, block) for block in range(2))
-    for slab in range_constexpr(len(first)):
-        pair = first[slab], second[slab]  # of one token: outputs of a pair share roundings
-        for q in range_constexpr(2):
-            gates, ups = ([part[index + r + q] for part, index in pair] for r in (0, 2))
-            outputs = activation.outputs(gates, ups, ())
-            for block in range_constexpr(2):
-                part, index = pair[block]
-                part[index + q] = outputs[block]
+        bound(accumulators, weights.packed, activation.bound, launch.clamp)
+    for places in outputs_of(accumulators, weights.packed):
+        gates, ups = ([part[index] for part, index in kind] for kind in places)
+        if const_expr(not weights.packed):
+            gates, ups = traded(gates, g % 2), traded(ups, g % 2)
+        # Of one token, side by side: outputs of a pair share roundings.
+        pair = activation.outputs(gates, ups, ())
+        for n in range_constexpr(2):
+            part, index = places[0][n]
+            part[index] = pair[n]
 
 
 @cute.jit
-def store_maxima(accumulators, maxima, g, t):
+def store_maxima(accumulators, packed: Constexpr, maxima, g, t):
     """The largest magnitude of every token among this warp's outputs. `maxima`: shared memory, a
     float32 per token.
     """
-    first, second = (parts_of(accumulators, block) for block in range(2))
-    for slab in range_constexpr(len(first)):
+    outputs = outputs_of(accumulators, packed)
+    for slab in range_constexpr(len(outputs) // 2):
         pair = []
         for q in range_constexpr(2):
-            values = [part[index + q] for part, index in (first[slab], second[slab])]
-            largest = magnitude(values)
+            largest = magnitude([part[index] for part, index in outputs[2 * slab + q][0]])
             for step in (4, 8, 16):
                 largest = arch.fmax(largest, arch.shuffle_sync_bfly(largest, offset=step))
             pair.append(as_word(largest))
@@ -148,7 +209,7 @@ def quantize(launch: Launch, tokens: Constexpr, smem, metadata, tile, warp, lane
     """Factors of outputs, by group of 32 tokens, for token number `lane` of the group. Every warp
     has all of them; one stores the scales.
     """
-    kernel = launch.shape.kernel
+    kernel, most = launch.shape.kernel, max_tokens(launch.shape.config, launch.shape.kernel)
     target = address(launch, "fc1_output_scale", tile.pool % launch.shape.ring)
     target += Int64(tile.column) * (4 * kernel.block_m)
     factors = []
@@ -156,7 +217,7 @@ def quantize(launch: Launch, tokens: Constexpr, smem, metadata, tile, warp, lane
         width = min(32, tokens - first)
         token = first + lane % width
         values = [
-            as_float(load_shared(smem.maxima + (number * 4 * kernel.block_m + token * 4)))
+            as_float(load_shared(smem.maxima + (number * 4 * most + token * 4)))
             for number in range(kernel.num_math_warps)
         ]
         weight = as_float(load_shared(metadata + token))
@@ -172,14 +233,18 @@ def quantize(launch: Launch, tokens: Constexpr, smem, metadata, tile, warp, lane
 def store_fc1(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, tile, warp, lane):
     """FC1 tile: 128 outputs of each of `tokens` tokens to `fc1_output`, and their scale."""
     shape, kernel = launch.shape, launch.shape.kernel
+    packed = shape.config.recipe.weights.packed
     g, t = lane // 4, lane % 4
     if const_expr(shape.config.recipe.tokens.scale_columns == WHOLE_ROW):
         scale_tokens(accumulators, smem.token_scales, t)
     scale_and_activate(launch, accumulators, smem.row_factors, warp, g)
-    store_maxima(accumulators, smem.maxima + warp * (4 * kernel.block_m), g, t)
+    maxima = smem.maxima + warp * (4 * max_tokens(shape.config, kernel))
+    store_maxima(accumulators, packed, maxima, g, t)
     sync.cta_barrier(launch, MATH_WARPS)
     factors = quantize(launch, tokens, smem, metadata, tile, warp, lane)
-    first, second = (parts_of(accumulators, block) for block in range(2))
+    if const_expr(not packed):
+        sync.cta_barrier(launch, MATH_WARPS)  # maxima have been read
+    outputs = outputs_of(accumulators, packed)
     staging = smem.staging + warp * PASS_BYTES
     group = group_of(tokens)
     for start in range_constexpr(0, tokens, group):
@@ -188,8 +253,8 @@ def store_fc1(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
             pairs = []
             for q in range_constexpr(2):
                 factor = arch.shuffle_sync(factors[slab // 4], slab % 4 * 8 + 2 * t + q)
-                for part, index in (first[slab], second[slab]):
-                    pairs.append(part[index + q] * factor)
+                for part, index in outputs[2 * slab + q][0]:
+                    pairs.append(part[index] * factor)
             matrices.append(pack_e4m3x4(pairs))
         token = start + lane % group
         store_matrices_transposed(staging + token * FC1_BYTES, matrices)
@@ -201,7 +266,18 @@ def store_fc1(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
         token = start + lane
         if token < tokens:
             words = load_shared_v4(staging + token * FC1_BYTES)
+            if const_expr(not packed):
+                words = in_order(words)
             store_global_v4(base + Int64(token) * shape.fc1_out_row_bytes, words)
+
+
+def in_order(words):
+    """Pairs of outputs as `traded` has left them, those of lanes with an even g before the rest."""
+    first, second = (
+        [arch.prmt(low, high, Int32(order)) for low, high in (words[:2], words[2:])]
+        for order in (0x5410, 0x7632)
+    )
+    return [*first, *second]
 
 
 @cute.jit
@@ -229,16 +305,19 @@ def targets_of(launch: Launch, tokens: Constexpr, metadata, tile, lane) -> list:
 @cute.jit
 def store_fc2(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, tile, warp, lane):
     """FC2 tile: real rows to `combine_output` of their source rank."""
-    kernel = launch.shape.kernel
+    kernel, weights = launch.shape.kernel, launch.shape.config.recipe.weights
     g = lane // 4
     targets = targets_of(launch, tokens, metadata, tile, lane)
-    row = warp * 32
+    # Of the 32 outputs of a warp, those of a block: where they begin and how far apart blocks are.
+    row, block_step = warp * 32, 16
+    if const_expr(not weights.packed):
+        row, block_step = warp // 4 * 128 + warp % 4 * 16, 64
     if tile.column * kernel.block_n + row < launch.shape.config.hidden_size:
         staging = smem.staging + warp * PASS_BYTES
-        of_rows = [
-            as_float(load_shared(smem.row_factors + 4 * (row + 8 * number + g)))
-            for number in range(4)
-        ]
+        of_rows = [None] * 4
+        if const_expr(weights.row_factors):
+            rows = [row + block * block_step + 8 * half + g for block in (0, 1) for half in (0, 1)]
+            of_rows = [as_float(load_shared(smem.row_factors + 4 * number)) for number in rows]
         blocks = [parts_of(accumulators, block) for block in range(2)]
         group = group_of(tokens)
         for start in range_constexpr(0, tokens, group):
@@ -248,7 +327,9 @@ def store_fc2(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
                     for half in range_constexpr(2):
                         part, index = blocks[block][slab]
                         factor = of_rows[2 * block + half]
-                        pair = [part[index + 2 * half + q] * factor for q in range(2)]
+                        pair = [part[index + 2 * half + q] for q in range(2)]
+                        if const_expr(factor is not None):
+                            pair = [value * factor for value in pair]
                         matrices.append(pack_bf16x2(*pair))
                 token = slab * 8 - start + lane % 8
                 chunk = (lane // 8) ^ (token // 2 % 4)
@@ -264,5 +345,6 @@ def store_fc2(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
                 ]
                 target = (Int64(high) << 32) | (Int64(low) & Int64(0xFFFFFFFF))
                 if target != 0:
-                    store_global_v4(target + (warp * FC2_BYTES + column * 16), words)
+                    output = row + column // 2 * block_step + column % 2 * 8
+                    store_global_v4(target + 2 * output, words)
             arch.sync_warp()

@@ -1,0 +1,177 @@
+"""Tiles with few tokens and FP8 weights: operands are swapped, so that the tensor cores multiply as
+many tokens as there are, and not 64 rows.
+
+A tile's 256 weight rows are four blocks of 64, as they lie in shared memory: of FC1 gate and up in
+turn, so that a warpgroup, which has two of them, holds the gates of 64 outputs and their ups. An
+accumulator holds the rows of a block by the tile's tokens, as many as there are: a multiple of 16.
+Both warpgroups work on every tile. Every number is computed as in tiles with more tokens
+(`mainloop`, `epilogue`), in the same order, so a token's bits do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Constexpr, Float32, Int64, const_expr, range_constexpr
+from cutlass.cute.nvgpu import warpgroup
+
+from megamoe import schedule
+from megamoe.architecture import SM90A
+from megamoe.budget import FEW_TOKENS, QUEUE_SLOTS, WEIGHT_SCALE_BYTES
+from megamoe.kernels import sync
+from megamoe.kernels.launch import Launch
+from megamoe.kernels.ptx import as_float, load_shared_v2
+from megamoe.kernels.sm90.mainloop import release
+from megamoe.kernels.sm90.swapped_epilogue import Exchange, store
+from megamoe.kernels.tiles import Pipes
+
+arch = cute.arch
+
+BLOCKS = 2  # of 64 weight rows, of a warpgroup
+#: Tokens of a tile that there are variants for.
+VARIANTS = range(16, FEW_TOKENS + 1, 16)
+
+
+class Operands(NamedTuple):
+    """Of one warpgroup: descriptors of its blocks of weights and of the tile's tokens in all
+    stages, sums of a K block and accumulators, by block.
+    """
+
+    mma: cute.TiledMma
+    a: list
+    b: cute.Tensor
+    sums: list
+    accumulators: list
+
+
+def operands_of(smem_tokens, smem_weights, tokens: int, group) -> Operands:
+    """Operands of warpgroup `group` for `tokens` tokens, for one tile."""
+    major, dtype = cute.nvgpu.OperandMajorMode.K, smem_tokens.element_type
+    mma = sm90.make_trivial_tiled_mma(
+        dtype, dtype, major, major, Float32, atom_layout_mnk=(1, 1, 1), tiler_mn=(64, tokens)
+    )
+    part = mma.get_slice(0)
+    shape = part.partition_shape_C((SM90A.group_rows, tokens))
+    rows = cute.logical_divide(mma.make_fragment_A(part.partition_A(smem_weights)), (None, 1))
+    columns = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_tokens)), (None, 1))
+    return Operands(
+        mma,
+        [rows[None, (None, BLOCKS * group + n), None, None] for n in range(BLOCKS)],
+        columns[None, (None, 0), None, None],
+        [cute.make_rmem_tensor(shape, Float32) for _ in range(BLOCKS)],
+        [cute.make_rmem_tensor(shape, Float32) for _ in range(BLOCKS)],
+    )
+
+
+@cute.jit
+def issue(operands, outputs, number: Constexpr, stage, fresh: Constexpr):
+    """A block of weights @ tokens of one K block, into or onto its output, as one WGMMA group."""
+    a, b, out = operands.a[number], operands.b, outputs[number]
+    atom = cute.make_mma_atom(operands.mma.op)
+    warpgroup.fence()
+    for k in range_constexpr(cute.size(a, mode=[2])):
+        atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
+        cute.gemm(atom, out, a[None, None, k, stage], b[None, None, k, stage], out)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def accumulate(operands, pipes, position, k_blocks, lane, kernel: Constexpr):
+    """accumulators = weights @ tokens^T over `k_blocks` K blocks, the first of which is number
+    `position` of the ring.
+    """
+    stages, accumulators = kernel.num_stages, operands.accumulators
+    for block in cutlass.range(k_blocks, unroll=1):
+        stage = (position + block) % stages
+        arch.mbarrier_wait(pipes.full + stage, (position + block) // stages % 2)
+        for number in range_constexpr(BLOCKS):
+            issue(operands, accumulators, number, stage, False)
+        warpgroup.wait_group(0)
+        arch.sync_warp()
+        release(pipes.empty, stage, lane, 1)
+
+
+@cute.jit
+def accumulate_scaled(
+    operands, pipes, row_scales, weight_scales, weighted: Constexpr, position, k_blocks, lane,
+    kernel: Constexpr,
+):  # fmt: skip
+    """accumulators = sum over K blocks of scale * (weights @ tokens^T), element by element.
+
+    `row_scales`: shared pointer to the scale of this lane's first token in stage 0; every 8 tokens
+    it has two more. `weight_scales`: shared pointer to the scales of this warpgroup's two blocks of
+    the tile's weights in the first K block, unless not `weighted`.
+    """
+    stages, scale_bytes = kernel.num_stages, 4 * kernel.block_m
+    sums, accumulators = operands.sums, operands.accumulators
+    slabs = cute.size(sums[0]) // 4
+    for block in cutlass.range(k_blocks, unroll=1):
+        stage = (position + block) % stages
+        arch.mbarrier_wait(pipes.full + stage, (position + block) // stages % 2)
+        for number in range_constexpr(BLOCKS):
+            issue(operands, sums, number, stage, True)
+        # Under the tensor cores.
+        rows = row_scales + stage * scale_bytes
+        of_tokens = [
+            [as_float(word) for word in load_shared_v2(rows + 32 * slab)] for slab in range(slabs)
+        ]
+        of_weights = [Float32(1.0)] * BLOCKS
+        if const_expr(weighted):
+            words = load_shared_v2(weight_scales + block * WEIGHT_SCALE_BYTES)
+            of_weights = [as_float(word) for word in words]
+        for number in range_constexpr(BLOCKS):
+            warpgroup.wait_group(BLOCKS - 1 - number)
+            if const_expr(number == BLOCKS - 1):
+                arch.sync_warp()  # every lane has read its scales
+                release(pipes.empty, stage, lane, 1)
+            for slab in range_constexpr(slabs):
+                scales = [scale * of_weights[number] for scale in of_tokens[slab]]
+                for i in range_constexpr(4):
+                    index = 4 * slab + i
+                    promoted = sums[number][index] * scales[i % 2]
+                    accumulators[number][index] = accumulators[number][index] + promoted
+
+
+@cute.jit
+def multiply(
+    launch: Launch, operands, pipes: Pipes, tile, taken, position, k_blocks, group, lane
+):  # fmt: skip
+    """The product of a tile: the sums of this warpgroup's blocks."""
+    recipe, kernel = launch.shape.config.recipe, launch.shape.kernel
+    for accumulator in operands.accumulators:
+        accumulator.fill(0.0)
+    weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_scale_bytes
+    scaled = (
+        operands, pipes, pipes.row_scales + lane % 4 * 8, weights + group * 8,
+        recipe.weights.scales_along_k, position, k_blocks, lane, kernel,
+    )  # fmt: skip
+    if const_expr(recipe.fc1_promotes):
+        accumulate_scaled(*scaled)
+    elif tile.phase == schedule.PHASE_FC1:  # one scale per row for all of K
+        accumulate(operands, pipes, position, k_blocks, lane, kernel)
+    else:
+        accumulate_scaled(*scaled)
+
+
+@cute.jit
+def multiply_and_store(
+    launch: Launch, smem_tokens, smem_weights, pipes: Pipes, smem: Exchange, tile, taken, position,
+    k_blocks, warp, lane,
+):  # fmt: skip
+    """A tile with at most FEW_TOKENS tokens. Returns when its product was done."""
+    multiplied = Int64(0)
+    for tokens in VARIANTS:
+        if tile.rows > tokens - 16 and tile.rows <= tokens:
+            group = warp // 4
+            operands = operands_of(smem_tokens, smem_weights, tokens, group)
+            multiply(launch, operands, pipes, tile, taken, position, k_blocks, group, lane)
+            multiplied = sync.trace_clock(launch)
+            parts = [[accumulator] for accumulator in operands.accumulators]
+            if tile.phase == schedule.PHASE_FC1:
+                store(launch, parts, True, tokens, pipes, smem, tile, taken, warp, lane)
+            else:
+                store(launch, parts, False, tokens, pipes, smem, tile, taken, warp, lane)
+    return multiplied
