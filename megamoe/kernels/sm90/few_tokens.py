@@ -31,6 +31,9 @@ from megamoe.kernels.tiles import Pipes
 arch = cute.arch
 
 BLOCKS = 2  # of 64 weight rows, of a warpgroup
+#: K blocks whose products follow each other without a pause. With a scale per output channel there
+#: are no registers for that.
+RUN = {True: 4, False: 1}
 #: Tokens of a tile that there are variants for.
 VARIANTS = range(16, FEW_TOKENS + 1, 16)
 
@@ -79,19 +82,44 @@ def issue(operands, outputs, number: Constexpr, stage, fresh: Constexpr):
 
 
 @cute.jit
+def await_stage(pipes, place, stages: Constexpr):
+    """Wait for the K block at ring position `place`; its stage."""
+    stage = place % stages
+    arch.mbarrier_wait(pipes.full + stage, place // stages % 2)
+    return stage
+
+
+@cute.jit
 def accumulate(operands, pipes, position, k_blocks, lane, kernel: Constexpr):
     """accumulators = weights @ tokens^T over `k_blocks` K blocks, the first of which is number
-    `position` of the ring.
+    `position` of the ring. Of a K block at a time: with the next in flight registers were spilled.
     """
-    stages, accumulators = kernel.num_stages, operands.accumulators
+    stages = kernel.num_stages
     for block in cutlass.range(k_blocks, unroll=1):
-        stage = (position + block) % stages
-        arch.mbarrier_wait(pipes.full + stage, (position + block) // stages % 2)
+        stage = await_stage(pipes, position + block, stages)
         for number in range_constexpr(BLOCKS):
-            issue(operands, accumulators, number, stage, False)
+            issue(operands, operands.accumulators, number, stage, False)
         warpgroup.wait_group(0)
-        arch.sync_warp()
         release(pipes.empty, stage, lane, 1)
+
+
+def promote(accumulator, sums, scales, of_block):
+    """accumulator += sums * scale of the token * that of the block. `scales`: shared pointer to the
+    scale of this lane's first token; every 8 tokens it has two more.
+    """
+    for slab in range(cute.size(accumulator) // 4):
+        pair = [as_float(word) * of_block for word in load_shared_v2(scales + 32 * slab)]
+        for i in range(4):
+            index = 4 * slab + i
+            promoted = sums[index] * pair[i % 2]
+            accumulator[index] = accumulator[index] + promoted
+
+
+def load_block_scales(weight_scales, weighted: bool, block) -> list:
+    """Scales of this warpgroup's two blocks of weights in K block number `block`."""
+    if not weighted:
+        return [Float32(1.0)] * BLOCKS
+    return [as_float(word) for word in load_shared_v2(weight_scales + block * WEIGHT_SCALE_BYTES)]
 
 
 @cute.jit
@@ -101,38 +129,46 @@ def accumulate_scaled(
 ):  # fmt: skip
     """accumulators = sum over K blocks of scale * (weights @ tokens^T), element by element.
 
-    `row_scales`: shared pointer to the scale of this lane's first token in stage 0; every 8 tokens
-    it has two more. `weight_scales`: shared pointer to the scales of this warpgroup's two blocks of
-    the tile's weights in the first K block, unless not `weighted`.
+    `row_scales`: shared pointer to the scale of this lane's first token in stage 0.
+    `weight_scales`: shared pointer to the scales of this warpgroup's two blocks of the tile's
+    weights in the first K block, unless not `weighted`.
+    """
+    scales, run = (row_scales, weight_scales, weighted), RUN[weighted]
+    runs = k_blocks // run
+    for number in cutlass.range(runs, unroll=1):
+        accumulate_run(operands, pipes, *scales, position, number * run, run, lane, kernel)
+    if const_expr(run > 1):
+        for block in cutlass.range(runs * run, k_blocks, 1, unroll=1):
+            accumulate_run(operands, pipes, *scales, position, block, 1, lane, kernel)
+
+
+@cute.jit
+def accumulate_run(
+    operands, pipes, row_scales, weight_scales, weighted: Constexpr, position, first,
+    count: Constexpr, lane, kernel: Constexpr,
+):  # fmt: skip
+    """`count` K blocks from number `first` on. While the sums of one block are promoted, the tensor
+    cores work on the other, of the same K block or of the next. Runs are straight code: with
+    products in flight around a loop ptxas serialised them (C7514).
     """
     stages, scale_bytes = kernel.num_stages, 4 * kernel.block_m
-    sums, accumulators = operands.sums, operands.accumulators
-    slabs = cute.size(sums[0]) // 4
-    for block in cutlass.range(k_blocks, unroll=1):
-        stage = (position + block) % stages
-        arch.mbarrier_wait(pipes.full + stage, (position + block) // stages % 2)
+    accumulators, sums = operands.accumulators, operands.sums
+    held = [await_stage(pipes, position + first, stages)]
+    for number in range_constexpr(BLOCKS):
+        issue(operands, sums, number, held[0], True)
+    for step in range_constexpr(count):
+        of_blocks = load_block_scales(weight_scales, weighted, first + step)
+        last = step == count - 1
+        if const_expr(not last):
+            held.append(await_stage(pipes, position + first + step + 1, stages))
         for number in range_constexpr(BLOCKS):
-            issue(operands, sums, number, stage, True)
-        # Under the tensor cores.
-        rows = row_scales + stage * scale_bytes
-        of_tokens = [
-            [as_float(word) for word in load_shared_v2(rows + 32 * slab)] for slab in range(slabs)
-        ]
-        of_weights = [Float32(1.0)] * BLOCKS
-        if const_expr(weighted):
-            words = load_shared_v2(weight_scales + block * WEIGHT_SCALE_BYTES)
-            of_weights = [as_float(word) for word in words]
-        for number in range_constexpr(BLOCKS):
-            warpgroup.wait_group(BLOCKS - 1 - number)
-            if const_expr(number == BLOCKS - 1):
-                arch.sync_warp()  # every lane has read its scales
-                release(pipes.empty, stage, lane, 1)
-            for slab in range_constexpr(slabs):
-                scales = [scale * of_weights[number] for scale in of_tokens[slab]]
-                for i in range_constexpr(4):
-                    index = 4 * slab + i
-                    promoted = sums[number][index] * scales[i % 2]
-                    accumulators[number][index] = accumulators[number][index] + promoted
+            warpgroup.wait_group(0 if last and number == BLOCKS - 1 else 1)
+            rows = row_scales + held[step] * scale_bytes
+            promote(accumulators[number], sums[number], rows, of_blocks[number])
+            if const_expr(not last):
+                issue(operands, sums, number, held[step + 1], True)
+        arch.sync_warp()  # every lane has read its scales
+        release(pipes.empty, held[step], lane, 1)
 
 
 @cute.jit
@@ -144,10 +180,9 @@ def multiply(
     for accumulator in operands.accumulators:
         accumulator.fill(0.0)
     weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_scale_bytes
-    scaled = (
-        operands, pipes, pipes.row_scales + lane % 4 * 8, weights + group * 8,
-        recipe.weights.scales_along_k, position, k_blocks, lane, kernel,
-    )  # fmt: skip
+    rows, weights = pipes.row_scales + lane % 4 * 8, weights + group * 8
+    weighted = recipe.weights.scales_along_k
+    scaled = operands, pipes, rows, weights, weighted, position, k_blocks, lane, kernel
     if const_expr(recipe.fc1_promotes):
         accumulate_scaled(*scaled)
     elif tile.phase == schedule.PHASE_FC1:  # one scale per row for all of K
