@@ -2,13 +2,14 @@
 
 Work is counted from the real `topk_idx`, per GPU, masked slots left out; ranks that share a GPU add
 up there.
-- math: 6 * routed tokens * H * I, the multiply-adds of FC1 (2I columns) and FC2.
-- hbm: the weights of the touched experts with their scales once, each token's input (bf16) and
-  routing once and its output once. Rows held between dispatch, FC1, FC2 and combine can stay in the
-  cache and are left out.
+- math: 6 * routed tokens * H * I, the multiply-adds of FC1 (2I columns) and FC2; a shared expert
+  has every token of a rank.
+- hbm: the weights of the touched experts with their scales once, of shared ones those of every rank
+  with tokens, each token's input (bf16) and routing once and its output once. Rows held between
+  dispatch, FC1, FC2 and combine can stay in the cache and are left out.
 - nvlink: for every routed token whose expert lives on another GPU one row (with its scales) there
-  and one back. Ranks on one GPU send nothing. A link carries both directions at once, so the larger
-  of received and sent counts.
+  and one back. Ranks on one GPU send nothing, and rows of shared experts do not travel. A link
+  carries both directions at once, so the larger of received and sent counts.
 
 The bound is the slowest of the three on the busiest GPU: a lower bound, as if they overlapped
 fully.
@@ -122,6 +123,10 @@ def work_of_counts(case: Case, counts_WE: torch.Tensor, tokens_W: Sequence[int])
         rows_GG[:, gpu].index_add_(0, gpu_of_rank, owned_WE.sum(dim=1))
         touched_G[gpu] = (owned_WE.sum(dim=0) > 0).sum()
     tokens_G = [sum(tokens_W[gpu :: case.num_gpus]) for gpu in gpus]
+    computed_G, shared = rows_GG.sum(dim=0), model.num_shared_experts
+    for rank, tokens in enumerate(tokens_W):
+        computed_G[gpu_of_rank[rank]] += shared * tokens
+        touched_G[gpu_of_rank[rank]] += shared * (tokens > 0)
 
     shapes = weight_shapes(recipe, 1, model.hidden, model.intermediate).values()
     expert_bytes = sum(prod(shape) * dtype.itemsize for shape, dtype in shapes)
@@ -134,7 +139,7 @@ def work_of_counts(case: Case, counts_WE: torch.Tensor, tokens_W: Sequence[int])
     received = into * there + out_of * back
     sent = out_of * there + into * back
     return Work(
-        flops=tuple((6 * model.hidden * model.intermediate * rows_GG.sum(dim=0)).tolist()),
+        flops=tuple((6 * model.hidden * model.intermediate * computed_G).tolist()),
         hbm_bytes=tuple(
             int(touched_G[gpu]) * expert_bytes + tokens_G[gpu] * token_bytes for gpu in gpus
         ),

@@ -201,7 +201,7 @@ class AccuracyRunner(Runner):
 
         def stored(expert: int) -> reference.Weights | None:
             held = self.experts
-            return self.weights.of(expert - held.start) if expert in held else None
+            return self.weights.of(held.index(expert)) if expert in held else None
 
         def original(expert: int) -> reference.Weights | None:
             if expert not in self.experts:
@@ -281,6 +281,7 @@ class Options(AllOptions):
     verify: bool = True
     mode: str = EAGER
     reps: int = 1
+    shared_experts: int = 0
     spread: int = option(
         "let blocks of 128 columns of tokens and hidden rows differ by up to 2^BITS in magnitude, "
         "which the weights make up for: 128-wide scales lose nothing, wider ones do from about 16",

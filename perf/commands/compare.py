@@ -158,6 +158,7 @@ def describe(key: tuple) -> str:
     """A measurement in one line."""
     k = dict(zip(KEY, key, strict=True))
     shape = f"{k['model']} {k['hidden']}/{k['intermediate']}/{k['num_experts']}/{k['top_k']}"
+    shape += f"+{k['num_shared_experts']}" if k["num_shared_experts"] else ""
     ranks = f"EP{k['num_ranks']}" + (f" on {n} GPU(s)" if (n := _gpus(k)) != k["num_ranks"] else "")
     rest = f"{k['precision']} {k['routing']} {k['mode']} {k['impl']}"
     return f"{k['gpu']} {ranks}  {shape}  {k['tokens']} tokens  {rest}"

@@ -34,6 +34,7 @@ from perf.arguments import (
 )
 from perf.recording.environment import REPOSITORY
 from perf.running.options import Options as Launched
+from perf.running.options import SweepOptions
 from perf.running.plan import kernels_of
 from perf.workload.parts import ABLATION_KERNELS
 
@@ -187,6 +188,10 @@ def _skewed(gpus: int, layer: str) -> Iterator[tuple[Step, Step]]:
         yield _both(f"pro_ep{gpus}_{name}", f"{layer} --routing {routing} {_SKEWED}", gpus)
 
 
+#: What engines do, beside shared experts in the layer.
+_SHARED = f"--shared-experts 1 --two-streams {_ROOM} --tokens 1,8,128,512,2048,8192"
+
+
 def _alone(name: str, options: str, table: str, precision: str = "bf16") -> Step:
     """A sweep of Pro on two GPUs without a baseline."""
     options = f"{_EP2['pro']} {options} {_ROOM}"
@@ -218,6 +223,14 @@ EP_STEPS = (
     *_share_of_ep8(2),
     _alone("staging", "--staging --tokens 1,512,8192", "staging"),
     _alone("cold_l2", "--l2 cold --tokens 1,8192", "cold_l2", "fp8_block"),
+    Step(
+        "pro_shared_ep2_fp8",
+        f"{_EP2['pro']} {_SHARED}",
+        "shared_experts",
+        "fp8_block",
+        gpus=2,
+        baseline=False,
+    ),
 )
 
 
@@ -234,10 +247,11 @@ def steps_for(gpus: int) -> list[Step]:
 
 def configs_of(steps: Sequence[Step]) -> list[dict]:
     """Every kernel that `steps` run, for `python -m megamoe.compile --list`."""
-    parser, configs = Parser(), []
-    add_options(parser, Launched)
+    configs: list[dict] = []
     for step in steps:
-        launched: Launched = read_options(Launched, parser.parse_known_args(step.arguments)[0])
+        parser, kind = Parser(), SweepOptions if step.command == SWEEP else Launched
+        add_options(parser, kind)
+        launched: Launched = read_options(kind, parser.parse_known_args(step.arguments)[0])
         kernels = ABLATION_KERNELS if step.command == ABLATION else ({},)
         configs += [c for c in kernels_of(launched, step.gpus, kernels) if c not in configs]
     return configs

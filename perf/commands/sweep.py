@@ -12,6 +12,7 @@ at a time; an interrupt keeps what is finished. Rows with a cold L2 say so in `m
 from __future__ import annotations
 
 from perf.running.options import SweepOptions as Options
+from perf.running.plan import write_configs
 from perf.running.session import run_plans
 
 __all__ = ["SUMMARY", "Options", "run"]
@@ -25,5 +26,7 @@ EPILOG = (
 
 
 def run(options: Options) -> int:
-    """Run the sweep; the exit status (`run_plans`)."""
+    """Run the sweep, or list its kernels; the exit status (`run_plans`)."""
+    if options.list_configs:
+        return write_configs(options, [{}])
     return run_plans(options)

@@ -19,20 +19,25 @@ GROUP = tuple(name for name in KEY if name not in ("tokens", "precision", "mode"
 
 
 def shape_of(model: Model) -> str:
-    """H/I/E/K of the layer."""
-    return f"{model.hidden}/{model.intermediate}/{model.num_experts}/{model.top_k}"
+    """H/I/E/K of the layer, with +S behind it if it has S shared experts."""
+    shared = f"+{model.num_shared_experts}" if model.num_shared_experts else ""
+    return f"{model.hidden}/{model.intermediate}/{model.num_experts}/{model.top_k}{shared}"
 
 
 def is_known(model: Model) -> bool:
-    """Whether the name says the shape, but for the number of experts."""
+    """Whether the name says the shape, but for the numbers of experts."""
     known = MODELS.get(model.name)
-    return known is not None and replace(known, num_experts=model.num_experts) == model
+    if known is None:
+        return False
+    shared = model.num_shared_experts
+    return replace(known, num_experts=model.num_experts, num_shared_experts=shared) == model
 
 
 def name_of(model: Model) -> str:
     """The name of the layer in slugs: no other layer has it."""
     sizes = "" if is_known(model) else f"-h{model.hidden}-i{model.intermediate}-k{model.top_k}"
-    return f"{model.name}-e{model.num_experts}{sizes}"
+    shared = f"-s{model.num_shared_experts}" if model.num_shared_experts else ""
+    return f"{model.name}-e{model.num_experts}{sizes}{shared}"
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ def groups_of(frame, peers=None) -> list[Group]:
 
 
 def _group(key: dict, rows, peers) -> Group:
-    shape = (key[name] for name in ("model", "hidden", "intermediate", "num_experts", "top_k"))
-    model = Model(*shape)
+    sizes = ("model", "hidden", "intermediate", "num_experts", "top_k", "num_shared_experts")
+    model = Model(*(key[name] for name in sizes))
     curves = _curves(rows)
     if peers is not None and key["routing"] == "balanced" and key["ranks_per_gpu"] == 1:
         curves += _peer_curves(peers, key["gpu"], key["num_ranks"], model)

@@ -131,7 +131,8 @@ def memory_sections(groups: Sequence[Group]) -> dict[str, tuple[str, dict[str, i
                 regions = memory_of(m, group.num_ranks, precision, tokens)
             except ValueError:  # rows of a precision or shape that this source does not have
                 continue
-            layer = m.name if is_known(m) else f"{m.name} {shape_of(m)}"
+            named = is_known(m) and not m.num_shared_experts
+            layer = m.name if named else f"{m.name} {shape_of(m)}"
             title = f"{layer}, EP{group.num_ranks}, {precision}, room for {tokens:,} tokens"
             sections[name] = (title, regions, tokens)
     return {slug: (title, regions) for slug, (title, regions, _) in sections.items()}

@@ -15,9 +15,10 @@ from typing import Any
 
 from perf.workload.routings import ALIASES
 
-#: Rules: it identifies a measurement, and is no empty text and no number but a positive one; it is
-#: no empty text; a positive number; a time, which may be 0.
+#: Rules: it identifies a measurement, and is no empty text and no number but a positive one, or a
+#: count; it is no empty text; a positive number; a time, which may be 0; a count, which may too.
 IDENTIFIES, FILLED, POSITIVE, TIME = "identifies", "filled", "positive", "time"
+COUNT = "count"
 
 
 def column(
@@ -65,7 +66,10 @@ def value_of(column: Field, cell: str | None) -> object:
         value = {"int": int, "float": float}[kind](cell)
     except ValueError:
         raise ValueError(f"{column.name} {cell!r} is no number") from None
-    if (IDENTIFIES in rules or POSITIVE in rules) and not 0 < value < inf:
+    if COUNT in rules:
+        if not 0 <= value < inf:
+            raise ValueError(f"{column.name} {cell} is no count")
+    elif (IDENTIFIES in rules or POSITIVE in rules) and not 0 < value < inf:
         raise ValueError(f"{column.name} {cell} is no positive number")
     if TIME in rules and not 0 <= value < inf:
         raise ValueError(f"{column.name} {cell} is no time")
@@ -99,6 +103,7 @@ class Launched(Environment):
     intermediate: int = column(IDENTIFIES)
     num_experts: int = column(IDENTIFIES)
     top_k: int = column(IDENTIFIES)
+    num_shared_experts: int = column(IDENTIFIES, COUNT, default=0, added=True)
     tokens: int = column(IDENTIFIES)
     precision: str = column(IDENTIFIES)
     routing: str = column(IDENTIFIES, read=lambda name: ALIASES.get(name, name))

@@ -10,6 +10,14 @@ import torch
 from megamoe import compile, dsl
 from megamoe.arguments import kernel_config_of
 from perf.running.plan import Plan
+from perf.running.two_streams import plans_for
+
+
+def _beside(plan: Plan) -> Sequence[Plan]:
+    """Plans of the layers that are measured beside that of the plan; ValueError if its GPU has no
+    SMs for them.
+    """
+    return plans_for(plan) if plan.two_streams else ()
 
 
 def _check_gpu(plan: Plan) -> None:
@@ -21,7 +29,8 @@ def _check_gpu(plan: Plan) -> None:
             f"--num-sms {plan.num_sms} x {case.ranks_per_gpu} rank(s) is more "
             f"than the {sms} SMs of {gpu.name}"
         )
-    needed = case.ranks_per_gpu * (plan.workspace_bytes + plan.weight_bytes)
+    workspaces = 2 if _beside(plan) else 1
+    needed = case.ranks_per_gpu * (workspaces * plan.workspace_bytes + plan.weight_bytes)
     if needed > gpu.total_memory:
         raise ValueError(
             f"{case.model.name} in {case.precision} needs at least {needed / 2**30:.0f} GiB on "
@@ -34,9 +43,10 @@ def check_here(plans: Sequence[Plan]) -> None:
     workspace, SMs, and kernels where none can be built.
     """
     for plan in plans:
-        case = plan.case
         if not plan.emulated:
             _check_gpu(plan)
+    for plan in [one for whole in plans for one in (whole, *_beside(whole))]:
+        case = plan.case
         if not dsl.HAVE_DSL:
             config = case.config(plan.max_tokens)
             kernel = kernel_config_of(config, plan.kernel_options, plan.device)

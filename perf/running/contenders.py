@@ -18,10 +18,14 @@ from perf.running.jobs import Job
 from perf.running.layer import columns_of, config_of, layer_bound, layer_call
 from perf.running.plan import Plan
 from perf.running.timing import EAGER
-from perf.workload.cases import Inputs, make_weights
+from perf.workload.cases import Case, Inputs, make_weights
 from perf.workload.parts import MEGAMOE, STAGING
 from perf.workload.routings import may_mask
-from perf.workload.stored import expanded_weights
+from perf.workload.shared import with_all_slots, with_shared_slots
+from perf.workload.stored import chosen_weights, expanded_weights
+
+#: Takes the inputs of the ranks of this process and returns the call that is timed.
+Prepare = Callable[[Sequence[Inputs]], Callable[[], Sequence[torch.Tensor]]]
 
 
 class WrongResult(RuntimeError):
@@ -40,7 +44,7 @@ class Contender:
     """
 
     impl: str
-    prepare: Callable[[Sequence[Inputs]], Callable[[], Sequence[torch.Tensor]]]
+    prepare: Prepare
     mode: str
     max_error: float
     config: str = ""
@@ -62,7 +66,7 @@ def layer_contender(moe: megamoe.MegaMoE, mode: str, **changes) -> Contender:
 
 def one_batch(
     layer: Callable[..., torch.Tensor],
-) -> Callable[[Sequence[Inputs]], Callable[[], Sequence[torch.Tensor]]]:
+) -> Prepare:
     """`Contender.prepare` of a layer of one rank, which gets the tokens of all as one batch."""
 
     def prepare(inputs: Sequence[Inputs]) -> Callable[[], Sequence[torch.Tensor]]:
@@ -81,19 +85,20 @@ def baseline_of(job: Job, name: str, w13: torch.Tensor, w2: torch.Tensor, **argu
 
 
 def baseline_contenders(
-    plan: Plan, job: Job, weights: reference.Weights, experts: range
+    plan: Plan, job: Job, weights: reference.Weights, experts: Sequence[int]
 ) -> list[Contender]:
     """The plan's baselines over the experts of this process; where it is alone the tokens of all
-    ranks become one batch. They take the layer's quantised weights if they say so, else bf16
-    weights: the layer's if it has such, those that its 4-bit weights stand for (what engines do
-    that have no kernel for them), else the same drawn once more. Where the oracle itself rounds
-    operands to FP8, its error comes on top of the baseline's, independent of it.
+    ranks become one batch, and shared experts are some more that all tokens name; else a layer of
+    the shared ones adds its rows afterwards. They take the layer's quantised weights if they say
+    so, else bf16 weights: the layer's if it has such, those that its 4-bit weights stand for (what
+    engines do that have no kernel for them), else the same drawn once more. Where the oracle itself
+    rounds operands to FP8, its error comes on top of the baseline's, independent of it.
     """
     if not plan.baselines:
         return []
     table: Mapping[str, type[Baseline]] = BASELINES if job.alone else PROCESS_BASELINES
     masked, scaled = may_mask(plan.case.routing), plan.case.recipe.weights.has_scales
-    matrices = weights[:2]
+    case, shared, matrices = plan.case, plan.case.model.shared_experts, weights[:2]
     if scaled and not all(table[name].quantised for name in plan.baselines):
         if plan.case.recipe.weights.packed:
             matrices = expanded_weights(weights)
@@ -101,16 +106,40 @@ def baseline_contenders(
             matrices = make_weights(plan.case, plan.device, experts)
 
     def contender(name: str) -> Contender:
-        if table[name].quantised:
-            layer = baseline_of(job, name, *weights[:2], masked=masked, scales=weights[2:])
-        else:
-            layer = baseline_of(job, name, *matrices, masked=masked)
+        quantised = table[name].quantised
+        source = weights if quantised else reference.Weights(*matrices)
+        routed = [expert for expert in experts if expert not in shared]
+        chosen = chosen_weights(source, experts, case.model.experts if job.alone else routed)
+        scales = chosen[2:] if quantised else ()
+        layer = baseline_of(job, name, *chosen[:2], masked=masked, scales=scales)
+        prepare = one_batch(layer)
+        if shared and job.alone:
+            prepare = partial(_widened, case, prepare)
+        elif shared:
+            own = chosen_weights(source, experts, shared)
+            beside = one_batch(BASELINES[name](*own[:2], masked=False))
+            prepare = partial(_added, case, prepare, beside)
         mode = plan.mode if layer.capturable else EAGER
-        own_rounding = scaled and not table[name].quantised
+        own_rounding = scaled and not quantised
         bound = hypot(layer.max_error, MAX_FP8_ERROR if own_rounding else 0.0)
-        return Contender(name, one_batch(layer), mode, bound, layer.config)
+        return Contender(name, prepare, mode, bound, layer.config)
 
     return [contender(name) for name in plan.baselines]
+
+
+def _widened(
+    case: Case, layer: Prepare, inputs: Sequence[Inputs]
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """`Contender.prepare` of a layer to which shared experts are some more routed ones."""
+    return layer(with_all_slots(case, inputs))
+
+
+def _added(
+    case: Case, routed: Prepare, shared: Prepare, inputs: Sequence[Inputs]
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """`Contender.prepare` of a layer of routed experts and one of shared ones."""
+    calls = routed(inputs), shared(with_shared_slots(case, inputs))
+    return lambda: [torch.add(*rows) for rows in zip(*(call() for call in calls), strict=True)]
 
 
 def staging_contenders(plan: Plan, moe: megamoe.MegaMoE) -> list[Contender]:

@@ -43,6 +43,7 @@ def layer_of(plan: Plan, job: Job = ALONE) -> megamoe.MegaMoE:
         num_sms=plan.num_sms,
         kernel_dir=plan.kernel_dir,
         kernel_options=plan.kernel_options,
+        num_shared_experts=model.num_shared_experts,
         **ranks,
     )
 

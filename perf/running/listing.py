@@ -65,6 +65,7 @@ def title_of(case: Case) -> str:
     """Shape, precision and routing in a line."""
     model = case.model
     shape = f"H={model.hidden} I={model.intermediate} E={model.num_experts} K={model.top_k}"
+    shape += f" S={model.num_shared_experts}" if model.num_shared_experts else ""
     return (
         f"{model.name} ({shape}), EP={case.num_ranks}, {case.precision}, "
         f"{label_of(case.routing)} routing"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megamoe.config import MAX_TOP_K
 from megamoe.precision import PRECISIONS
 from perf.against import deepep
 from perf.against.baselines import PROCESS_BASELINES
@@ -26,6 +27,8 @@ from perf.running.timing import EAGER, GRAPH, L2_STATES, WARM
 from perf.workload import routings
 from perf.workload.cases import MODELS
 
+#: SMs of shared experts on a stream of their own, where nobody says how many.
+LEAST_SMS = 8
 #: Token counts per rank by device.
 TokensOf = Mapping[str, Sequence[int]]
 
@@ -100,6 +103,12 @@ class Options:
     intermediate_size: int | None = _size("I", "intermediate size")
     num_experts: int | None = _size("E", "number of experts")
     top_k: int | None = _size("K", "top k")
+    shared_experts: int = option(
+        "experts beside the routed ones that every token goes to, on its own rank",
+        default=0,
+        type=integer(0, MAX_TOP_K),
+        metavar="S",
+    )
     tokens: Sequence[int] | None = option(_tokens_text, type=token_counts, metavar="LIST")
     max_tokens: int | None = option(
         "capacity per rank, else the largest of --tokens", type=integer(1, MAX_TOKENS), metavar="T"
@@ -120,6 +129,8 @@ class Options:
     reps: int | None = None
     baseline: tuple[str, ...] = ()
     staging: bool = False
+    two_streams: bool = False
+    shared_sms: int | None = None
     ceilings: str | None = None
     csv: str | None = None
     list_configs: Path | None = None
@@ -165,3 +176,16 @@ class SweepOptions(TimedOptions):
         default=False,
         action="store_true",
     )
+    two_streams: bool = option(
+        "measure beside it what engines do: routed and shared experts as two layers, on two "
+        "streams of each GPU, and a sum",
+        default=False,
+        action="store_true",
+    )
+    shared_sms: int | None = option(
+        "SMs of the shared experts on their stream; default: by their part of the work, at least "
+        f"{LEAST_SMS}",
+        type=integer(1),
+        metavar="N",
+    )
+    list_configs: Path | None = list_configs_option()

@@ -24,6 +24,7 @@ from perf.running.jobs import Place
 from perf.running.options import DEFAULTS, Options
 from perf.running.timing import COLD, GRAPH, WARM, mode_label
 from perf.workload.cases import MODELS, Case, Model
+from perf.workload.shared import halves_of
 
 #: Name of a model whose sizes were given.
 CUSTOM = "custom"
@@ -33,7 +34,10 @@ SIZES = {
     "intermediate": "intermediate_size",
     "num_experts": "num_experts",
     "top_k": "top_k",
+    "num_shared_experts": "shared_experts",
 }
+#: Those that say nothing of a model's own shape.
+NUMBERS = ("num_experts", "num_shared_experts")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Plan:
     kernel_options: dict[str, object] = field(default_factory=dict)
     l2: str = WARM  # before every timed call
     staging: bool = False  # is measured too, where there is any
+    two_streams: bool = False  # are measured too
+    shared_sms: int | None = None  # of the shared experts there, if somebody said so
 
     def label(self, mode: str) -> str:
         """What stands in `mode` of the rows that this plan measures in a mode of `timing`."""
@@ -88,11 +94,11 @@ class Plan:
 
 
 def _model_of(options: Options) -> Model:
-    """The model with the sizes asked for; "custom" once more than its number of experts differs."""
+    """The model with the sizes asked for; "custom" once more than its numbers of experts differ."""
     model = MODELS[options.model or DEFAULTS[options.device].model]
     asked = {name: getattr(options, option) for name, option in SIZES.items()}
     sizes = {name: size for name, size in asked.items() if size}
-    if any(size != getattr(model, name) for name, size in sizes.items() if name != "num_experts"):
+    if any(size != getattr(model, name) for name, size in sizes.items() if name not in NUMBERS):
         sizes["name"] = CUSTOM
     return dataclasses.replace(model, **sizes)
 
@@ -121,10 +127,22 @@ def case_of(
         seed=options.seed,
         spread=options.spread,
     )
-    config = case.config(max_tokens)
-    budget.check(config, select(config))
+    for one in (case, *stream_cases(options, case)):
+        config = one.config(max_tokens)
+        budget.check(config, select(config))
     case.check_routing(max(tokens))
     return case, tokens, max_tokens
+
+
+def stream_cases(options: Options, case: Case) -> tuple[Case, ...]:
+    """The layers that two streams need beside that of the case; ValueError if they cannot be."""
+    if not options.two_streams:
+        if options.shared_sms is not None:
+            raise ValueError(f"--shared-sms {options.shared_sms} needs --two-streams")
+        return ()
+    if not case.model.num_shared_experts:
+        raise ValueError("--two-streams needs --shared-experts 1 or more: they get one of the two")
+    return halves_of(case)
 
 
 def kernels_of(
@@ -134,8 +152,9 @@ def kernels_of(
     entries = []
     for precision in options.precision:
         case, _, max_tokens = case_of(options, gpus, precision)
-        fields = dataclasses.asdict(case.config(max_tokens))
-        entries += [fields | ({"kernel": kernel} if kernel else {}) for kernel in kernels]
+        for one in (case, *stream_cases(options, case)):
+            fields = dataclasses.asdict(one.config(max_tokens))
+            entries += [fields | ({"kernel": kernel} if kernel else {}) for kernel in kernels]
     return entries
 
 
@@ -178,6 +197,11 @@ def plan_of(
     case, tokens, max_tokens = case_of(options, place.size if place else 1, precision)
     kernel_options = kernel_options or {}
     if deepep.NAME in options.baseline:
+        if case.model.num_shared_experts:
+            raise ValueError(
+                f"--baseline {deepep.NAME} has no shared experts: leave out "
+                f"--shared-experts {case.model.num_shared_experts}"
+            )
         deepep.check_available(case.precision, place is not None, options.verify)
     return Plan(
         case=case,
@@ -196,6 +220,8 @@ def plan_of(
         kernel_options=kernel_options,
         l2=options.l2,
         staging=options.staging,
+        two_streams=options.two_streams,
+        shared_sms=options.shared_sms,
     )
 
 

@@ -28,6 +28,7 @@ from perf.running.plan import Plan
 from perf.running.points import Point
 from perf.running.timing import Times, flush_of
 from perf.running.together import measure_together
+from perf.running.two_streams import stream_contenders
 from perf.workload.cases import Case, Inputs, make_rank_inputs
 from perf.workload.stored import make_layer_weights
 
@@ -41,8 +42,7 @@ class Runner:
         self.plan, self.job = plan, job
         case = plan.case
         self.ranks = range(case.num_ranks) if job.alone else [job.rank]
-        count = case.experts_per_rank * len(self.ranks)
-        self.experts = range(job.rank * count, (job.rank + 1) * count)
+        self.experts = case.experts_of(self.ranks)
         self.weights = make_layer_weights(case, plan.device, self.experts)
         self.moe = layer_of(plan, job)
         self.moe.load_weights(*self.weights)
@@ -54,6 +54,7 @@ class Runner:
         """What is measured beside the layer, here its staging and the baselines."""
         return [
             *staging_contenders(self.plan, self.moe),
+            *stream_contenders(self.plan, self.job, self.weights, self.experts),
             *baseline_contenders(self.plan, self.job, self.weights, self.experts),
         ]
 
@@ -65,7 +66,7 @@ class Runner:
         """The oracle's answer; None if nobody asked."""
         if not self.plan.verify:
             return None
-        return expected_of(self.job, inputs, self.weights, self.plan.case.precision)
+        return expected_of(self.job, inputs, self.weights, self.plan.case)
 
     def points(self, tokens: int) -> Iterator[Point]:
         """The layer, then its contenders: same inputs and repetitions."""

@@ -35,7 +35,7 @@ def repetitions(reps: int, us: float, batch_us: float) -> int:
     return min(max(reps, ceil(batch_us / us)), MOST * reps)
 
 
-def weights_of(case: Case, device: str, experts: range) -> list[torch.Tensor]:
+def weights_of(case: Case, device: str, experts: Sequence[int]) -> list[torch.Tensor]:
     """What `load_weights` takes, quantised expert by expert."""
     if case.precision == "bf16":
         return list(make_weights(case, device, experts))
@@ -56,9 +56,12 @@ class Held:
     """A layer with one call per token count, ready to be timed."""
 
     def __init__(self, orders: Orders, case: Case, job: Job, device: str):
-        count = case.model.num_experts // job.size
         ranks = range(case.num_ranks) if job.alone else [job.rank]
-        extra = {"kernel_dir": orders.kernel_dir, "num_sms": orders.num_sms}
+        extra = {
+            "kernel_dir": orders.kernel_dir,
+            "num_sms": orders.num_sms,
+            "num_shared_experts": case.model.num_shared_experts or None,  # others may know of none
+        }
         self.moe = megamoe.MegaMoE(
             num_experts=case.model.num_experts,
             top_k=case.model.top_k,
@@ -70,7 +73,7 @@ class Held:
             **({"world": case.num_ranks} if job.alone else {"group": dist.group.WORLD}),
             **{name: value for name, value in extra.items() if value is not None},
         )
-        experts = range(job.rank * count, (job.rank + 1) * count)
+        experts = case.experts_of(ranks)
         self.weights = weights_of(case, device, experts)  # the layer may not hold them itself
         self.moe.load_weights(*self.weights)
         self.calls: list[Prepared] = []

@@ -73,7 +73,8 @@ def sections_of(frame) -> dict[str, tuple[str, dict[int, dict[str, float]]]]:
     for number, (_, rows) in enumerate(latest.groupby(key, sort=False)):
         launches = list(rows.sort_values("tokens").itertuples())
         row = launches[0]
-        title = f"{row.model}, EP{row.num_ranks}, {row.precision}, {row.routing} routing"
+        shared = f" with {s} shared" if (s := row.num_shared_experts) else ""
+        title = f"{row.model}{shared}, EP{row.num_ranks}, {row.precision}, {row.routing} routing"
         sections[f"phases-{number}"] = (
             title,
             {

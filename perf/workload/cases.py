@@ -9,6 +9,7 @@ that covers more than 128 columns no longer fits all of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +22,23 @@ from perf.workload import routings
 
 @dataclass(frozen=True)
 class Model:
-    """Shape of one MoE layer."""
+    """Shape of one MoE layer. num_shared_experts: that every token goes to, beside its top_k."""
 
     name: str
     hidden: int
     intermediate: int
     num_experts: int
     top_k: int
+    num_shared_experts: int = 0
+
+    @property
+    def experts(self) -> range:
+        """Ids of all experts, the routed ones first."""
+        return range(self.num_experts + self.num_shared_experts)
+
+    @property
+    def shared_experts(self) -> range:
+        return self.experts[self.num_experts :]
 
 
 MODELS = {
@@ -92,7 +103,19 @@ class Case:
             max_tokens_per_rank=max_tokens,
             num_ranks=self.num_ranks,
             precision=self.precision,
+            num_shared_experts=self.model.num_shared_experts,
         )
+
+    def experts_of(self, ranks: Iterable[int]) -> Sequence[int]:
+        """Ids of the experts that these ranks, one after the other, hold, in the order in which the
+        layer takes them: of each rank the routed ones, then the shared ones.
+        """
+        count, shared = self.experts_per_rank, self.model.shared_experts
+        return [
+            expert
+            for rank in ranks
+            for expert in (*range(rank * count, (rank + 1) * count), *shared)
+        ]
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -105,6 +128,7 @@ class Case:
             "intermediate": self.model.intermediate,
             "num_experts": self.model.num_experts,
             "top_k": self.model.top_k,
+            "num_shared_experts": self.model.num_shared_experts,
             "tokens": self.tokens,
             "precision": self.precision,
             "routing": routings.label_of(self.routing),
@@ -156,13 +180,13 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> list[Inputs]:
 
 
 def make_weights(
-    case: Case, device: torch.device | str = "cpu", experts: range | None = None
+    case: Case, device: torch.device | str = "cpu", experts: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(w13 [n, 2I, H] gate then up, w2 [n, H, I]) of these experts, of all by default, drawn in
     bf16 on `device`: no float32 copy. An expert's weights depend on the seed and its number only.
     """
     device, model, dtype = torch.device(device), case.model, torch.bfloat16
-    experts = range(model.num_experts) if experts is None else experts
+    experts = model.experts if experts is None else experts
     hidden, inter = model.hidden, model.intermediate
     w13 = torch.empty(len(experts), 2 * inter, hidden, dtype=dtype, device=device)
     w2 = torch.empty(len(experts), hidden, inter, dtype=dtype, device=device)

@@ -9,6 +9,8 @@ from megamoe.config import COMBINE, DISPATCH, GEMMS
 MEGAMOE = "megamoe"
 #: What a forward does before its launch, alone.
 STAGING = f"{MEGAMOE}_staging"
+#: Routed and shared experts as layers of their own, side by side.
+TWO_STREAMS = "two_streams"
 #: Parts of a launch that a kernel can do alone (`KernelConfig.only`), in the order of tables.
 PARTS = (GEMMS, DISPATCH, COMBINE)
 #: Options of the kernels that an ablation launches: all, then each part.

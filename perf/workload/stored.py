@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megamoe import fourbit
@@ -33,7 +35,7 @@ def fp8_weights(weights: Weights) -> tuple[tuple[torch.Tensor, ...], tuple[torch
 
 
 def make_layer_weights(
-    case: Case, device: torch.device | str = "cpu", experts: range | None = None
+    case: Case, device: torch.device | str = "cpu", experts: Sequence[int] | None = None
 ) -> Weights:
     """What `MegaMoE.load_weights` takes: `make_weights`, quantised expert by expert if the
     precision has scales, so that never more than one expert is held in bf16.
@@ -41,7 +43,7 @@ def make_layer_weights(
     recipe, model = case.recipe, case.model
     if not recipe.weights.has_scales:
         return Weights(*make_weights(case, device, experts))
-    experts = range(model.num_experts) if experts is None else experts
+    experts = model.experts if experts is None else experts
     made = empty_weights(recipe, len(experts), model.hidden, model.intermediate, device)
     for place, expert in enumerate(experts):
         drawn = make_weights(case, device, range(expert, expert + 1))
@@ -49,3 +51,19 @@ def make_layer_weights(
         for whole, part in zip(made.present, one.present, strict=True):
             whole[place] = part[0]
     return made
+
+
+def chosen_weights(weights: Weights, held: Sequence[int], experts: Sequence[int]) -> Weights:
+    """Those of `experts`, from weights of `held`, where an expert may be held several times; no
+    copy where they lie side by side.
+    """
+    places = [held.index(expert) for expert in experts]
+    begin, end = places[0], places[-1] + 1
+    if places == list(range(begin, end)):
+        return weights.of(slice(begin, end))
+    index = torch.tensor(places, device=weights.w13.device)
+    return Weights._make(None if tensor is None else _rows_of(tensor, index) for tensor in weights)
+
+
+def _rows_of(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)[index].view(tensor.dtype)  # not every device indexes e4m3

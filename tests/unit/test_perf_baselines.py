@@ -222,7 +222,7 @@ def test_baselines_take_bf16_weights_made_only_if_they_are_asked_for(precision, 
     bounds = [contender.max_error for contender in contenders]
     assert bounds == pytest.approx([0.102, 0.1414] if scaled else [0.02, 0.1], rel=1e-3)
     inputs = make_inputs(case)
-    expected = expected_of(ALONE, inputs, weights, precision)
+    expected = expected_of(ALONE, inputs, weights, case)
     for contender in contenders:
         contender.refuse(expected.error(contender.prepare(inputs)()), case.tokens)
 

@@ -174,7 +174,7 @@ def test_times_of_a_cpu_are_judged_only_if_asked(tmp_path, capsys):
 @pytest.mark.parametrize("column", KEY)
 def test_rows_join_on_every_column_of_the_key(column):
     value = getattr(row(), column)
-    other = dataclasses.replace(row(), **{column: value * 2})
+    other = dataclasses.replace(row(), **{column: value * 2 or 1})
     keys = [tuple(getattr(r, name) for name in KEY) for r in (row(), other)]
     timing = Timing(1, 1, 1)
     assert pairs_of({keys[0]: timing}, {keys[1]: timing}) == []

@@ -29,10 +29,11 @@ from perf.against.roofline import work_of
 from perf.commands import accuracy
 from perf.recording.files import ResultsFile, load
 from perf.running import jobs, processes, timing
+from perf.running.contenders import baseline_contenders
 from perf.running.expected import sample_of
 from perf.running.jobs import Place, ProcessJob, place_of
 from perf.running.listing import SWEEP, Listing, heading
-from perf.running.plan import plan_of
+from perf.running.plan import Plan, plan_of
 from perf.running.runner import Runner
 from perf.running.session import measure_all
 from perf.running.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
@@ -53,6 +54,13 @@ def torchrun(rank: int = 0, size: int = 4) -> dict[str, str]:
 
 def case_of(routing: str = "balanced", precision: str = "bf16") -> Case:
     return Case(MODELS["emulated"], RANKS, TOKENS, routing=routing, precision=precision)
+
+
+def with_shared() -> Plan:
+    """Of a layer with shared experts, as each of the processes has it."""
+    argv = ["sweep", "--ranks", "2", "--routing", "masked", "--tokens", str(TOKENS)]
+    plan = plan_of(options_of([*argv, "--shared-experts", "2", "--baseline", "torch_bf16"]))
+    return dataclasses.replace(plan, case=dataclasses.replace(plan.case, ranks_per_gpu=1))
 
 
 def fields(inputs) -> tuple[torch.Tensor, ...]:
@@ -126,7 +134,7 @@ def work(rank: int, directory: Path) -> None:
         inputs = make_rank_inputs(case, rank)
         own = range(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
         weights = make_weights(case, experts=own)
-        sample = sample_of(job, inputs, Weights(*weights), case.precision, MOST)
+        sample = sample_of(job, inputs, Weights(*weights), case, MOST)
         found[routing, "sample"] = sample
         masked = routing == "masked"
         found[routing, "out"] = ExchangedTorchBf16(*weights, RANKS, masked)(*fields(inputs))
@@ -135,7 +143,13 @@ def work(rank: int, directory: Path) -> None:
         case = case_of(precision=precision)
         own = range(rank * case.experts_per_rank, (rank + 1) * case.experts_per_rank)
         weights = make_layer_weights(case, experts=own)
-        found[precision] = sample_of(job, make_rank_inputs(case, rank), weights, precision, MOST)
+        found[precision] = sample_of(job, make_rank_inputs(case, rank), weights, case, MOST)
+    shared = with_shared()
+    weights = make_layer_weights(shared.case, experts=shared.case.experts_of([rank]))
+    inputs, held = make_rank_inputs(shared.case, rank), shared.case.experts_of([rank])
+    [baseline] = baseline_contenders(shared, job, weights, held)
+    found["shared"] = sample_of(job, inputs, weights, shared.case, MOST)
+    found["shared baseline"] = baseline.prepare([inputs])()[0]
     megamoe.MegaMoE = FakeMoE
     found["sweep"] = sweep(job, directory / "rows.csv")
     argv = ["accuracy", "--tokens", "9"]
@@ -202,6 +216,18 @@ def test_the_sample_equals_the_oracle_in_fp8_too(ranks, precision):
         sample = found[precision]
         assert reference.relative_error(sample.expected, whole[sample.tokens]) < BOUND
         assert sample.error(whole) < BOUND
+
+
+def test_shared_experts_compute_a_ranks_own_tokens(ranks):
+    case = with_shared().case
+    weights = make_weights(case)
+    for found, inputs in zip(ranks[0], make_inputs(case), strict=True):
+        assert inputs.topk_idx.min() == -1
+        slots = reference.with_shared(*fields(inputs)[1:], case.model.num_experts, 2)
+        whole = reference.moe_forward(inputs.x, *slots, *weights)
+        sample = found["shared"]
+        assert reference.relative_error(sample.expected, whole[sample.tokens]) < 1e-3
+        assert reference.relative_error(found["shared baseline"], whole) < BOUND
 
 
 def test_rank_0_alone_prints_and_keeps_rows(ranks):

@@ -312,7 +312,7 @@ def test_the_same_rows_give_the_same_page(tmp_path):
         ([], "required: CSV"),
         (["{nowhere}"], "does not exist"),
         (["{notes}"], "no result rows"),
-        (["{cut}"], "cut.csv, line 3: 12 columns, expected 33"),
+        (["{cut}"], "cut.csv, line 3: 12 columns, expected 34"),
         (["{text}"], "text.csv, line 2: top_k 'four' is no number"),
         (["{rows}", "--peers", "{notes}"], "notes.csv has another header: missing ['source'"),
         (["{rows}", "--peers", "{none}"], "none.csv has another header: missing ['source'"),

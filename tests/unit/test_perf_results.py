@@ -20,9 +20,9 @@ from perf.tracing.phases import PhaseRow
 
 DOCUMENTED = (
     "date, commit, dirty, gpu, driver, torch, dsl, num_ranks, ranks_per_gpu, model, hidden, "
-    "intermediate, num_experts, top_k, tokens, precision, routing, mode, impl, us_min, us_median, "
-    "us_p95, tflops, roofline_us, roofline_bound, roofline_share, error_rel, reset_bytes, "
-    "workspace_bytes, config, sm_mhz, power_w, energy_mj"
+    "intermediate, num_experts, top_k, num_shared_experts, tokens, precision, routing, mode, impl, "
+    "us_min, us_median, us_p95, tflops, roofline_us, roofline_bound, roofline_share, error_rel, "
+    "reset_bytes, workspace_bytes, config, sm_mhz, power_w, energy_mj"
 )
 
 
@@ -154,8 +154,8 @@ def test_a_cell_that_is_none_is_named(tmp_path, column, cell, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("2027-01-01,012", ", line 2: 2 columns, expected 33"),
-        ("," * 33, ", line 2: 34 columns, expected 33"),
+        ("2027-01-01,012", ", line 2: 2 columns, expected 34"),
+        ("," * 34, ", line 2: 35 columns, expected 34"),
         ("\xff", " is no CSV file: .* can't decode"),
         ('"' + 200_000 * "x", ", line .: field larger than"),
     ],
