@@ -154,7 +154,7 @@ def test_the_contender_takes_the_quantised_weights_alone(fakes, monkeypatch):
     job = SimpleNamespace(alone=False, size=1)
     plan = SimpleNamespace(case=case, baselines=(deepep.NAME,), mode="graph", device="cpu")
     monkeypatch.setattr("perf.running.contenders.make_weights", None)
-    (contender,) = baseline_contenders(plan, job, weights, range(0))
+    (contender,) = baseline_contenders(plan, job, weights, case.model.experts)
     assert (contender.impl, contender.mode) == (deepep.NAME, EAGER)
     assert contender.max_error == MAX_FP8_ERROR
     inputs = make_rank_inputs(case, 0)
