@@ -28,6 +28,8 @@ START_S, TASK_S, MEET_S = 120.0, 60.0, 30.0
 #: After the first failure of a task the other ranks get this long to end it.
 GRACE_S = 15.0
 SET_PARENT_DEATH_SIGNAL = 1  # prctl
+#: What workers without a GPU find imported: they are forked from a process that has it.
+PRELOADED = ("tests.multigpu.launcher", "megamoe")
 
 
 class WorkerFailed(RuntimeError):
@@ -171,12 +173,14 @@ class Pool:
     def __init__(self, world: int, setup: Callable, start_timeout_s: float = START_S):
         self.world, self.broken, self._task, self._fresh = world, None, 0, False
         self.store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-        spawn = multiprocessing.get_context("spawn")
+        # A process that has used CUDA must not fork, and GPU tests set variables for their workers.
+        context = multiprocessing.get_context("spawn" if setup is setup_nccl else "forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
         self._pipes, self._processes = [], []
         for rank in range(world):
-            ours, theirs = spawn.Pipe()
+            ours, theirs = context.Pipe()
             arguments = (rank, world, setup, self.store.port, theirs)
-            process = spawn.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
