@@ -47,6 +47,18 @@ def pytest_ignore_collect(collection_path, config) -> bool | None:
     return True if other and config.option.markexpr == "quick" else None
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Unless --dist asks for more: neighbours stay in one process, so that no two of them build the
+    kernel of a module at once, and who has finished takes from the end of what others have.
+    """
+    if config.getvalue("dist") == "load":
+        from xdist.scheduler import WorkStealingScheduling
+
+        return WorkStealingScheduling(config, log)
+    return None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config, items):
     missing = {
