@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nights import at_night
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("megamoe", "workspace", "perf")
 
@@ -161,9 +163,14 @@ def test_only_kernels_and_their_builders_import_the_dsl(module):
     assert not found, f"{module} imports {found}"
 
 
-def test_there_is_no_cycle():
+def from_the_bottom_up() -> list[str]:
+    """Every module behind those that it imports; CycleError if there is no such order."""
     graph = {module: ours(imports_of(module)) - {module} for module in SOURCES}
-    list(graphlib.TopologicalSorter(graph).static_order())
+    return list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_there_is_no_cycle():
+    assert {*from_the_bottom_up()} >= {*SOURCES}
 
 
 def test_foundations_do_not_import_torch():
@@ -180,8 +187,7 @@ def test_foundations_do_not_import_torch():
         assert "torch" not in {n.split(".")[0] for n in imports_of(module)}
 
 
-# Run in a fresh interpreter: hides the DSL as if it were not installed, then imports `modules`,
-# each one first (with nothing of ours loaded before it).
+# Run in a fresh interpreter: hides the DSL as if it were not installed, then imports `modules`.
 FRESH = """
 import importlib, sys
 
@@ -197,16 +203,20 @@ importlib.util.find_spec = lambda name, package=None: (
     None if name.split(".")[0] in {hidden!r} else find_spec(name, package))
 
 for module in {modules!r}:
-    for name in list(sys.modules):
-        if name.split(".")[0] in {packages!r}:
-            del sys.modules[name]
+    if {alone!r}:
+        for name in list(sys.modules):
+            if name.split(".")[0] in {packages!r}:
+                del sys.modules[name]
     importlib.import_module(module)
 {body}
 """
 
 
-def run_fresh(modules, hidden=(), body=""):
-    code = FRESH.format(modules=list(modules), hidden=hidden, packages=PACKAGES, body=body)
+def run_fresh(modules, hidden=(), body="", alone=False):
+    """`alone`: each module is imported with nothing of ours loaded before it."""
+    code = FRESH.format(
+        modules=list(modules), hidden=hidden, packages=PACKAGES, body=body, alone=alone
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
@@ -220,14 +230,14 @@ def importable(module: str) -> bool:
 
 
 def test_everything_but_kernels_imports_without_the_dsl():
-    """As on a serving host that loads ahead-of-time kernels; each module is imported first once."""
+    """As on a serving host that loads ahead-of-time kernels."""
     body = """
 from megamoe import dsl, schedule
 assert not dsl.HAVE_DSL and not dsl.tracing()
 assert schedule.ceil_div(5, 4) == 2
 assert not [name for name in sys.modules if name.split(".")[0] == "cutlass"]
 """
-    run_fresh(filter(importable, SOURCES), hidden=("cutlass",), body=body)
+    run_fresh(filter(importable, from_the_bottom_up()), hidden=("cutlass",), body=body)
 
 
 def test_public_names_import_without_the_dsl():
@@ -242,10 +252,12 @@ for package in (megamoe, workspace):
 
 @pytest.mark.compile
 @pytest.mark.slow
-def test_every_module_imports_first():
-    """No import order is needed: a cycle would show as a partially initialised module."""
-    modules = [module for module in SOURCES if not module.endswith("__main__")]
-    run_fresh(modules)
+@pytest.mark.parametrize("alone", [False, at_night(True)])
+def test_every_module_imports_first(alone):
+    """No import order is needed. From the bottom up a module finds loaded only what stands below
+    it, and there is no cycle; at night each one is imported alone.
+    """
+    run_fresh([m for m in from_the_bottom_up() if not m.endswith("__main__")], alone=alone)
 
 
 def test_the_version_is_that_of_pyproject():
