@@ -17,8 +17,9 @@ from megamoe.machine.faults import Fault
 from megamoe.machine.ptx import parse
 
 MARK = ".cpu"  # ends the name of such a kernel
-#: Options of `cute.compile` that leave the PTX in a directory, with places in the source.
-OPTIONS = "--keep-ptx --generate-line-info --dump-dir {}"
+#: Options of `cute.compile` that leave the PTX in a directory, with places in the source. Nothing
+#: runs the machine code, so it is made in haste: the DSL cannot leave it out.
+OPTIONS = "--keep-ptx --generate-line-info --ptxas-options -O0 --dump-dir {}"
 #: What turns an object into such a library, besides objects and libraries.
 LINK_OPTIONS = ("-w", "-Wl,-Bsymbolic", "-Wl,--exclude-libs,ALL")
 RUNTIME_SOURCE = Path(__file__).parent / "cudart.c"
