@@ -104,7 +104,7 @@ def test_every_instruction_of_a_kernel(precision, monkeypatch):
 
 
 def test_the_reference_runs_a_launch(monkeypatch):
-    layer = Layer(1, 4, experts=2, num_ctas=1, checks=False, policy="eager")
+    layer = Layer(1, 3, experts=2, num_ctas=1, checks=False, policy="eager")
     monkeypatch.setattr(core, "library", lambda *_: None)
     layer.check("uniform", 0)
 

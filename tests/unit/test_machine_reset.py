@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_layer(precision: str = "bf16") -> Layer:
-    return Layer(2, 12, 2, experts=8, precision=precision, patient=False)
+    # The sizes of `tests.unit.layers`, whose kernel is there already.
+    return Layer(2, 12, 2, experts=8, hidden=256, precision=precision, patient=False)
 
 
 @pytest.fixture(scope="module")
