@@ -156,45 +156,21 @@ INT4 = Operand("uint8", 4, "float8_e4m3fn", (1, FP8_BLOCK))
 #: Packed operands that there is a format for (`megamoe.fourbit`).
 PACKED = (MXFP4, INT4)
 
+
+def _fp8(name: str, tokens: Operand, weights: Operand) -> Precision:
+    """Hidden rows are e4m3 too, with a scale per 128 columns."""
+    return Precision(name, tokens, weights, hidden=e4m3(1, FP8_BLOCK), output="bfloat16")
+
+
 PRECISIONS = {
     recipe.name: recipe
     for recipe in (
         Precision(name="bf16", tokens=BF16, weights=BF16, hidden=BF16, output="bfloat16"),
-        Precision(
-            name="fp8_block",
-            tokens=e4m3(1, FP8_BLOCK),
-            weights=e4m3(FP8_BLOCK, FP8_BLOCK),
-            hidden=e4m3(1, FP8_BLOCK),
-            output="bfloat16",
-        ),
-        Precision(
-            name="fp8_channel",
-            tokens=e4m3(1, WHOLE_ROW),
-            weights=e4m3(1, WHOLE_ROW),
-            hidden=e4m3(1, FP8_BLOCK),
-            output="bfloat16",
-        ),
-        Precision(
-            name="fp8_mxfp4",
-            tokens=e4m3(1, FP8_BLOCK),
-            weights=MXFP4,
-            hidden=e4m3(1, FP8_BLOCK),
-            output="bfloat16",
-        ),
-        Precision(
-            name="fp8_mxfp4_token",
-            tokens=e4m3(1, WHOLE_ROW),
-            weights=MXFP4,
-            hidden=e4m3(1, FP8_BLOCK),
-            output="bfloat16",
-        ),
-        Precision(
-            name="fp8_int4",
-            tokens=e4m3(1, FP8_BLOCK),
-            weights=INT4,
-            hidden=e4m3(1, FP8_BLOCK),
-            output="bfloat16",
-        ),
+        _fp8("fp8_block", tokens=e4m3(1, FP8_BLOCK), weights=e4m3(FP8_BLOCK, FP8_BLOCK)),
+        _fp8("fp8_channel", tokens=e4m3(1, WHOLE_ROW), weights=e4m3(1, WHOLE_ROW)),
+        _fp8("fp8_mxfp4", tokens=e4m3(1, FP8_BLOCK), weights=MXFP4),
+        _fp8("fp8_mxfp4_token", tokens=e4m3(1, WHOLE_ROW), weights=MXFP4),
+        _fp8("fp8_int4", tokens=e4m3(1, FP8_BLOCK), weights=INT4),
     )
 }
 
