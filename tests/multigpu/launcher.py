@@ -103,6 +103,13 @@ class Context:
         return True
 
 
+def forked_from_preloaded():
+    """The context of multiprocessing for workers without a GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
 def _client(port: int) -> dist.TCPStore:
     return dist.TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=START_S))
 
@@ -174,8 +181,8 @@ class Pool:
         self.world, self.broken, self._task, self._fresh = world, None, 0, False
         self.store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         # A process that has used CUDA must not fork, and GPU tests set variables for their workers.
-        context = multiprocessing.get_context("spawn" if setup is setup_nccl else "forkserver")
-        context.set_forkserver_preload(list(PRELOADED))
+        spawns = setup is setup_nccl
+        context = multiprocessing.get_context("spawn") if spawns else forked_from_preloaded()
         self._pipes, self._processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()

@@ -39,6 +39,7 @@ from perf.running.session import measure_all
 from perf.running.timing import COLD, EAGER, GRAPH, MODES, WARM, Times, flush_of, measure
 from perf.workload.cases import MODELS, Case, make_inputs, make_rank_inputs, make_weights
 from perf.workload.stored import make_layer_weights
+from tests.multigpu.launcher import forked_from_preloaded
 from tests.unit.perf_helpers import error_line, pretend_gpu
 
 RANKS, TOKENS, MOST = 2, 37, 16
@@ -167,7 +168,10 @@ def work(rank: int, directory: Path) -> None:
 def ranks(tmp_path_factory) -> tuple[list[dict], Path]:
     """What two processes found, and where they wrote."""
     directory = tmp_path_factory.mktemp("job")
-    torch.multiprocessing.spawn(work, (directory,), nprocs=RANKS)
+    forked_from_preloaded()
+    torch.multiprocessing.start_processes(
+        work, (directory,), nprocs=RANKS, start_method="forkserver"
+    )
     found = [torch.load(directory / f"{r}.pt", weights_only=False) for r in range(RANKS)]
     return found, directory
 
