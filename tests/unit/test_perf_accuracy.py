@@ -31,6 +31,7 @@ from tests.nights import at_night
 from tests.unit.perf_helpers import error_line
 
 FEW = ["--ranks", "2", "--num-experts", "4", "--top-k", "2", "--tokens", "16"]
+FEW += ["--intermediate-size", "512"]
 
 
 # --- definitions
@@ -135,7 +136,7 @@ SHAPES = {
     "one rank": ["--ranks", "1", "--tokens", "1,8"],
     "wide": ["--ranks", "2", "--hidden-size", "512", "--intermediate-size", "384"],
     "masked": ["--ranks", "4", "--hidden-size", "128", "--routing", "masked"],
-    "spread": [*FEW, "--intermediate-size", "512", "--spread", "16"],
+    "spread": [*FEW, "--spread", "16"],
 }
 
 
@@ -238,7 +239,7 @@ class WideHiddenScales(megamoe.MegaMoE):
 
 @pytest.mark.parametrize("broken", [WrongScale, WrongOrder, WrongRow, WideHiddenScales])
 def test_a_broken_layer_is_flagged(broken, one_thread, monkeypatch, capsys):
-    argv = ["accuracy", *FEW, "--intermediate-size", "512"]
+    argv = ["accuracy", *FEW]
     argv += ["--spread", "16"] * (broken is WideHiddenScales)
     assert main(argv) == 0
     capsys.readouterr()
