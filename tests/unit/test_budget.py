@@ -11,7 +11,8 @@ from megamoe.budget import NUM_PULL_BUFFERS, QUEUE_SLOTS, Budget, budget_of
 from megamoe.config import MoEConfig, select
 from megamoe.dsl import HAVE_DSL
 from megamoe.precision import PRECISIONS
-from tests.nights import built
+from tests.nights import at_night, one_packed
+from tests.unit import layers
 
 #: Warps of a CTA by role; of math, in each of its warpgroups.
 WARPS = {"dispatch": 1, "report": 1, "load_weights": 1, "load_tokens": 1, "math": 4}
@@ -81,8 +82,10 @@ def test_parts_lie_one_behind_the_other(precision, warpgroups):
     assert budget(precision, warpgroups).total_bytes == end
 
 
-#: Of the map's sizes: experts, ranks, rows that are pulled in pieces, stages.
+#: Of the map's sizes: experts, ranks, rows that are pulled in pieces, stages. By day those of
+#: `tests.unit.layers`, whose kernels other tests run: four recipes, with four stages or five.
 SIZES = {
+    "layers": ((layers.E, layers.K, layers.H, layers.I, layers.T, layers.W), {}),
     "small": ((8, 2, 256, 256, 16, 2), {}),
     "odd": ((9, 2, 384, 128, 16, 3), {"num_stages": 3}),
     "pieces": ((6, 2, 7168, 128, 16, 1), {"num_stages": 2, "pull_piece_bytes": 1024}),
@@ -91,10 +94,8 @@ SIZES = {
 
 @pytest.mark.compile
 @pytest.mark.skipif(not HAVE_DSL, reason="kernels are built here")
-@pytest.mark.parametrize("precision", built())
-@pytest.mark.parametrize(
-    "size", [pytest.param(size, marks=[pytest.mark.nightly] * (size != "odd")) for size in SIZES]
-)
+@pytest.mark.parametrize("precision", one_packed())
+@pytest.mark.parametrize("size", [size if size == "layers" else at_night(size) for size in SIZES])
 def test_a_launch_asks_for_the_bytes_of_the_map(precision, size):
     fields, overrides = SIZES[size]
     config = MoEConfig(*fields, precision)
