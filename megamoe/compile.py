@@ -59,6 +59,7 @@ HOST_ONLY = {
     "weights.py",
     "fourbit.py",
     "fourbit_pack.py",
+    "progress.py",
     "__init__.py",
     "views.py",
     "symmetric.py",

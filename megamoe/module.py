@@ -263,6 +263,11 @@ class MegaMoE(ResidentWeights):
         return self._running().workspace.local_ranks
 
     @property
+    def first_local_expert(self) -> int:
+        """Number of the first expert of this process; its `num_local_experts` follow each other."""
+        return self.group.rank * self.config.local_experts if self.group else 0
+
+    @property
     def nvlink_bytes(self) -> int | None:
         """Bytes that crossed ranks in the last forward; counted on a CPU only."""
         return self._running().nvlink_bytes

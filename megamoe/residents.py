@@ -9,7 +9,7 @@ Neighbours: `weights` says what is legal and how tables look, `module` launches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -117,6 +117,37 @@ class ResidentWeights(torch.nn.Module):
             self._hold(name, getattr(weights, name))
         self._adopt(replace)
 
+    @torch.no_grad()
+    def load_experts(self, read: Callable[[int, Weights], object]) -> None:
+        """Load one expert after the other: beside the weights themselves, memory is needed for
+        one expert at most.
+
+        read(expert, weights) writes an expert into `weights`: tensors as `load_weights` takes them,
+        of this expert alone (without the first axis), on the layer's device. Experts are 0..n-1 in
+        order, n and what else is legal as there. Values go into the tensors that the layer has, so
+        under captured graphs too, or into new ones. An error of `read` is passed on, and so is a
+        ValueError for 4-bit weights with a scale that is not finite: a layer without weights then
+        still has none, one with weights has some new experts, and is to be loaded again.
+
+        Raises ValueError for a layer that was closed or is on "meta".
+        """
+        self._check_open()
+        if self.device.type == "meta":
+            raise ValueError("the layer is on device 'meta': call to_empty(device='cuda') first")
+        there = self._held() if self._holds_any() else None
+        if there is not None:
+            self._check_weights(there, replace=False)
+        with torch.inference_mode(False):  # rewritten inside and outside of it
+            weights = there or empty_weights(*self._sizes(), self.device, resident=True)
+        try:
+            with torch.inference_mode():
+                self.requantized_groups = self._fill(weights, read)
+            for name in self._names:
+                self._hold(name, getattr(weights, name))
+        finally:
+            if self._holds_any():  # after an error, so that new experts have their own scales
+                self._adopt()
+
     def refresh_scales(self) -> None:
         """Bring new values of w13_scale and w2_scale to the next launch, and to replays of graphs
         that were captured before. Runs on the current stream and may itself be captured.
@@ -197,6 +228,19 @@ class ResidentWeights(torch.nn.Module):
         there = self._held() if self._holds_any() else None
         packed, self.requantized_groups = pack_weights(given, there)
         return packed
+
+    def _fill(self, weights: Weights, read: Callable[[int, Weights], object]) -> int:
+        """Read all experts into resident weights; how many groups were rounded anew."""
+        recipe, experts, hidden, intermediate = self._sizes()
+        if not recipe.weights.packed:
+            for expert in range(experts):
+                read(expert, weights.of(expert))
+            return 0
+        one, changed = empty_weights(recipe, 1, hidden, intermediate, self.device), 0
+        for expert in range(experts):
+            read(expert, one.of(0))
+            changed += pack_weights(one, weights, [expert])[1]
+        return changed
 
     def _adopt(self, replace: bool = False) -> None:
         """Let launches read what the module holds; captured graphs get new scales too."""

@@ -7,6 +7,8 @@ those of a tile side by side; scales of output channels are used as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megamoe.config import MoEConfig
@@ -66,11 +68,13 @@ def resident_shapes(
 
 
 @torch.no_grad()
-def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights, int]:
+def pack_weights(
+    weights: Weights, out: Weights | None = None, experts: Sequence[int] | None = None
+) -> tuple[Weights, int]:
     """(4-bit weights as the kernel reads them, how many groups were rounded anew) of weights in
     checkpoint layout: w13 and w2 are chunks, their scales those of rows. See `fourbit_pack.pack`,
-    also for `out`. Raises ValueError for an exponent that is NaN or a scale that is not finite, in
-    either matrix before one is written.
+    also for `out` and `experts`. Raises ValueError for an exponent that is NaN or a scale that is
+    not finite, in either matrix before one is written.
     """
     packed, changed = [], 0
     for name, scales in (("w13_scale", weights.w13_scale), ("w2_scale", weights.w2_scale)):
@@ -79,7 +83,7 @@ def pack_weights(weights: Weights, out: Weights | None = None) -> tuple[Weights,
     for order, name in ((GATE_UP, "w13"), (DOWN, "w2")):
         into = out and Packed(getattr(out, name), getattr(out, f"{name}_scale"))
         codes, scales = getattr(weights, name), getattr(weights, f"{name}_scale")
-        matrix, count = pack(codes, scales, order, into)
+        matrix, count = pack(codes, scales, order, into, experts)
         packed.append(matrix)
         changed += count
     w13, w2 = packed

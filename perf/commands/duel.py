@@ -23,6 +23,7 @@ from statistics import fmean, median
 
 import torch
 
+from megamoe.progress import Progress
 from megamoe.reference import relative_error
 from perf.arguments import check_no_results, check_writable, checked, integer, option
 from perf.recording.columns import DuelRow
@@ -37,7 +38,6 @@ from perf.running.options import DEFAULTS, csv_option, list_configs_option, prec
 from perf.running.options import Options as Launched
 from perf.running.pairing import Ratio, fought, ratio_of
 from perf.running.plan import case_of, kernels_of
-from perf.running.progress import Progress
 from perf.running.teams import Entry, TeamFailed, entry_of, started, teams_of
 from perf.workload.cases import Case
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from megamoe.faults import MegaMoEError
+from megamoe.progress import Progress
 from perf.recording.environment import environment
 from perf.recording.files import ResultsFile
 from perf.running.checks import check_here
@@ -20,7 +21,6 @@ from perf.running.options import Options
 from perf.running.plan import Plan, plans_of
 from perf.running.points import Point
 from perf.running.processes import joined, out_of_memory
-from perf.running.progress import Progress
 from perf.running.runner import Runner
 
 FAILED, INTERRUPTED = 1, 130

@@ -21,6 +21,7 @@ from megamoe.backends import GpuBackend
 from megamoe.config import KernelConfig, select
 from megamoe.faults import LaunchTimeout
 from megamoe.precision import PRECISIONS, Operand, precision_of
+from megamoe.progress import Progress
 from perf.__main__ import COMMANDS, main, options_of
 from perf.against.baselines import TorchBf16
 from perf.arguments import check_writable, nearest, token_counts
@@ -32,7 +33,6 @@ from perf.running.contenders import staging_contenders
 from perf.running.options import DEFAULTS
 from perf.running.plan import Plan, plan_of
 from perf.running.points import Point
-from perf.running.progress import Progress
 from perf.running.timing import COLD, EAGER, GRAPH, Times, measure
 from perf.workload.cases import Model, make_rank_inputs
 from tests.machine import max_relative_error

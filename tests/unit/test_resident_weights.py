@@ -55,6 +55,27 @@ def test_new_values_in_place_keep_every_address(precision, how):
         check(moe(*arguments), *arguments, precision, given=weights(precision, seed))
 
 
+@pytest.mark.parametrize("precision", built())
+def test_experts_that_come_one_by_one_keep_every_address(precision):
+    """`load_experts`: into memory of the layer, then into the same."""
+    arguments, moe = inputs(), make(precision=precision)
+    places = []
+    for seed in (2, 3):
+        given, seen = weights(precision, seed), []
+
+        def read(expert, into, given=given, seen=seen):
+            seen.append(expert)
+            for tensor, new in zip(into.present, given.of(expert).present, strict=True):
+                tensor.copy_(new)
+
+        moe.load_experts(read)
+        moe._captured = True  # as by a graph
+        places.append(addresses(moe))
+        assert seen == list(range(len(given.w13)))
+        check(moe(*arguments), *arguments, precision, given=given)
+    assert places[0] == places[1] and moe.weights_version == 1
+
+
 def test_a_write_that_torch_counts_is_seen_by_the_next_forward():
     arguments, given, other = inputs(), weights("fp8_block"), weights("fp8_block", 2)
     moe = make(precision="fp8_block")
