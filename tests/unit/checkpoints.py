@@ -1,7 +1,8 @@
 """Small checkpoints for tests: random experts in every format, written as safetensors files.
 
 An expert's matrices are random bits where any are legal. `Tensors` are the names of a model and
-what went in; `expected` says what a layer of its own precision should hold of them.
+what went in; `expected` says what a layer of its own precision should hold of them. `Holder` is
+such a layer without a kernel.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import torch
 
+from megamoe.config import MoEConfig
 from megamoe.precision import precision_of
 from megamoe.reference import Weights
+from megamoe.residents import ResidentWeights
 from megamoe.weights import empty_weights
 
 E, K, H, I = 4, 2, 128, 128  # noqa: E741
@@ -271,3 +274,31 @@ def split(form: Format, weights: Weights, scale: str | None = None, layer: int =
             for part, tensor in enumerate((gate, up, w2[expert])):
                 found[form.name(expert, part, suffix, layer)] = tensor.contiguous().clone()
     return found
+
+
+class Holder(ResidentWeights):
+    """What a rank of a layer has of weights, without a kernel."""
+
+    def __init__(self, precision: str, rank=0, world=1, clamp=None, experts=E, device="cpu"):
+        super().__init__()
+        self.config = MoEConfig(experts, K, H, I, 8, world, precision)
+        self.device, self.activation_clamp = torch.device(device), clamp
+        self.num_local_experts = self.config.local_experts
+        self.first_local_expert = rank * self.num_local_experts
+        self.reads = 0
+        self._declare()
+
+    def _read(self, weights, tables) -> None:
+        self.reads += 1
+
+
+def same(held: Weights, wanted: Weights) -> bool:
+    """Bit for bit."""
+    for a, b in zip(held, wanted, strict=True):
+        if (a is None) != (b is None):
+            return False
+        if a is not None and (a.dtype != b.dtype or a.shape != b.shape):
+            return False
+        if a is not None and not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            return False
+    return True

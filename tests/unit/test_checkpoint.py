@@ -13,11 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamoe import MegaMoE, quantize_weights
 from megamoe.checkpoint import Checkpoint, CheckpointError, files
-from megamoe.config import MoEConfig
 from megamoe.fourbit import dequantize, to_fp8_block
 from megamoe.precision import PRECISIONS
 from megamoe.reference import Weights, relative_error
-from megamoe.residents import ResidentWeights
 from megamoe.weights import pack_weights
 from tests.machine import max_relative_error
 from tests.nights import built
@@ -29,6 +27,7 @@ from tests.unit.checkpoints import (
     MLP,
     E,
     H,
+    Holder,
     I,
     K,
     Tensors,
@@ -37,6 +36,7 @@ from tests.unit.checkpoints import (
     exponents,
     filled,
     fused,
+    same,
     split,
     tensors_of,
     write,
@@ -48,38 +48,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QWEN3, V3, V4 = FORMATS["qwen3_moe"], FORMATS["deepseek_v3"], FORMATS["deepseek_v4"]
 
 
-class Holder(ResidentWeights):
-    """What a rank of a layer has of weights, without a kernel."""
-
-    def __init__(self, precision: str, rank=0, world=1, clamp=None, experts=E, device="cpu"):
-        super().__init__()
-        self.config = MoEConfig(experts, K, H, I, 8, world, precision)
-        self.device, self.activation_clamp = torch.device(device), clamp
-        self.num_local_experts = self.config.local_experts
-        self.first_local_expert = rank * self.num_local_experts
-        self.reads = 0
-        self._declare()
-
-    def _read(self, weights, tables) -> None:
-        self.reads += 1
-
-
 def load(path: Path, precision: str, **arguments):
     """(the layer, what was said of the load)"""
     moe = Holder(precision, **arguments)
     return moe, Checkpoint(path).load(moe, LAYER)
-
-
-def same(held: Weights, wanted: Weights) -> bool:
-    """Bit for bit."""
-    for a, b in zip(held, wanted, strict=True):
-        if (a is None) != (b is None):
-            return False
-        if a is not None and (a.dtype != b.dtype or a.shape != b.shape):
-            return False
-        if a is not None and not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            return False
-    return True
 
 
 def holds(moe: Holder, wanted: Weights) -> bool:
@@ -279,6 +251,21 @@ def test_of_tensors_of_all_experts_only_those_of_the_rank_are_read(tmp_path, mon
     assert spy.bytes == bytes_of(given.of(slice(2, 4)))
 
 
+def mapped(path: Path) -> list[range]:
+    """Addresses at which a file is mapped."""
+    found = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [line[0].split("-") for line in found if line[-1] == str(path)]
+    return [range(int(begin, 16), int(end, 16)) for begin, end in spans]
+
+
+@pytest.mark.parametrize("at", [None, 2])
+def test_what_is_read_is_memory_of_the_file(tmp_path, at):
+    path = write(tmp_path, fused(filled("fp8_block")))
+    with files.Files(path).open() as reader:
+        tensor = reader.read(f"{MLP.format(LAYER)}gate_up_proj", at)
+        assert any(tensor.data_ptr() in span for span in mapped(path / "model.safetensors"))
+
+
 def test_files_are_closed_after_a_load(tmp_path, monkeypatch):
     path = write(tmp_path, tensors_of(QWEN3), shards=2)
     spy = Spy(monkeypatch)
@@ -286,7 +273,7 @@ def test_files_are_closed_after_a_load(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError):
         load(path, "bf16", clamp=7.0)
     assert spy.open == 0 and spy.names
-    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert not any(mapped(file) for file in path.iterdir())
     assert moe.w13.isfinite().all()
 
 
@@ -303,20 +290,10 @@ class Allocations(TorchDispatchMode):
         for tensor in made if isinstance(made, (list, tuple)) else [made]:
             if not isinstance(tensor, torch.Tensor):
                 continue
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in inputs and not self.is_mapped(storage):
+            if tensor.untyped_storage().data_ptr() not in inputs:
                 self.total += tensor.nbytes
                 self.largest = max(self.largest, tensor.nbytes)
         return made
-
-    def is_mapped(self, storage) -> bool:
-        return storage.nbytes() == self.file_bytes
-
-    def of(self, path: Path, load) -> Allocations:
-        self.file_bytes = (path / "model.safetensors").stat().st_size
-        with self:
-            load()
-        return self
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
@@ -324,7 +301,8 @@ def test_what_is_copied_needs_no_memory_but_its_place(tmp_path, name):
     form = FORMATS[name]
     path = write(tmp_path, tensors_of(form, experts=16))
     moe = Holder(form.precision, experts=16)
-    seen = Allocations().of(path, lambda: Checkpoint(path).load(moe, LAYER))
+    with Allocations() as seen:
+        Checkpoint(path).load(moe, LAYER)
     place = bytes_of(moe._held())
     assert place <= seen.total < place + 3 * H * I // 4
 
@@ -338,7 +316,8 @@ def test_what_is_converted_needs_memory_for_one_expert(tmp_path, name, precision
     moe = Holder(precision, experts=16)
     Checkpoint(path).load(moe, LAYER)
     places = [tensor.data_ptr() for tensor in moe._held().present]
-    seen = Allocations().of(path, lambda: Checkpoint(path).load(moe, LAYER))
+    with Allocations() as seen:
+        Checkpoint(path).load(moe, LAYER)
     assert seen.largest <= 2 * 4 * 2 * I * H
     assert [tensor.data_ptr() for tensor in moe._held().present] == places
 
