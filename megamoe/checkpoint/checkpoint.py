@@ -62,7 +62,9 @@ class Checkpoint:
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of the layers that have routed experts."""
+        """Numbers of the layers that have routed experts; a predictor that is named as a layer,
+        behind the last (DeepSeek-V3, GLM-4.x), is one of them.
+        """
         return list(self._names)
 
     def describe(self, layer: int | None = None) -> str:

@@ -171,7 +171,7 @@ def detect(
     if names.unknown:
         raise _error(reader, names.unknown[0], "is unknown among routed experts, or there twice")
     if names.mixed:
-        raise CheckpointError(f"layer {layer} has tensors of one expert and tensors of all")
+        raise _lacking(reader, layer, "has tensors of one expert and tensors of all")
     for suffix, why in _REFUSED.items():
         for found in names.matrices.values():
             if suffix in found:
@@ -181,7 +181,7 @@ def detect(
     weight = next((suffix for suffix in ("weight", "weight_packed") if suffix in found), None)
     if weight is None:
         whose = "" if first is None else f" of expert {first}"
-        raise CheckpointError(f"layer {layer} has no {names.parts[0]} weights{whose}")
+        raise _lacking(reader, layer, f"has no {names.parts[0]} weights{whose}")
     scales = [suffix for suffix in SCALE_SUFFIXES if suffix in found]
     if len(scales) > 1:
         raise _error(reader, found[scales[1]], f"is a second scale beside {found[scales[0]]}")
@@ -260,9 +260,8 @@ def check(stored: Stored, reader: Reader, experts: Iterable[int]) -> None:
     if not names.fused:
         missing = set(range(stored.num_experts)) - set(names.experts)
         if missing:
-            raise CheckpointError(
-                f"layer {stored.layer} lacks experts {listed(missing)} of {stored.num_experts}"
-            )
+            what = f"lacks experts {listed(missing)} of {stored.num_experts}"
+            raise _lacking(reader, stored.layer, what)
     if names.fused:
         experts = [0]
     for expert in experts:
@@ -273,10 +272,8 @@ def check(stored: Stored, reader: Reader, experts: Iterable[int]) -> None:
             for suffix in stored.suffixes:
                 if suffix not in found:
                     whose = "" if names.fused else f" of expert {expert}"
-                    raise CheckpointError(
-                        f"layer {stored.layer} has no {part} {suffix}{whose}, as its "
-                        f"{stored.encoding.name} experts have"
-                    )
+                    what = f"has no {part} {suffix}{whose}, as {stored.encoding.name} needs"
+                    raise _lacking(reader, stored.layer, what)
                 _check_header(stored, reader, found[suffix], part, suffix)
 
 
@@ -295,3 +292,7 @@ def _either(shapes: Iterable[Shape]) -> str:
 
 def _error(reader: Reader, name: str, what: str) -> CheckpointError:
     return CheckpointError(f"{reader.path_of(name)}: {name} {what}")
+
+
+def _lacking(reader: Reader, layer: int, what: str) -> CheckpointError:
+    return CheckpointError(f"{reader.source}: layer {layer} {what}")

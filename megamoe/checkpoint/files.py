@@ -76,8 +76,13 @@ class Reader:
             self._opened[path] = opened, frozenset(opened.keys())
         opened, names = self._opened[path]
         if name not in names:
-            raise CheckpointError(f"{path} has no tensor {name}, which {self._files.source} names")
+            raise CheckpointError(f"{path} has no tensor {name}, which {self.source} names")
         return opened.get_slice(name)
+
+    @property
+    def source(self) -> Path:
+        """The file that names all tensors."""
+        return self._files.source
 
     def path_of(self, name: str) -> Path:
         """The file of a tensor."""

@@ -445,7 +445,11 @@ def test_missing_experts_are_listed(tmp_path):
     for expert in (1, 4, 5, 6, 8):
         for part in range(3):
             del tensors[QWEN3.name(expert, part, "weight")]
-    refused(write(tmp_path, tensors), r"layer 3 lacks experts 1, 4\.\.6, 8 of 10", experts=10)
+    refused(
+        write(tmp_path, tensors),
+        r"model.safetensors: layer 3 lacks experts 1, 4\.\.6, 8 of 10",
+        experts=10,
+    )
 
 
 def test_missing_experts_at_the_end_are_known_from_the_configuration(tmp_path):
