@@ -46,6 +46,7 @@ LAYERS = [
     {"megamoe.checkpoint.conversions"},
     {"megamoe.checkpoint"},
     {"megamoe"},
+    {"megamoe.integrations"},
     {"megamoe.machine.debug", "megamoe.machine.__main__"},
     {"perf.arguments"},
     {"perf.workload"},
@@ -60,6 +61,9 @@ LAYERS = [
 
 #: Only these may know CuTe DSL.
 DSL_MODULES = ("megamoe.dsl", "megamoe.kernels", "megamoe.compile")
+
+#: Engines, each with the only module that may import it.
+ENGINES = {"transformers": "megamoe.integrations.transformers"}
 
 #: A module (or a package as a whole) that must not import another, whatever the layers say.
 FORBIDDEN = [
@@ -169,6 +173,12 @@ def test_only_kernels_and_their_builders_import_the_dsl(module):
     assert not found, f"{module} imports {found}"
 
 
+@pytest.mark.parametrize("module", [name for name in SOURCES if part_of(name, "megamoe")])
+def test_only_its_integration_imports_an_engine(module):
+    found = {n.split(".")[0] for n in imports_of(module)} & ENGINES.keys()
+    assert all(ENGINES[engine] == module for engine in found), f"{module} imports {found}"
+
+
 def from_the_bottom_up() -> list[str]:
     """Every module behind those that it imports; CycleError if there is no such order."""
     graph = {module: ours(imports_of(module)) - {module} for module in SOURCES}
@@ -231,8 +241,10 @@ def run_fresh(modules, hidden=(), body="", alone=False):
 
 
 def importable(module: str) -> bool:
-    """Not a script, and not a kernel (a kernel is CuTe DSL code and needs it)."""
-    return not module.endswith("__main__") and not part_of(module, "megamoe.kernels")
+    """Not a script, not a kernel (a kernel is CuTe DSL code and needs it), and of no engine."""
+    if module.endswith("__main__") or module in ENGINES.values():
+        return False
+    return not part_of(module, "megamoe.kernels")
 
 
 def test_everything_but_kernels_imports_without_the_dsl():
@@ -256,6 +268,19 @@ for package in (megamoe, workspace):
     run_fresh(["megamoe", "workspace"], hidden=("cutlass", "cuda"), body=body)
 
 
+@pytest.mark.parametrize("engine,module", ENGINES.items())
+def test_an_integration_says_what_it_needs(engine, module):
+    body = f"""
+try:
+    importlib.import_module({module!r})
+except ImportError as error:
+    assert "pip install 'megamoe[{engine}]'" in str(error), error
+else:
+    raise AssertionError("imported without its engine")
+"""
+    run_fresh(["megamoe.integrations"], hidden=(engine,), body=body)
+
+
 @pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, at_night(True)])
@@ -263,7 +288,8 @@ def test_every_module_imports_first(alone):
     """No import order is needed. From the bottom up a module finds loaded only what stands below
     it, and there is no cycle; at night each one is imported alone.
     """
-    run_fresh([m for m in from_the_bottom_up() if not m.endswith("__main__")], alone=alone)
+    modules = [m for m in from_the_bottom_up() if not m.endswith("__main__")]
+    run_fresh([m for m in modules if m not in ENGINES.values()], alone=alone)
 
 
 def test_the_version_is_that_of_pyproject():
