@@ -50,6 +50,7 @@ class ResidentWeights(torch.nn.Module):
         #: were too far below the highest of their row, INT4's because they held a -8.
         self.requantized_groups = 0
         for name in (*self._names, *TABLES):
+            self._parameters.pop(name, None)  # of a layer that ends
             self.register_buffer(name, None, persistent=name not in TABLES)
         self._version, self._captured = 0, False
         self._addresses: list[int] = []

@@ -132,6 +132,14 @@ def test_copies_are_refused_with_the_reason(block, how):
 # --- its end
 
 
+def test_close_lets_parameters_go():
+    moe, given = make(), weights()
+    moe.load_weights(*(torch.nn.Parameter(t, requires_grad=False) for t in given.present))
+    assert len([*moe.parameters()]) == 2
+    moe.close()
+    assert not [*moe.parameters()] and moe.w13 is None
+
+
 def test_close_gives_memory_back_and_refuses_what_comes_after():
     moe, arguments = loaded(), inputs()
     check(moe(*arguments), *arguments)

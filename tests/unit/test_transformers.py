@@ -1,9 +1,10 @@
 """Models of transformers whose experts the layer runs, beside transformers' own implementations.
 
 Every experts module of a model is asked alone, with the arguments that it has in the model: against
-its own float32 loop the layer must err by at most MAX_RATIO times what the better of eager and
-`grouped_mm` does, which is 0.0033 to 0.0046. Logits of the whole model may differ from eager's by
-MAX_DIFFERENCE, that is four roundings to BF16; they are seen to differ by 0.007 to 0.012.
+its own loop in float32 the layer may err as much as the better of eager and `grouped_mm`, which err
+by 0.0037 to 0.0048, the layer by 0.0030. Logits of the whole model may differ from eager's by
+MAX_DIFFERENCE, that is four roundings to BF16: the layer's do by 0.0078 to 0.0091, those of
+`grouped_mm`, where they are not the same, by 0.0064 to 0.0076.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 from megamoe.integrations import experts  # noqa: E402
 from megamoe.integrations import transformers as integration  # noqa: E402
 
-MAX_RATIO = 1.1
 MAX_DIFFERENCE = 2**-6
 VOCABULARY = 64
 
@@ -154,8 +154,7 @@ def test_experts_err_no_more_than_those_of_transformers(model):
             model.set_experts_implementation(implementation)
             errors[implementation] = difference(module(x, idx, weights), expected)
         print(type(module).__name__, errors)
-        limit = MAX_RATIO * min(errors["eager"], errors["grouped_mm"])
-        assert 0 < errors["megamoe"] <= limit, errors
+        assert 0 < errors["megamoe"] <= min(errors["eager"], errors["grouped_mm"]), errors
 
 
 def test_logits_are_those_of_its_own_experts(model):
