@@ -16,6 +16,7 @@ from perf.commands import (
     ceilings,
     compare,
     duel,
+    engine,
     publish,
     report,
     sweep,
@@ -37,6 +38,7 @@ COMMANDS = {
         zeroing,
         ablation,
         trace,
+        engine,
         publish,
     )
 }
