@@ -67,7 +67,11 @@ SHARED = {
     "shared_ring": layer(8, 4, 256, 256, 512, 2, "fp8_block", 1, pool_blocks=3, group_blocks=2),
     "shared_mxfp44": layer(16, 4, 512, 256, 256, 4, "fp8_mxfp4", shared=1),
 }
-QWEN3 = {"qwen3_block": layer(16, 4, 256, 128, 512, 1)}  # of a small Qwen3-MoE
+QWEN3 = {  # of a small Qwen3-MoE, and with the sizes of Qwen3-30B-A3B
+    "qwen3_block": layer(16, 4, 256, 128, 512, 1),
+    "qwen3_30b": layer(128, 8, 2048, 768, 4096, 1),
+    "qwen3_30b_mxfp4": layer(128, 8, 2048, 768, 4096, 1, "fp8_mxfp4"),
+}
 #: 1.6 GB of weights: some 0.4 ms on H200, long beside what timing adds, whatever the clocks do.
 TIMED = {"timed1": layer(32, 8, 4096, 2048, 64, 1)}
 #: Every part alone, of a layer whose ring holds all rows.

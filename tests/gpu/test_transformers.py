@@ -1,5 +1,6 @@
 """A model that others wrote: transformers' Qwen3-MoE with its experts run by the layer, eager and
-compiled in both modes that serve; forward and generate.
+compiled in both modes that serve; forward and generate. Where there is a GPU also with the sizes of
+Qwen3-30B-A3B.
 
 On a machine without a GPU it runs on the CPU if transformers is there.
 """
@@ -11,56 +12,67 @@ import os
 import pytest
 import torch
 
-from megamoe import MegaMoE
 from tests.conftest import have_gpu
 from tests.gpu.configs import CONFIGS
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
+from megamoe.integrations import transformers as integration  # noqa: E402
+
 DEVICE = "cuda" if have_gpu() else "cpu"
 BATCH, LENGTH, NEW_TOKENS = (4, 48, 12) if have_gpu() else (1, 8, 3)
+#: Names under which transformers knows the layer, and the kernels that they launch.
+KERNELS = {
+    "megamoe": "qwen3_block",
+    "megamoe_30b": "qwen3_30b",
+    "megamoe_30b_mxfp4": "qwen3_30b_mxfp4",
+}
 
 
-def experts(self, hidden_states, top_k_index, top_k_weights):
-    """What transformers calls in place of its own expert loop."""
-    return self.fused(hidden_states, top_k_index, top_k_weights.float())
+@pytest.fixture(scope="module", autouse=True)
+def configured():
+    for name, kernel in KERNELS.items():
+        fields = CONFIGS[kernel]
+        integration.configure(
+            name,
+            precision=fields["precision"],
+            max_tokens=fields["max_tokens_per_rank"],
+            kernel_dir=os.environ.get("MEGAMOE_KERNEL_DIR"),
+        )
 
 
-@pytest.fixture(scope="module")
-def model():
-    """Random weights; every layer's experts as a MegaMoE, all on one workspace."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS["megamoe"] = experts
-    fields = dict(CONFIGS["qwen3_block"])
+def made(kernel: str, layers: int, **sizes):
+    """A model with random weights whose experts have the sizes of this kernel."""
+    fields = CONFIGS[kernel]
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         hidden_size=fields["hidden_size"],
         moe_intermediate_size=fields["intermediate_size"],
         num_experts=fields["num_experts"],
         num_experts_per_tok=fields["top_k"],
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        num_hidden_layers=layers,
         vocab_size=512,
         norm_topk_prob=True,
-        initializer_range=0.2,
+        **sizes,
     )
-    model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).to(DEVICE).eval()
-    workspace = None
-    for layer in model.model.layers:
-        block = layer.mlp.experts
-        fused = MegaMoE(
-            world=fields["num_ranks"],
-            kernel_dir=os.environ.get("MEGAMOE_KERNEL_DIR"),
-            workspace=workspace,
-            device=DEVICE,
-            **{k: v for k, v in fields.items() if k not in ("kernel", "num_ranks")},
-        )
-        fused.load_weights(block.gate_up_proj.data, block.down_proj.data)
-        block.fused, workspace = fused, fused.workspace
-    return model
+    with torch.device(DEVICE):
+        return transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, experts_implementation="megamoe"
+        ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    return made("qwen3_block", layers=3, initializer_range=0.2, **heads)
+
+
+@pytest.fixture(scope="module")
+def large():
+    if not have_gpu():
+        pytest.skip("needs a GPU: large")
+    heads = dict(num_attention_heads=32, num_key_value_heads=4, head_dim=128)
+    return made("qwen3_30b", layers=2, initializer_range=2048**-0.5, **heads)
 
 
 def tokens(length: int = LENGTH) -> torch.Tensor:
@@ -108,8 +120,10 @@ def test_a_compiled_model(model, eager, mode, monkeypatch):
     assert made.shape == plain.shape
     # Rounding may decide a token, and then all after it: the first ones must agree.
     assert torch.equal(made[:, :10], plain[:, :10])
-    for layer in model.model.layers:
-        layer.mlp.experts.fused.synchronize()
+    moes = integration.layers_of(model)
+    assert len(moes) == 3 and len({moe.workspace for moe in moes}) == 1
+    for moe in moes:
+        moe.synchronize()
 
 
 def test_the_experts_hold_in_a_full_graph(model):
@@ -141,3 +155,71 @@ def test_the_whole_model_in_one_graph(model):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(logits, model(held, use_cache=False).logits)
+
+
+def logits(model, implementation: str, ids: torch.Tensor) -> torch.Tensor:
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def nearly_all_rows(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The relative distance that 95 % of the rows do not exceed: a rounding gives some tokens to
+    another expert.
+    """
+    a, b = a.float().flatten(0, 1), b.float().flatten(0, 1)
+    return torch.quantile((a - b).norm(dim=1) / b.norm(dim=1), 0.95).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch,length", [(4, 1024), (5, 1000), (4, 1)])
+def test_the_sizes_of_a_large_model(large, batch, length):
+    """Also in more than one launch."""
+    ids = torch.randint(512, (batch, length), device=DEVICE)
+    own, grouped, found = (
+        logits(large, name, ids) for name in ("eager", "grouped_mm", "megamoe_30b")
+    )
+    print(nearly_all_rows(grouped, own), nearly_all_rows(found, own))
+    assert nearly_all_rows(found, own) < 0.2
+    coarse = logits(large, "megamoe_30b_mxfp4", ids)
+    assert 0.02 < difference(coarse, own) < 0.6
+    for moe in integration.layers_of(large):
+        moe.synchronize()
+    integration.release(large)
+
+
+@pytest.mark.gpu
+def test_weights_that_move_and_change(large):
+    ids = torch.randint(512, (2, 64), device=DEVICE)
+    first = logits(large, "megamoe_30b", ids)
+    held = torch.cuda.memory_allocated()
+    large.to("cpu")
+    experts_bytes = sum(p.nbytes for n, p in large.named_parameters() if "experts" in n)
+    assert held - torch.cuda.memory_allocated() > experts_bytes
+    large.to(DEVICE)
+    assert torch.equal(logits(large, "megamoe_30b", ids), first)
+    with torch.no_grad():
+        large.model.layers[0].mlp.experts.down_proj.mul_(-1)
+        found, own = logits(large, "megamoe_30b", ids), logits(large, "eager", ids)
+        large.model.layers[0].mlp.experts.down_proj.mul_(-1)
+    assert nearly_all_rows(found, own) < 0.2 < nearly_all_rows(first, own)
+
+
+@pytest.mark.gpu
+def test_no_layer_is_made_in_a_capture(large):
+    integration.release(large)
+    x = torch.randn(4, 2048, device=DEVICE).bfloat16()
+    experts = large.model.layers[0].mlp.experts
+    given = x, torch.zeros(4, 8, dtype=torch.int64, device=DEVICE), torch.ones(4, 8, device=DEVICE)
+    large.set_experts_implementation("megamoe_30b")
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="run the model once before"):  # noqa: SIM117
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                experts(*given)
+        torch.cuda.synchronize()
+        expected = experts(*given)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = experts(*given)
+        graph.replay()
+        assert torch.equal(y, expected)

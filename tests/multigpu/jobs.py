@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 
 import numpy
 import torch
 
+from megamoe.integrations import experts
 from megamoe.reference import Weights
+from tests.experts import NAME, Experts
 from tests.gpu import harness
 from tests.multigpu import layer
 from tests.multigpu.launcher import Context
@@ -158,6 +161,29 @@ def share_a_workspace(context: Context, name: str, rounds: int) -> None:
     first.synchronize()
     assert wrong.item() == 0
     harness.assert_at_rest(first)
+
+
+def experts_of_a_model(context: Context, name: str, routings: list[str], free: bool) -> None:
+    """Experts that every rank's model holds all, each rank running its share of them."""
+    moe = layer.shared(context, name)
+    weights = harness.all_weights(moe)
+    module = Experts(weights.w13.clone(), weights.w2.clone())
+    experts.OPTIONS[NAME] = experts.Options(
+        max_tokens=moe.config.max_tokens_per_rank,
+        group=torch.distributed.group.WORLD,
+        kernel_dir=os.environ.get("MEGAMOE_KERNEL_DIR"),
+        timeout_s=layer.TIMEOUT_S,
+        start_timeout_s=layer.TIMEOUT_S,
+        free_weights=free,
+    )
+    for seed, routing in enumerate(routings):
+        inputs = layer.inputs_of(context, moe, routing, seed)
+        layer.assert_correct(moe, module(*inputs), inputs)
+    found = experts.fused_of(module)
+    assert found is not None and found.moe is not None
+    assert found.moe.num_local_experts == moe.config.local_experts
+    assert free == (not module.gate_up_proj.numel())
+    found.moe.synchronize()
 
 
 def disagree(context: Context, name: str, odd_rank: int, other: str, changes: dict) -> dict:

@@ -59,3 +59,9 @@ def test_received_rows_are_counted(jobs, variant):
 @pytest.mark.parametrize("variant", ["", "_block"])
 def test_two_layers_share_a_workspace(jobs, variant):
     jobs.run(work.share_a_workspace, name=f"mp{jobs.world}{variant}", rounds=50)
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_experts_of_a_model_are_split(jobs, free):
+    routings = ["uniform", "ragged", "masked"]
+    jobs.run(work.experts_of_a_model, name=f"mp{jobs.world}", routings=routings, free=free)

@@ -10,38 +10,22 @@ import weakref
 import pytest
 import torch
 
+import tests.experts
 from megamoe import MegaMoE, quantize_weights, reference
 from megamoe.custom_op import FORWARD_ONLY
 from megamoe.integrations import experts
 from megamoe.integrations.experts import FusedExperts, Options
+from tests.experts import NAME
 from tests.machine import max_relative_error
 from tests.unit.layers import E, H, I, K, T, weights
 
-NAME = "megamoe_under_test"
 NONE = E  # the id that names no expert
 
 
-class Experts(torch.nn.Module):
-    """As transformers have them: packed weights, flags, and a gate of their own."""
-
+class Experts(tests.experts.Experts):
     def __init__(self, config: object = None, seed: int = 1, limit: float | None = None):
-        super().__init__()
-        self.config, self.num_experts, self.limit = config or types.SimpleNamespace(), E, limit
-        self.has_gate, self.has_bias = True, False
-        self.is_transposed, self.is_concatenated = False, True
-        self.act_fn = torch.nn.SiLU()
         given = weights(seed=seed)
-        self.gate_up_proj = torch.nn.Parameter(given.w13, requires_grad=False)
-        self.down_proj = torch.nn.Parameter(given.w2, requires_grad=False)
-
-    def _apply_gate(self, pairs):
-        gate, up = pairs.chunk(2, dim=-1)
-        if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        return self.act_fn(gate) * up
-
-    def forward(self, x, idx, router):
-        return experts.forward(NAME, self, x, idx, router)
+        super().__init__(given.w13, given.w2, config, limit)
 
 
 @pytest.fixture(autouse=True)

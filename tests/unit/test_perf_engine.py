@@ -58,8 +58,5 @@ def test_rows_of_a_small_model(most, status, tmp_path, capsys, monkeypatch):
     rows = load(path, kind=EngineRow)
     assert list(rows.impl) == ["eager"] * 2 + ["grouped_mm"] * 2 + ["megamoe"] * 2
     assert list(rows.length) == [6, 1] * 3 and set(rows["mode"]) == {"eager"}
-    assert (
-        rows.differs[:2].isna().all()
-        and rows.differs[4:].between(1e-4, 0.2).all()
-    )
+    assert rows.differs[:2].isna().all() and rows.differs[4:].between(1e-4, 0.2).all()
     assert rows.engine[0].startswith("transformers ") and set(rows.config[4:]) == {"max_tokens=12"}
