@@ -211,7 +211,8 @@ class FusedExperts:
                 self._made_for, self.options, self._loaded = made_for, options, ()
             loaded = tuple(map(_place_of if options.precision == "bf16" else _state_of, (w13, w2)))
             if loaded != self._loaded:
-                self._refuse_in_capture(w13)
+                if options.copies:
+                    self._refuse_in_capture(w13)
                 self._load(options, w13, w2)
                 self._loaded = loaded
                 if options.free_weights:
@@ -345,7 +346,8 @@ def enrol(module: torch.nn.Module) -> bool:
         number = next(_numbers)
         module._megamoe_number = number  # type: ignore[assignment]
         _fused[number] = FusedExperts(module)
-        weakref.finalize(module, _fused.pop, number, None)
+        end = weakref.finalize(module, _fused.pop, number, None)
+        end.atexit = False  # the process ends, and CUDA with it
     return True
 
 

@@ -1,8 +1,6 @@
 """A model that others wrote: transformers' Qwen3-MoE with its experts run by the layer, eager and
-compiled in both modes that serve; forward and generate. Where there is a GPU also with the sizes of
-Qwen3-30B-A3B.
-
-On a machine without a GPU it runs on the CPU if transformers is there.
+compiled in both modes that serve, captured; forward and generate; also with the sizes of
+Qwen3-30B-A3B. `tests/unit/test_transformers.py` is what a CPU runs.
 """
 
 from __future__ import annotations
@@ -12,15 +10,16 @@ import os
 import pytest
 import torch
 
-from tests.conftest import have_gpu
 from tests.gpu.configs import CONFIGS
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from megamoe.integrations import transformers as integration  # noqa: E402
 
-DEVICE = "cuda" if have_gpu() else "cpu"
-BATCH, LENGTH, NEW_TOKENS = (4, 48, 12) if have_gpu() else (1, 8, 3)
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+BATCH, LENGTH, NEW_TOKENS = 4, 48, 12
 #: Names under which transformers knows the layer, and the kernels that they launch.
 KERNELS = {
     "megamoe": "qwen3_block",
@@ -41,7 +40,7 @@ def configured():
         )
 
 
-def made(kernel: str, layers: int, **sizes):
+def made(kernel: str, layers: int, drawn_on: str, **sizes):
     """A model with random weights whose experts have the sizes of this kernel."""
     fields = CONFIGS[kernel]
     torch.manual_seed(0)
@@ -55,24 +54,23 @@ def made(kernel: str, layers: int, **sizes):
         norm_topk_prob=True,
         **sizes,
     )
-    with torch.device(DEVICE):
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, experts_implementation="megamoe"
-        ).eval()
+    with torch.device(drawn_on):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, experts_implementation="megamoe"
+        )
+    return model.to(torch.bfloat16).to(DEVICE).eval()
 
 
 @pytest.fixture(scope="module")
 def model():
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
-    return made("qwen3_block", layers=3, initializer_range=0.2, **heads)
+    return made("qwen3_block", layers=3, drawn_on="cpu", initializer_range=0.2, **heads)
 
 
 @pytest.fixture(scope="module")
 def large():
-    if not have_gpu():
-        pytest.skip("needs a GPU: large")
     heads = dict(num_attention_heads=32, num_key_value_heads=4, head_dim=128)
-    return made("qwen3_30b", layers=2, initializer_range=2048**-0.5, **heads)
+    return made("qwen3_30b", layers=2, drawn_on=DEVICE, initializer_range=2048**-0.5, **heads)
 
 
 def tokens(length: int = LENGTH) -> torch.Tensor:
@@ -102,8 +100,6 @@ def test_logits_are_those_of_its_own_experts(model, eager):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_model(model, eager, mode, monkeypatch):
     """Dynamo used to trace into the layer's streams and events, and end the process."""
-    if mode == "reduce-overhead" and not have_gpu():
-        pytest.skip("needs a GPU: CUDA graphs")
     model.set_experts_implementation("megamoe")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -137,8 +133,6 @@ def test_the_experts_hold_in_a_full_graph(model):
 
 
 def test_the_whole_model_in_one_graph(model):
-    if not have_gpu():
-        pytest.skip("needs a GPU: CUDA graphs")
     model.set_experts_implementation("megamoe")
     held = tokens(1)
     side = torch.cuda.Stream()
@@ -163,15 +157,12 @@ def logits(model, implementation: str, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, use_cache=False).logits
 
 
-def nearly_all_rows(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The relative distance that 95 % of the rows do not exceed: a rounding gives some tokens to
-    another expert.
-    """
+def usual_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The median over tokens: a rounding gives some tokens to another expert."""
     a, b = a.float().flatten(0, 1), b.float().flatten(0, 1)
-    return torch.quantile((a - b).norm(dim=1) / b.norm(dim=1), 0.95).item()
+    return ((a - b).norm(dim=1) / b.norm(dim=1)).median().item()
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("batch,length", [(4, 1024), (5, 1000), (4, 1)])
 def test_the_sizes_of_a_large_model(large, batch, length):
     """Also in more than one launch."""
@@ -179,16 +170,15 @@ def test_the_sizes_of_a_large_model(large, batch, length):
     own, grouped, found = (
         logits(large, name, ids) for name in ("eager", "grouped_mm", "megamoe_30b")
     )
-    print(nearly_all_rows(grouped, own), nearly_all_rows(found, own))
-    assert nearly_all_rows(found, own) < 0.2
+    print(usual_difference(grouped, own), usual_difference(found, own))
+    assert usual_difference(found, own) < 0.05
     coarse = logits(large, "megamoe_30b_mxfp4", ids)
-    assert 0.02 < difference(coarse, own) < 0.6
+    assert 0.05 < usual_difference(coarse, own) < 1.0  # of 4 bits: 0.2 in a layer
     for moe in integration.layers_of(large):
         moe.synchronize()
     integration.release(large)
 
 
-@pytest.mark.gpu
 def test_weights_that_move_and_change(large):
     ids = torch.randint(512, (2, 64), device=DEVICE)
     first = logits(large, "megamoe_30b", ids)
@@ -202,10 +192,9 @@ def test_weights_that_move_and_change(large):
         large.model.layers[0].mlp.experts.down_proj.mul_(-1)
         found, own = logits(large, "megamoe_30b", ids), logits(large, "eager", ids)
         large.model.layers[0].mlp.experts.down_proj.mul_(-1)
-    assert nearly_all_rows(found, own) < 0.2 < nearly_all_rows(first, own)
+    assert usual_difference(found, own) < 0.05 < usual_difference(first, own)
 
 
-@pytest.mark.gpu
 def test_no_layer_is_made_in_a_capture(large):
     integration.release(large)
     x = torch.randn(4, 2048, device=DEVICE).bfloat16()

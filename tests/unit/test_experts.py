@@ -423,6 +423,25 @@ def test_nothing_is_made_while_a_graph_is_captured(monkeypatch):
     layer._refuse_in_capture(module.gate_up_proj)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+def test_other_weights_while_a_graph_is_captured(precision, options, monkeypatch):
+    """Such that are read where they are need nothing but their address."""
+
+    def refuse(self, w13):
+        raise RuntimeError("captured")
+
+    options(precision=precision)
+    layer, given, other = Experts(), arguments(5), weights(seed=7)
+    layer(*given)
+    monkeypatch.setattr(FusedExperts, "_refuse_in_capture", refuse)
+    move(layer, other.w13, other.w2)
+    if precision == "bf16":
+        check(layer, layer(*given), *given)
+    else:
+        with pytest.raises(RuntimeError, match="captured"):
+            layer(*given)
+
+
 # --- autograd and tracers
 
 
@@ -458,6 +477,7 @@ def test_compiled_in_one_graph(forget_compiled, backend, warm):
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     with torch.no_grad():
         check(layer, compiled(*given), *given)
+        assert experts.fused_of(layer).moe.w13 is layer.gate_up_proj
         other = weights(seed=7)
         for change in (write, move):
             change(layer, other.w13 * 2, other.w2)

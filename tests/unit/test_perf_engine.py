@@ -43,6 +43,15 @@ def test_without_transformers_it_says_what_to_install(capsys, monkeypatch):
     assert "pip install 'megamoe[transformers]'" in error_line(["engine"], capsys)
 
 
+def test_the_distance_of_logits():
+    own = torch.ones(2, 2, 8)
+    rows = own.clone()
+    rows[0, 0] = -3.0  # one token of four went elsewhere
+    assert engine.difference(rows, own) == 0
+    assert engine.difference(own * 1.5, own) == 0.5
+    assert engine.difference(own * torch.nan, own) == float("inf")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capsys):
     assert "no CUDA device is available" in error_line(["engine", "--device", "cuda"], capsys)
