@@ -105,6 +105,7 @@ def _floats() -> Iterator[tuple[str, str, str, str]]:
         yield f"{name}.f32 {name}.rn.f32", "f32", "f32 f32", f"a {sign} b"
     yield "div.rn.f32", "f32", "f32 f32", "a / b"
     yield "rcp.rn.f32", "f32", "f32", "to_f32(1) / a"
+    yield "sqrt.rn.f32", "f32", "f32", "root(a)"
     yield "fma.rn.f32", "f32", "f32 f32 f32", "fused(a, b, c)"
     yield "neg.f32", "u32", "u32", "a ^ 2147483648"
     yield "abs.f32", "u32", "u32", "a & 2147483647"
@@ -298,6 +299,10 @@ def ex2(a):
 
 def rcp(a):
     return flush(np.float32(1) / flush(a))
+
+
+def root(a):
+    return np.sqrt(np.asarray(a, np.float32))
 
 
 def bf16(a):

@@ -30,11 +30,12 @@ SEMANTICS = {
 #: Operations that are not of lanes; those from warp_sync on are for whole warps.
 CORE = (
     "nop", "bra", "ret", "param", "timer", "shfl_idx", "shfl_up", "shfl_down", "shfl_bfly",
-    "vote_ballot", "vote_any", "vote_all", "elect", "ld", "st", "atom", "sleep", "fence",
-    "fence_proxy", "launch_wait", "launch_let", "mbarrier_init", "mbarrier_arrive",
-    "mbarrier_expect", "mbarrier_try", "mbarrier_test", "load_bulk", "load_tensor", "store_bulk",
-    "stores_commit", "stores_wait", "warp_sync", "stmatrix", "ldmatrix", "bar_sync", "bar_arrive",
-    "mma", "mma_fence", "mma_commit", "mma_wait",
+    "vote_ballot", "vote_any", "vote_all", "redux_max_s", "redux_min_s", "redux_max_u",
+    "redux_min_u", "elect", "ld", "st", "atom", "sleep", "fence", "fence_proxy", "launch_wait",
+    "launch_let", "mbarrier_init", "mbarrier_arrive", "mbarrier_expect", "mbarrier_try",
+    "mbarrier_test", "load_bulk", "load_tensor", "store_bulk", "stores_commit", "stores_wait",
+    "warp_sync", "stmatrix", "ldmatrix", "bar_sync", "bar_arrive", "mma", "mma_fence",
+    "mma_commit", "mma_wait",
 )  # fmt: skip
 #: Numbers of the operations of `CORE`, after those of lanes.
 NUMBER = {name: len(alu.OPERATIONS) + i for i, name in enumerate(CORE)}
@@ -299,6 +300,13 @@ class Decoder:
         d = self.row(args[0], "u32") if ballot else self.predicate(args[0])
         self.emit(f"vote_{words[2]}", d, self.predicate(args[1]), x=self.row(args[2], "u32"))
 
+    def reduce(self, words, args) -> None:
+        kind = words[3]
+        if kind not in ("s32", "u32"):
+            raise Unmodelled(f"redux of {kind}")
+        d, a, members = (self.row(text, "u32") for text in args)
+        self.emit(f"redux_{words[2]}_{kind[0]}", d, a, x=members)
+
     def elect(self, words, args) -> None:
         d, _, chosen = args[0].partition("|")
         d = -1 if d == "_" else self.row(d, "u32")
@@ -487,7 +495,7 @@ class Decoder:
 METHODS = {
     "setp": Decoder.compare, "mov": Decoder.move, "bra": Decoder.branch, "ret": Decoder.leave,
     "exit": Decoder.leave, "ld.param": Decoder.parameter, "shfl.sync": Decoder.shuffle,
-    "vote.sync": Decoder.vote, "elect.sync": Decoder.elect,
+    "vote.sync": Decoder.vote, "redux.sync": Decoder.reduce, "elect.sync": Decoder.elect,
     "ldmatrix": Decoder.matrices, "ld": Decoder.memory,
     "stmatrix": Decoder.matrices, "st": Decoder.memory,
     "atom": Decoder.atomic, "red": Decoder.atomic,

@@ -209,6 +209,14 @@ static void shuffle(Warp *w, const Instruction *i, int mode, u32 m) {
   if (i->n >= 0) w->predicates[i->n] = (w->predicates[i->n] & ~m) | (valid & m);
 }
 
+// The largest or smallest of the lanes. kind: max.s32, min.s32, max.u32, min.u32.
+static u32 reduce(const u32 *a, int kind, u32 m) {
+  const u32 sign = kind < 2 ? 1u << 31 : 0;
+  u32 best = a[__builtin_ctz(m)];
+  EACH(if (kind & 1 ? (a[l] ^ sign) < (best ^ sign) : (a[l] ^ sign) > (best ^ sign)) best = a[l])
+  return best;
+}
+
 // ldmatrix and stmatrix: rows of 8 x 8 matrices of 16 bits. x: matrices, transposed, rows; lane 8 k + r
 // has the address of row r of matrix k.
 static int matrices(Warp *w, const Instruction *i, int loads) {
@@ -291,6 +299,11 @@ static int execute(Warp *w, s32 budget) {
         case OP_vote_ballot: { u32 v = w->predicates[i->a] & m; OUT_u32(v) break; }
         case OP_vote_any: OUT_mask(w->predicates[i->a] & m ? ~0u : 0) break;
         case OP_vote_all: OUT_mask((w->predicates[i->a] & m) == m ? ~0u : 0) break;
+        case OP_redux_max_s: case OP_redux_min_s: case OP_redux_max_u: case OP_redux_min_u: {
+          u32 v = reduce(pa, i->op - OP_redux_max_s, m);
+          OUT_u32(v)
+          break;
+        }
         case OP_elect: {
           u32 first = __builtin_ctz(m);
           if (i->d >= 0) { OUT_u32(first) }

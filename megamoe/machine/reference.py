@@ -223,6 +223,23 @@ class Warp:
     def do_vote_all(self, active, lanes, d, a, b, c, n, x):
         self.write("pred", d, self.predicates[a] & active == active, active)
 
+    def _redux(self, kind, reduced, active, lanes, d, a):
+        self.write(
+            "u32", d, np.uint32(reduced(self.row(a).view(kind)[lanes]).view(np.uint32)), active
+        )
+
+    def do_redux_max_s(self, active, lanes, d, a, b, c, n, x):
+        self._redux(np.int32, np.max, active, lanes, d, a)
+
+    def do_redux_min_s(self, active, lanes, d, a, b, c, n, x):
+        self._redux(np.int32, np.min, active, lanes, d, a)
+
+    def do_redux_max_u(self, active, lanes, d, a, b, c, n, x):
+        self._redux(np.uint32, np.max, active, lanes, d, a)
+
+    def do_redux_min_u(self, active, lanes, d, a, b, c, n, x):
+        self._redux(np.uint32, np.min, active, lanes, d, a)
+
     def do_elect(self, active, lanes, d, a, b, c, n, x):
         if d >= 0:
             self.write("u32", d, np.uint32(lanes[0]), active)

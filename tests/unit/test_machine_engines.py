@@ -176,6 +176,8 @@ def random_program(seed: int, length: int = 400) -> str:
             lines.append(
                 f"vote.sync.ballot.b32 {r()}, %p{rng.randrange(6)}, -1; elect.sync _|{p}, -1;"
             )
+            kind = rng.choice(["max.s32", "min.s32", "max.u32", "min.u32"])
+            lines.append(f"redux.sync.{kind} {r()}, {r()}, -1;")
             lines.append(
                 f"{guard}st.shared.v2.b32 [%a], {{{r()}, {r()}}}; "
                 f"{guard}st.shared.b8 [%a+9], {r()};"
