@@ -25,6 +25,7 @@ _PUBLIC = {
     "RanksDisagree": "megamoe.group",
     "UntrustedKernel": "megamoe.kernel_files",
     "quantize_weights": "megamoe.weights",
+    "route": "megamoe.router",
     "split_shared": "megamoe.weights",
 }
 

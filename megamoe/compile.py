@@ -1,13 +1,16 @@
 """Compiled kernels: a tensor-free key, a disk cache, ahead-of-time building and loading.
 
-A kernel is one shared library per configuration. Building needs nvidia-cutlass-dsl and a C
-compiler, but no GPU; loading needs neither: the library exports a flat C entry that takes plain
-integers, and finds the CUDA runtime that torch has already loaded. `load` looks in `kernel_dir`,
-then in the cache, and builds into the cache if it can. `kernel_files` says what may be loaded:
-what it refuses in `kernel_dir` ends in its error, what is damaged in the cache is built again.
+A kernel is one shared library per configuration, of a layer or of a router; a `Program` is what
+building, finding and loading it takes. Building needs nvidia-cutlass-dsl and a C compiler, but no
+GPU; loading needs neither: the library exports a flat C entry that takes plain integers, and finds
+the CUDA runtime that torch has already loaded. `load` looks in `kernel_dir`, then in the cache, and
+builds into the cache if it can. `kernel_files` says what may be loaded: what it refuses in
+`kernel_dir` ends in its error, what is damaged in the cache is built again.
 
     python -m megamoe.compile --arch sm_90a --out kernels --num-experts 256 --top-k 8
         --hidden-size 7168 --intermediate-size 2048 --max-tokens-per-rank 8192 --num-ranks 8
+    python -m megamoe.compile --out kernels --router num_experts=256 top_k=8 score=sigmoid
+        num_groups=8 topk_groups=4 correction_bias=true
 """
 
 from __future__ import annotations
@@ -20,21 +23,26 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from megamoe import budget, kernel_files, signature
-from megamoe.architecture import with_kernels
+from megamoe import budget, kernel_files, router_config, signature
+from megamoe.architecture import architecture_of, with_kernels
 from megamoe.config import KernelConfig, MoEConfig, select
 from megamoe.dsl import HAVE_DSL
 from megamoe.kernel_files import DamagedKernel, KernelError, KernelFileError, KernelNotFound
 from megamoe.machine import host
+from megamoe.router_config import RouterConfig
 
 PREFIX = "megamoe"
+#: The field of an entry of a list that is a router.
+ROUTER = "router"
 SOURCES = (
     "megamoe/*.py",
     "megamoe/kernels/*.py",
@@ -56,6 +64,8 @@ HOST_ONLY = {
     "compile.py",
     "kernel_files.py",
     "reference.py",
+    "router.py",
+    "router_reference.py",
     "weights.py",
     "fourbit.py",
     "fourbit_pack.py",
@@ -81,13 +91,54 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def kernel_name(config: MoEConfig, kernel: KernelConfig, cpu: bool = False) -> str:
-    """File stem of the kernel: readable prefix plus a digest of configurations and sources."""
-    key = json.dumps(
-        [dataclasses.asdict(config), dataclasses.asdict(kernel), source_digest()], sort_keys=True
+@dataclass(frozen=True)
+class Program:
+    """A kernel to be built, found and loaded.
+
+    label: what its files' names begin with, before the digest. facts: what its description holds of
+    it, and its digest covers. arguments: of its C entry. make: given options of `cute.compile`,
+    what the DSL compiles. text: the configuration, for messages.
+    """
+
+    label: str
+    facts: dict
+    arguments: tuple
+    make: Callable
+    text: str
+
+    def name(self, cpu: bool = False) -> str:
+        """File stem: readable prefix plus a digest of configurations and sources."""
+        key = json.dumps([*self.facts.values(), source_digest()], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        return f"{PREFIX}-{self.label}-{digest}{host.MARK * cpu}"
+
+
+def layer_program(config: MoEConfig, kernel: KernelConfig) -> Program:
+    """The kernel of a layer."""
+    return Program(
+        label=f"{config.precision}-{kernel.arch}",
+        facts={"config": dataclasses.asdict(config), "kernel": dataclasses.asdict(kernel)},
+        arguments=signature.ARGUMENTS,
+        make=functools.partial(compile_kernel, config, kernel),
+        text=str(config),
     )
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return f"{PREFIX}-{config.precision}-{kernel.arch}-{digest}{host.MARK * cpu}"
+
+
+def router_program(config: RouterConfig, arch: str = KernelConfig.arch) -> Program:
+    """The kernel of a router; ValueError if there is none."""
+    config, arch = router_config.canonical(config), architecture_of(arch).name
+    return Program(
+        label=f"router-{arch}",
+        facts={"router": dataclasses.asdict(config), "arch": arch},
+        arguments=router_config.ARGUMENTS,
+        make=functools.partial(compile_router, config, arch),
+        text=str(config),
+    )
+
+
+def kernel_name(config: MoEConfig, kernel: KernelConfig, cpu: bool = False) -> str:
+    """File stem of a layer's kernel."""
+    return layer_program(config, kernel).name(cpu)
 
 
 def cache_dir() -> Path:
@@ -131,26 +182,34 @@ def compile_kernel(config: MoEConfig, kernel: KernelConfig, options: str = ""):
     missing.
     """
     _check_dsl()
+    module = importlib.import_module(f"megamoe.kernels.{kernel.architecture.folder}.kernel")
+    kinds = signature.HostArguments, signature.Arguments
+    return _trace(module.MegaMoEKernel(config, kernel), kinds, kernel.arch, options)
+
+
+def compile_router(config: RouterConfig, arch: str, options: str = ""):
+    """The same of a router."""
+    _check_dsl()
+    module = importlib.import_module("megamoe.kernels.route")
+    return _trace(module.RouterKernel(config), (router_config.RouterArguments,), arch, options)
+
+
+def _trace(traceable: Callable, kinds: tuple[type, ...], arch: str, options: str):
+    """Compile what takes classes of arguments (`signature.fields_of`) and a stream."""
     import cutlass.cute as cute
     from cutlass import Float32, Int32, Int64
     from cutlass.cute.runtime import make_fake_stream
     from cutlass.cutlass_dsl import CuTeDSL
 
-    module = importlib.import_module(f"megamoe.kernels.{kernel.architecture.folder}.kernel")
     fake: dict[type, object] = {
         ctypes.c_int64: Int64(0), ctypes.c_int32: Int32(0), ctypes.c_float: Float32(0.0),
     }  # fmt: skip
-
-    def traced(kind: type) -> object:
-        return kind(*[fake[c_type] for _, c_type in signature.fields_of(kind)])
-
-    host, arguments = traced(signature.HostArguments), traced(signature.Arguments)
+    taken = [kind(*[fake[c_type] for _, c_type in signature.fields_of(kind)]) for kind in kinds]
     # The DSL takes the machine's architecture, or $CUTE_DSL_ARCH at its first import; for another
     # target than those it refuses to export. Its versions are bounded, so its own setting is a safe
     # place to say the target.
-    CuTeDSL._get_dsl().envar.arch = kernel.arch
-    traceable = module.MegaMoEKernel(config, kernel)
-    return cute.compile(traceable, host, arguments, make_fake_stream(), options=options or None)
+    CuTeDSL._get_dsl().envar.arch = arch
+    return cute.compile(traceable, *taken, make_fake_stream(), options=options or None)
 
 
 def _runtime_archive() -> str:
@@ -187,14 +246,17 @@ def build(config: MoEConfig, kernel: KernelConfig, out_dir: Path | str, cpu: boo
     compiler is missing, KernelDirectoryError where `out_dir` cannot be written or has no room.
     """
     budget.check(config, kernel)
-    name = kernel_name(config, kernel, cpu)
-    facts = {
-        "config": dataclasses.asdict(config),
-        "kernel": dataclasses.asdict(kernel),
-        "arguments": [argument for argument, _ in signature.ARGUMENTS],
-    }
-    make = functools.partial(compile_kernel, config, kernel)
-    return build_library(make, Path(out_dir), name, facts, cpu)
+    return build_program(layer_program(config, kernel), out_dir, cpu)
+
+
+def build_program(program: Program, out_dir: Path | str, cpu: bool = False) -> Path:
+    """The same of any program."""
+    facts = program.facts | {"arguments": _names(program.arguments)}
+    return build_library(program.make, Path(out_dir), program.name(cpu), facts, cpu)
+
+
+def _names(arguments: tuple) -> list[str]:
+    return [argument for argument, _ in arguments]
 
 
 def build_library(make: Callable, out_dir: Path, name: str, facts: dict, cpu: bool = False) -> Path:
@@ -323,31 +385,34 @@ class Launcher:
 
 
 @functools.cache
-def _load_library(path: Path, sha256: str, entry: str) -> CompiledKernel:
+def _load_library(path: Path, sha256: str, entry: str, arguments: tuple) -> CompiledKernel:
     """A library once per process; `sha256` tells apart what one path held at different times."""
-    return CompiledKernel(path, entry)
+    return CompiledKernel(path, entry, arguments)
 
 
-def _load_verified(path: Path, description: dict) -> CompiledKernel:
-    return _load_library(path, description["files"][path.name]["sha256"], description["entry"])
+def _load_verified(program: Program, path: Path, description: dict) -> CompiledKernel:
+    sha256 = description["files"][path.name]["sha256"]
+    return _load_library(path, sha256, description["entry"], program.arguments)
 
 
-def _find(directory: Path, name: str, trust: bool) -> tuple[Path, dict]:
+def _find(program: Program, directory: Path, cpu: bool, trust: bool) -> tuple[Path, dict]:
     """`kernel_files.verified`, of a library that takes these arguments."""
-    path, description = kernel_files.verified(directory, name, trust=trust)
-    if description["arguments"] != [argument for argument, _ in signature.ARGUMENTS]:
+    path, description = kernel_files.verified(directory, program.name(cpu), trust=trust)
+    if description["arguments"] != _names(program.arguments):
         raise DamagedKernel(f"{path} was built for other arguments")
     return path, description
 
 
-def _find_built(directory: Path, name: str, trust: bool) -> tuple[Path, dict] | None:
+def _find_built(
+    program: Program, directory: Path, cpu: bool, trust: bool
+) -> tuple[Path, dict] | None:
     """A kernel that was built earlier; None, after a warning if it is damaged, where it must be
     built: if there is none, or another version of the DSL has built it.
     """
-    if not kernel_files.exists(directory / f"{name}.so"):
+    if not kernel_files.exists(directory / f"{program.name(cpu)}.so"):
         return None
     try:
-        path, description = _find(directory, name, trust)
+        path, description = _find(program, directory, cpu, trust)
     except DamagedKernel as error:
         if not HAVE_DSL:
             raise
@@ -363,57 +428,89 @@ def load(
     kernel_dir: Path | str | None = None,
     cpu: bool = False,
 ) -> CompiledKernel:
-    """The kernel of this configuration: from `kernel_dir`, from the cache, or built into the cache.
-    `cpu`: see `build`.
+    """The kernel of this layer: from `kernel_dir`, from the cache, or built into the cache. `cpu`:
+    see `build`.
 
     Raises KernelNotFound, with the way out, where none exists and none can be built;
     UntrustedKernel for files that other users can write, unless $MEGAMOE_TRUST_KERNELS is 1;
     DamagedKernel for damaged ones in `kernel_dir` (in the cache they are built again, if that is
     possible); KernelDirectoryError if a directory cannot be used. All are KernelError.
     """
-    name, trust = kernel_name(config, kernel, cpu), trust_kernels()
+    return load_program(layer_program(config, kernel), kernel_dir, cpu)
+
+
+def load_program(
+    program: Program, kernel_dir: Path | str | None = None, cpu: bool = False
+) -> CompiledKernel:
+    """The same of any program."""
+    name, trust = program.name(cpu), trust_kernels()
     if kernel_dir is not None:
         kernel_dir = Path(kernel_dir)
         if any(kernel_files.exists(kernel_dir / f"{name}.{suffix}") for suffix in ("so", "json")):
-            return _load_verified(*_find(kernel_dir, name, trust))
+            return _load_verified(program, *_find(program, kernel_dir, cpu, trust))
     cache = cache_dir()
-    if found := _find_built(cache, name, trust):
-        return _load_verified(*found)
+    if found := _find_built(program, cache, cpu, trust):
+        return _load_verified(program, *found)
     if kernel_dir is not None and not HAVE_DSL:
         raise KernelNotFound(
-            f"{kernel_dir} holds no {name}.so for {config}, and it cannot be built here"
+            f"{kernel_dir} holds no {name}.so for {program.text}, and it cannot be built here"
         )
     _check_dsl()
     kernel_files.make_directory(cache)
     if not trust:
         kernel_files.check_trusted(cache.resolve())
-    build(config, kernel, cache, cpu)
-    return _load_verified(*_find(cache, name, trust))
+    build_program(program, cache, cpu)
+    return _load_verified(program, *_find(program, cache, cpu, trust))
 
 
 def _configs_of(
     arguments: argparse.Namespace, arch: str = KernelConfig.arch
 ) -> list[tuple[MoEConfig, KernelConfig]]:
-    """What is asked for; `arch` unless an entry of the list names another."""
+    """The layers that are asked for; `arch` unless an entry of the list names another."""
+    return [_layer_of(entry, arch) for entry in _entries(arguments) if ROUTER not in entry]
+
+
+def _entries(arguments: argparse.Namespace) -> list[dict]:
+    """A dict per kernel that is asked for: the fields of a MoEConfig and optionally "kernel", or
+    "router" with the fields of a RouterConfig.
+    """
     if arguments.list:
         entries = json.loads(Path(arguments.list).read_text())
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"--list {arguments.list} must hold a JSON list of objects")
-    else:
-        fields = {field.name for field in dataclasses.fields(MoEConfig)}
-        entries = [
-            {
-                name: value
-                for name, value in vars(arguments).items()
-                if name in fields and value is not None
-            }
-        ]
-    configs = []
-    for entry in entries:
-        overrides = {"arch": arch} | entry.pop("kernel", {})
-        config = MoEConfig(**entry)
-        configs.append((config, select(config, **overrides)))
-    return configs
+        return entries
+    if arguments.router:
+        return [{ROUTER: dict(arguments.router)}]
+    fields = {field.name for field in dataclasses.fields(MoEConfig)}
+    given = vars(arguments).items()
+    return [{name: value for name, value in given if name in fields and value is not None}]
+
+
+def _layer_of(entry: dict, arch: str) -> tuple[MoEConfig, KernelConfig]:
+    overrides = {"arch": arch} | entry.get("kernel", {})
+    config = MoEConfig(**{name: value for name, value in entry.items() if name != "kernel"})
+    return config, select(config, **overrides)
+
+
+def _program_of(entry: dict, arch: str) -> Program:
+    if ROUTER not in entry:
+        config, kernel = _layer_of(entry, arch)
+        budget.check(config, kernel)
+        return layer_program(config, kernel)
+    if set(entry) - {ROUTER, "arch"} or not isinstance(entry[ROUTER], dict):
+        raise ValueError(f"{entry} must hold {ROUTER!r}, an object, and besides at most 'arch'")
+    return router_program(RouterConfig(**entry[ROUTER]), entry.get("arch", arch))
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """`name=value` of the command line; a value is JSON, or else a text."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -426,6 +523,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--list", help="JSON file: a list of objects with the fields below, and optionally 'kernel'"
     )
+    parser.add_argument(
+        "--router",
+        nargs="+",
+        type=_assignment,
+        metavar="FIELD=VALUE",
+        help="the fields of a RouterConfig; in a list an object with 'router'",
+    )
     parser.add_argument("--num-experts", type=int)
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--hidden-size", type=int)
@@ -437,16 +541,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cpu", action="store_true", help="for device='cpu', not for a GPU")
     arguments = parser.parse_args(argv)
     try:
-        for config, kernel in _configs_of(arguments, arguments.arch):
-            out, name = Path(arguments.out), kernel_name(config, kernel, arguments.cpu)
-            if _find_built(out, name, trust=True) is None:
-                build(config, kernel, out, arguments.cpu)
-            print(f"{out / name}.so  {config}", flush=True)
+        out = Path(arguments.out)
+        for program in [_program_of(entry, arguments.arch) for entry in _entries(arguments)]:
+            if _find_built(program, out, arguments.cpu, trust=True) is None:
+                build_program(program, out, arguments.cpu)
+            print(f"{out / program.name(arguments.cpu)}.so  {program.text}", flush=True)
     except (TypeError, ValueError, OSError, KernelError) as error:
-        print(
-            f"megamoe.compile: {error}".replace("MoEConfig.__init__()", "configuration"),
-            file=sys.stderr,
-        )
+        said = re.sub(r"\w+Config\.__init__\(\)", "configuration", str(error))
+        print(f"megamoe.compile: {said}", file=sys.stderr)
         return 2
     return 0
 

@@ -18,6 +18,7 @@ import pytest
 
 from megamoe import compile
 from tests.gpu.configs import CONFIGS as ONE_GPU
+from tests.gpu.configs import ROUTERS
 from tests.gpu.kernels import library
 from tests.multigpu.configs import CONFIGS as SEVERAL_GPUS
 
@@ -28,7 +29,8 @@ def build(directory: str) -> int:
     """Build the kernels of all configurations; the exit status of `megamoe.compile`."""
     with tempfile.TemporaryDirectory() as scratch:
         entries = Path(scratch) / "configs.json"
-        entries.write_text(json.dumps([*ONE_GPU.values(), *SEVERAL_GPUS.values()]))
+        routers = [{"router": fields} for fields in ROUTERS.values()]
+        entries.write_text(json.dumps([*ONE_GPU.values(), *SEVERAL_GPUS.values(), *routers]))
         status = compile.main(["--list", str(entries), "--out", directory])
     if status == 0:
         for name in library.NAMES:

@@ -52,6 +52,25 @@ def load_global_v4_if(address, condition):
     )
 
 
+def load_global_if(address, condition, num_bytes: int):
+    """The same of 2, 4, 8 or 16 bytes, as a list of Int32; 2 are the lower half of one."""
+    words = max(1, num_bytes // 4)
+    if words == 4:
+        return list(load_global_v4_if(address, condition))
+    zeros = "".join(f"mov.b32 {{$w{n}}}, 0; " for n in range(words))
+    kind, into = {2: ("u16", "{$w0}"), 4: ("b32", "{$w0}"), 8: ("v2.b32", "{{$w0}, {$w1}}")}[
+        num_bytes
+    ]
+    loaded = arch.inline_ptx(
+        "{ .reg .pred p; setp.ne.b32 p, {$r1}, 0; "
+        + zeros
+        + f"@p ld.global.{kind} {into}, [{{$r0}}]; }}",
+        write_only_types=[Int32] * words,
+        read_only_args=[global_ptr(address, Int32, num_bytes), condition],
+    )
+    return [loaded] if words == 1 else list(loaded)
+
+
 def store_global_v4(address, words):
     arch.inline_ptx(
         "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
@@ -201,6 +220,22 @@ def min_or_nan(x, y):
 def max_or_nan(x, y):
     return arch.inline_ptx(
         "max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[x, y]
+    )
+
+
+def fma(a, b, c):
+    """a * b + c, rounded once."""
+    return arch.inline_ptx(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Float32],
+        read_only_args=[a, b, c],
+    )
+
+
+def square_root(value):
+    """Rounded to nearest even."""
+    return arch.inline_ptx(
+        "sqrt.rn.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value]
     )
 
 

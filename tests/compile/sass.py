@@ -40,9 +40,13 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def compile_kernel(config: MoEConfig, kernel: KernelConfig, directory: Path) -> Compiled:
+    """The kernel of a layer, as `compile_program` does it."""
+    return compile_program(compile.layer_program(config, kernel), directory)
+
+
+def compile_program(program: compile.Program, directory: Path) -> Compiled:
     """Remarks of ptxas go to the standard streams of the process: read them with `capfd`."""
-    options = f"--keep-ptx --keep-cubin --dump-dir {directory} remarks{{ptx}}"
-    compile.compile_kernel(config, kernel, options=options)
+    program.make(options=f"--keep-ptx --keep-cubin --dump-dir {directory} remarks{{ptx}}")
     (ptx,) = directory.glob("*.ptx")
     (cubin,) = directory.glob("*.cubin")
     return Compiled(

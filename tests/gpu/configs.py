@@ -82,4 +82,16 @@ ALONE = {
 }
 #: Dispatch alone over a ring that is too small: nobody frees its slots.
 ALONE["dispatch_ring"] = layer(8, 4, 256, 256, 512, 2, pool_blocks=3, only="dispatch")
+#: Fields of routers (`router_config.RouterConfig`): of models, and of the layers small1 and block1.
+ROUTERS: dict[str, dict] = {
+    "v3": dict(num_experts=256, top_k=8, score="sigmoid", num_groups=8, topk_groups=4,
+               correction_bias=True),
+    "pro": dict(num_experts=384, top_k=6, score="sqrtsoftplus", correction_bias=True),
+    "pro_hashed": dict(num_experts=384, top_k=6, score="sqrtsoftplus", hashed=True),
+    "qwen3": dict(num_experts=128, top_k=8),
+    "gpt_oss": dict(num_experts=128, top_k=4, softmax_over="chosen", logits="bfloat16"),
+    "largest": dict(num_experts=512, top_k=16, score="sigmoid"),
+    "odd": dict(num_experts=39, top_k=4, renormalize=False, logits="bfloat16"),
+    "small": dict(num_experts=16, top_k=4),
+}  # fmt: skip
 CONFIGS = {**SMALL, **EDGE, **MANY, **SCALED, **SHARED, **STRESS, **QWEN3, **TIMED, **ALONE}

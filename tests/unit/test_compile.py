@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from megamoe import compile, signature
+from megamoe import compile, router_config, signature
 from megamoe.config import MoEConfig, select
+from megamoe.router_config import RouterConfig
 
 CONFIG = MoEConfig(8, 2, 256, 128, 64, 2)
 
@@ -155,6 +156,52 @@ def test_a_linker_that_fails_ends_in_one_line(last, tmp_path, monkeypatch, capsy
 def test_missing_arguments_are_named(tmp_path, capsys):
     assert compile.main(["--out", str(tmp_path), "--num-experts", "8"]) == 2
     assert "top_k" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"router": {"num_experts": 8, "top_k": 9}}, "top_k=9 must be in 1..8"),
+        ({"router": {"num_experts": 8}}, "top_k"),
+        ({"router": {"num_experts": 8, "top_k": 2, "groups": 2}}, "'groups'"),
+        ({"router": 8}, "must hold 'router', an object"),
+        ({"router": {}, "num_experts": 8}, "must hold 'router', an object"),
+        ({"router": {"num_experts": 8, "top_k": 2}, "arch": "sm_70"}, "arch='sm_70'"),
+    ],
+)
+def test_a_bad_router_ends_in_one_line(entry, message, tmp_path, capsys):
+    (tmp_path / "list.json").write_text(json.dumps([entry]))
+    assert compile.main(["--out", str(tmp_path), "--list", str(tmp_path / "list.json")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.compile
+def test_a_router_is_built_by_the_command_line_and_found(tmp_path, monkeypatch, capsys):
+    """The same from a list; and loaded from there where neither DSL nor cache have it."""
+    fields = {"num_experts": 32, "top_k": 2, "score": "sigmoid", "renormalize": False}
+    flags = [f"{name}={json.dumps(value)}" for name, value in fields.items()]
+    flags[2] = "score=sigmoid"
+    assert compile.main(["--cpu", "--out", str(tmp_path), "--router", *flags]) == 0
+    program = compile.router_program(RouterConfig(**fields))
+    library = tmp_path / f"{program.name(cpu=True)}.so"
+    described = json.loads(library.with_suffix(".json").read_text())
+    assert described["router"]["score"] == "sigmoid" and described["arch"] == "sm_90a"
+    assert described["arguments"] == [name for name, _ in router_config.ARGUMENTS]
+    before = library.stat().st_mtime_ns
+    (tmp_path / "list.json").write_text(json.dumps([{"router": fields}]))
+    listed = ["--cpu", "--out", str(tmp_path), "--list", str(tmp_path / "list.json")]
+    assert compile.main(listed) == 0
+    assert library.stat().st_mtime_ns == before  # found, not built again
+    assert capsys.readouterr().out.count(str(library)) == 2
+    monkeypatch.setattr(compile, "HAVE_DSL", False)
+    monkeypatch.setenv("MEGAMOE_CACHE_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("MEGAMOE_TRUST_KERNELS", "1")
+    assert compile.load_program(program, tmp_path, cpu=True).path == library
+    other = compile.router_program(RouterConfig(32, 3))
+    with pytest.raises(compile.KernelNotFound, match="RouterConfig.*top_k=3"):
+        compile.load_program(other, tmp_path)
 
 
 @pytest.mark.compile

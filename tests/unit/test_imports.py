@@ -28,16 +28,17 @@ LAYERS = [
     {"megamoe.dsl", "megamoe.precision", "megamoe.architecture", "megamoe.signature",
      "megamoe.kernel_files", "megamoe.fourbit_layout"},
     {"megamoe.config", "megamoe.activation", "megamoe.fourbit"},
+    {"megamoe.router_config"},
     {"megamoe.ordering"},
     {"megamoe.wire", "megamoe.budget", "megamoe.schedule", "megamoe.reference",
-     "megamoe.weights", "megamoe.fourbit_pack"},
+     "megamoe.weights", "megamoe.fourbit_pack", "megamoe.router_reference"},
     {"megamoe.regions"},
     {"megamoe.launch_shape", "megamoe.faults"},
     {"megamoe.group", "megamoe.inputs", "megamoe.arguments", "megamoe.custom_op"},
     {"megamoe.health", "megamoe.residents"},
     {"megamoe.kernels", "megamoe.machine"},
     {"megamoe.compile"},
-    {"megamoe.streams"},
+    {"megamoe.streams", "megamoe.router"},
     {"megamoe.backends"},
     {"megamoe.module"},
     {"megamoe.checkpoint.files"},
@@ -79,6 +80,10 @@ FORBIDDEN = [
     ("megamoe.reference", "workspace"),
     ("megamoe.reference", "megamoe.schedule"),
     ("megamoe.kernels", "megamoe.reference"),
+    ("megamoe.kernels", "megamoe.router_reference"),
+    ("megamoe.router_reference", "megamoe.kernels"),
+    ("megamoe.router", "megamoe.module"),
+    ("megamoe.router", "megamoe.backends"),
 ]
 
 
@@ -193,6 +198,7 @@ def test_foundations_do_not_import_torch():
     """Configuration, schedule and layout are integers: they load in a tool without torch."""
     for module in (
         "megamoe.config",
+        "megamoe.router_config",
         "megamoe.precision",
         "megamoe.fourbit_layout",
         "megamoe.schedule",
