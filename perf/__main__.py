@@ -19,6 +19,7 @@ from perf.commands import (
     engine,
     publish,
     report,
+    router,
     sweep,
     trace,
     zeroing,
@@ -39,6 +40,7 @@ COMMANDS = {
         ablation,
         trace,
         engine,
+        router,
         publish,
     )
 }
