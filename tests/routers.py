@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ CONFIGS = {
 
 @functools.cache
 def kernel_of(config: RouterConfig) -> compile.CompiledKernel:
-    """For a CPU; from the cache, or built into it."""
-    kernel = compile.load_program(compile.router_program(config), cpu=True)
+    """For a CPU; built ahead of time, from the cache, or built into it."""
+    ahead = os.environ.get("MEGAMOE_KERNEL_DIR")
+    kernel = compile.load_program(compile.router_program(config), ahead, cpu=True)
     kernel.to_device(0)
     return kernel
 

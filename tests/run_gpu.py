@@ -32,6 +32,8 @@ def build(directory: str) -> int:
         routers = [{"router": fields} for fields in ROUTERS.values()]
         entries.write_text(json.dumps([*ONE_GPU.values(), *SEVERAL_GPUS.values(), *routers]))
         status = compile.main(["--list", str(entries), "--out", directory])
+        entries.write_text(json.dumps(routers))  # whose bits are compared with those of a CPU
+        status = status or compile.main(["--cpu", "--list", str(entries), "--out", directory])
     if status == 0:
         for name in library.NAMES:
             print(library.build(Path(directory), name), flush=True)

@@ -232,10 +232,10 @@ def fma(a, b, c):
     )
 
 
-def square_root(value):
-    """Rounded to nearest even."""
+def rsqrt_approx(value):
+    """1 / sqrt(value) to two units in the last place; of a subnormal number infinite."""
     return arch.inline_ptx(
-        "sqrt.rn.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value]
+        "rsqrt.approx.ftz.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[value]
     )
 
 

@@ -5,7 +5,7 @@ of neighbouring lanes, and so a lower lane, or a lower place in a lane, is a low
 of equals is the lowest. What is compared are `key`s, integers in the order of floats.
 
     load     every lane its experts (nothing where a table chooses)
-    score    exponentials by FMA alone, so that every device has the same bits
+    score    exponentials by FMA, so that every device has the same bits
     groups   two best of each, over its lanes; a group's rank among all
     choose   K times the largest key of the warp, which is then struck out: lane k has expert k
     weigh    lane k loads the logit of expert k again, from L1, and computes its weight
@@ -29,7 +29,7 @@ from megamoe.kernels.ptx import (
     global_ptr,
     load_global_if,
     max_or_nan,
-    square_root,
+    rsqrt_approx,
     store_global,
     unpack_bf16x2,
 )
@@ -51,7 +51,7 @@ select = cutlass.select_
 
 #: Key of NaN, the largest; of what cannot be chosen, below that of -inf.
 NAN_KEY, DEAD = 0x7FFFFFFF, -0x80000000
-MINUS_INFINITY = float("-inf")
+INFINITY = float("inf")
 #: Above every place of an expert.
 NOWHERE = 1 << 20
 #: Adding it rounds to an integer, which is then in the lower bits.
@@ -60,8 +60,12 @@ LN2_HIGH, LN2_LOW = 0.693145751953125, 1.42860682030941723212e-6  # the first ha
 #: exp is 0 below: what is left of the normal range.
 LOWEST = -87.0
 EXP_TERMS = (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
-#: log1p(t) = 2 atanh(u) with u = t / (2 + t), at most 1/3 for t at most 1.
-ATANH_TERMS = (1 / 15, 1 / 13, 1 / 11, 1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0)
+#: log1p(t) / t for t in 0..1, off by at most 5e-9 of it; no division, as a series of atanh has.
+LOG1P_TERMS = (
+    -0.003244024235755205, 0.019851457327604294, -0.056959524750709534, 0.10603653639554977,
+    -0.15305592119693756, 0.1967593878507614, -0.24954134225845337, 0.3332996368408203,
+    -0.4999990165233612, 1.0,
+)  # fmt: skip
 
 
 def polynomial(terms, x):
@@ -85,18 +89,38 @@ def exp_below_zero(x):
     return select(x < Float32(LOWEST), Float32(0.0), polynomial(EXP_TERMS, rest) * power)
 
 
+# Division and square root have a branch for rare operands, so that one score would wait for the
+# other. These have none, and their last correction is exact but for one result in a million: they
+# give the bits of IEEE, whatever the approximation began with.
+
+
+def quotient(a, b):
+    """a / b, rounded to nearest, for b of 1 to 2."""
+    inverse = arch.rcp_approx(b)
+    inverse = fma(fma(-b, inverse, Float32(1.0)), inverse, inverse)
+    result = a * inverse
+    return fma(fma(-b, result, a), inverse, result)
+
+
+def square_root(x):
+    """sqrt(x), rounded to nearest, for a normal x; 0, infinity and NaN stay."""
+    inverse = rsqrt_approx(x)
+    result = x * inverse
+    result = fma(fma(-result, result, x), inverse * Float32(0.5), result)
+    inside = Int32(x > Float32(0.0)) & Int32(x < Float32(INFINITY))
+    return select(inside == 1, result, x)
+
+
 def sigmoid(x):
     """1 / (1 + exp(-x)), of whose exponential nothing overflows."""
     e = exp_below_zero(-magnitude(x))
-    return select(x < Float32(0.0), e, Float32(1.0)) / (e + Float32(1.0))
+    return quotient(select(x < Float32(0.0), e, Float32(1.0)), e + Float32(1.0))
 
 
 def sqrt_softplus(x):
     """sqrt(log(1 + exp(x))) = sqrt(max(x, 0) + log1p(exp(-|x|)))."""
     t = exp_below_zero(-magnitude(x))
-    u = t / (t + Float32(2.0))
-    series = polynomial(ATANH_TERMS, u * u)
-    return square_root(fma(u + u, series, max_or_nan(x, Float32(0.0))))
+    return square_root(fma(t, polynomial(LOG1P_TERMS, t), max_or_nan(x, Float32(0.0))))
 
 
 def magnitude(x):
@@ -228,7 +252,7 @@ class RouterKernel:
         if config.experts_per_lane * config.lanes_per_group == config.group_size:
             return values
         return [
-            select(inside + j < config.group_size, value, Float32(MINUS_INFINITY))
+            select(inside + j < config.group_size, value, Float32(-INFINITY))
             for j, value in enumerate(values)
         ]
 

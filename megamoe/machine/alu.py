@@ -105,7 +105,6 @@ def _floats() -> Iterator[tuple[str, str, str, str]]:
         yield f"{name}.f32 {name}.rn.f32", "f32", "f32 f32", f"a {sign} b"
     yield "div.rn.f32", "f32", "f32 f32", "a / b"
     yield "rcp.rn.f32", "f32", "f32", "to_f32(1) / a"
-    yield "sqrt.rn.f32", "f32", "f32", "root(a)"
     yield "fma.rn.f32", "f32", "f32 f32 f32", "fused(a, b, c)"
     yield "neg.f32", "u32", "u32", "a ^ 2147483648"
     yield "abs.f32", "u32", "u32", "a & 2147483647"
@@ -114,6 +113,7 @@ def _floats() -> Iterator[tuple[str, str, str, str]]:
         yield f"{name}.NaN.f32", "f32", "f32 f32", f"{name}imum_nan(a, b)"
     yield "ex2.approx.ftz.f32", "f32", "f32", "ex2(a)"
     yield "rcp.approx.ftz.f32", "f32", "f32", "rcp(a)"
+    yield "rsqrt.approx.ftz.f32", "f32", "f32", "rsqrt(a)"
     for source in ("s32", "u32", "s64"):
         yield f"cvt.rn.f32.{source}", "f32", source, "to_f32(a)"
     yield "cvt.rn.bf16.f32", "u32", "f32", "bf16(a)"
@@ -301,8 +301,8 @@ def rcp(a):
     return flush(np.float32(1) / flush(a))
 
 
-def root(a):
-    return np.sqrt(np.asarray(a, np.float32))
+def rsqrt(a):
+    return flush((1 / np.sqrt(flush(a).astype(np.float64))).astype(np.float32))
 
 
 def bf16(a):

@@ -118,7 +118,7 @@ static inline f32 maximum_nan(f32 a, f32 b) { return a != a || b != b ? quiet_na
 static inline f32 flush(f32 x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
 static inline f32 ex2(f32 x) { return flush((f32)exp2((double)flush(x))); }
 static inline f32 rcp(f32 x) { return flush(1 / flush(x)); }
-static inline f32 root(f32 x) { return sqrtf(x); }
+static inline f32 rsqrt(f32 x) { return flush((f32)(1 / sqrt((double)flush(x)))); }
 static inline u32 bf16(f32 x) {
   u32 w = word_of(x);
   return x != x ? 0x7fff : (w + (w >> 16 & 1) + 0x7fff) >> 16;

@@ -63,10 +63,9 @@ def test_against_the_definition(name, tokens):
     assert torch.equal(as_int32[0].long(), got[0]) and torch.equal(as_int32[1], got[1])
 
 
-@pytest.mark.compile
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_bits_of_a_gpu_are_those_of_the_machine(name):
-    """No approximate instruction is used: experts and weights are the same."""
+    """Experts and weights: whatever is approximate is corrected behind it."""
     config = CONFIGS[name]
     given = arguments_for(config, 64, seed=5)
     here = on_the_machine(config, **given)
