@@ -67,8 +67,8 @@ def test_against_the_definition(name, tokens):
 def test_the_bits_of_a_gpu_are_those_of_the_machine(name):
     """Experts and weights: whatever is approximate is corrected behind it."""
     config = CONFIGS[name]
-    given = arguments_for(config, 64, seed=5)
-    here = on_the_machine(config, **given)
+    given = arguments_for(config, 16, seed=5)
+    here = on_the_machine(config, checks=False, **given)
     there = route(config, **{name: tensor.cuda() for name, tensor in given.items()})
     assert torch.equal(here[0], there[0].cpu()) and torch.equal(here[1], there[1].cpu())
 
