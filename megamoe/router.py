@@ -160,20 +160,20 @@ def arguments_of(
 ) -> dict:  # fmt: skip
     """The arguments of a launch by name, without its stream (`RouterArguments`)."""
     tokens = logits.shape[0]
-    on_device = isinstance(num_tokens, Tensor)
+    valid, there = (tokens, num_tokens) if isinstance(num_tokens, Tensor) else (num_tokens, None)
     return dict(
         logits=logits.data_ptr(),
         correction_bias=_address(correction_bias),
         tid2eid=_address(tid2eid),
         input_ids=_address(input_ids),
-        valid_tokens=num_tokens.data_ptr() if isinstance(num_tokens, Tensor) else 0,
+        valid_tokens=_address(there),
         mask=_address(mask),
         topk_idx=idx.data_ptr(),
         topk_weights=weights.data_ptr(),
         row_bytes=logits.stride(0) * logits.element_size(),
         vocabulary=0 if tid2eid is None else tid2eid.shape[0],
         num_tokens=tokens,
-        num_valid=tokens if num_tokens is None or on_device else int(num_tokens),
+        num_valid=tokens if valid is None else valid,
         wide_table=int(tid2eid is not None and tid2eid.dtype == torch.int64),
         wide_ids=int(input_ids is not None and input_ids.dtype == torch.int64),
         wide_idx=int(idx.dtype == torch.int64),
@@ -254,9 +254,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(
-    name: str, tensor: object, shape: tuple, device: torch.device, dtypes: tuple, *, rows=False
-) -> None:
+def _check(name: str, tensor: object, shape: tuple, device: torch.device, dtypes: tuple) -> None:
     """ValueError, naming the argument, unless it is such a tensor, in one piece."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -281,7 +279,8 @@ def _check_row_alignment(config: RouterConfig, logits: Tensor) -> None:
 
 def _check_aligned(name: str, tensor: Tensor, num_bytes: int) -> None:
     """ValueError unless every row begins at a multiple of so many bytes, as lanes load them."""
-    step = tensor.stride(0) * tensor.element_size() if tensor.ndim > 1 else 0
+    rows = tensor.ndim > 1 and len(tensor) > 1
+    step = tensor.stride(0) * tensor.element_size() if rows else 0
     if tensor.numel() and (tensor.data_ptr() % num_bytes or step % num_bytes):
         raise ValueError(
             f"{name} must have rows that begin at multiples of {num_bytes} bytes: the first is at "
