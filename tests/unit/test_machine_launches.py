@@ -9,6 +9,7 @@ import torch
 
 from megamoe.backends import in_places
 from megamoe.faults import InvalidExpertError, LaunchTimeout
+from megamoe.kernels.sm90 import few_tokens
 from megamoe.kernels.sm90.swapped import SWAPPED_TOKENS
 from megamoe.machine.faults import Fault, StepLimit
 from megamoe.precision import PRECISIONS
@@ -107,22 +108,45 @@ def test_experts_of_several_blocks(precision, num_ctas):
 ROWS = (1, 16, 0, 17, 32, 33, 48, 49, 64, 65, 96, 97, 128)
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [*(at_night(p) for p in ("bf16", "fp8_block", "fp8_mxfp4")), "fp8_mxfp4_token", "fp8_int4"],
-)
-def test_every_number_of_tokens_of_a_tile(precision):
-    assert {min(n for n in SWAPPED_TOKENS if n >= rows) for rows in ROWS} == {*SWAPPED_TOKENS}
-    layer = Layer(
+def layer_of_rows(precision: str) -> Layer:
+    """An expert for each of ROWS; K = 1."""
+    return Layer(
         1, sum(ROWS), 1, len(ROWS), hidden=384, inner=256, precision=precision,
         overrides={"pool_blocks": 3},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        *(at_night(p) for p in ("bf16", "fp8_channel", "fp8_mxfp4")),
+        "fp8_block", "fp8_mxfp4_token", "fp8_int4",
+    ],
+)  # fmt: skip
+def test_every_number_of_tokens_of_a_tile(precision):
+    for variants in (SWAPPED_TOKENS, few_tokens.VARIANTS):
+        most = [rows for rows in ROWS if rows <= variants[-1]]
+        assert {min(n for n in variants if n >= rows) for rows in most} == {*variants}
+    layer = layer_of_rows(precision)
     layer.spread_scales()
     inputs = xs, [idx], weights = layer.inputs("uniform", 1)
     experts = torch.repeat_interleave(torch.arange(len(ROWS)), torch.tensor(ROWS))
     idx[:, 0] = experts[torch.randperm(len(experts), generator=torch.Generator().manual_seed(1))]
     layer.compare(layer.forward(inputs, 1), inputs)
     layer.assert_at_rest()
+
+
+@pytest.mark.parametrize("precision", ["fp8_block", at_night("fp8_channel")])
+def test_bits_of_a_token_do_not_depend_on_how_many_there_are(precision):
+    layer = layer_of_rows(precision)
+    xs, [idx], weights = layer.inputs("uniform", 2)
+    idx[:, 0] = 3
+    known = None
+    for rows in (130, 100, 64, 40, 20, 1):
+        idx[rows:] = -1
+        [y] = layer.forward((xs, [idx], weights), rows)
+        known = y[:1] if known is None else known
+        assert y[0].any() and torch.equal(y[:1], known), rows
 
 
 @pytest.mark.parametrize(("piece_bytes", "pieces"), [(400, 2), (100, 8)])
