@@ -19,7 +19,7 @@ from megamoe.wire import COUNT_RECORD_BYTES, scale_words
 WARP_ROWS = 16  # rows of a tile that one math warp owns
 PASS_ROW_BYTES = 128  # of a row in one epilogue pass: 64 bf16
 PASS_BYTES = WARP_ROWS * PASS_ROW_BYTES  # shared memory of a math warp's pass
-FEW_TOKENS = 64  # of a tile: with so many or less the operands of FP8 weights are swapped
+FEW_TOKENS = 32  # of a tile: with so many or less the operands of FP8 weights are swapped
 QUEUE_SLOTS = 2  # tiles handed over: the one in work and the next
 QUEUE_WORDS = 8  # int32 per handed-over tile
 FLAG_WORDS = 4

@@ -73,12 +73,20 @@ FEW_WGMMA = Counter(
     {f"QGMMA.64x{tokens}x32.F32.E4M3.E4M3": 2 * 4 for tokens in few_tokens.VARIANTS}
 )
 #: WGMMA instructions by recipe and columns. BF16: one K block peeled and one in the loop, of the
-#: full tile width. FP8: a K block is two halves of the tile, or with few tokens their number; by
-#: channel FC1's mainloop is made like that of BF16, and its own with few tokens.
+#: full tile width. FP8: a K block is two halves of the tile, or four quarters for a warpgroup that
+#: computes alone, or with few tokens their number; by channel FC1's mainloops add up over all of K.
 WGMMA = {
     "bf16": Counter({"HGMMA.64x256x16.F32.BF16": 2 * 4}),
-    "fp8_block": Counter({"QGMMA.64x128x32.F32.E4M3.E4M3": 2 * 4}) + FEW_WGMMA,
-    "fp8_channel": Counter({"QGMMA.64x128x32.F32.E4M3.E4M3": 2 * 2 * 4 + 2 * 4})
+    "fp8_block": Counter(
+        {"QGMMA.64x128x32.F32.E4M3.E4M3": 2 * 4, "QGMMA.64x64x32.F32.E4M3.E4M3": 4 * 4}
+    )
+    + FEW_WGMMA,
+    "fp8_channel": Counter(
+        {
+            "QGMMA.64x128x32.F32.E4M3.E4M3": 2 * 2 * 4 + 2 * 4,
+            "QGMMA.64x64x32.F32.E4M3.E4M3": 4 * 4,
+        }
+    )
     + FEW_WGMMA
     + FEW_WGMMA,
     "fp8_mxfp4": swapped_wgmma(),
@@ -103,12 +111,13 @@ def swapped_waits(promotes: bool) -> Counter:
 #: Waits for WGMMA groups, by groups that may still be in flight: a sum is read, or a stage given
 #: back, only behind one. One more or less in flight reads a sum that is not complete, or lets the
 #: tensor cores idle. BF16: in the loop and behind it. With a scale per K block: both halves
-#: complete; with few tokens one block while the other is in flight, then that; without scales both.
+#: complete, and of four quarters the first three with the next in flight, then the last; with few
+#: tokens one block while the other is in flight, then that, or without scales both.
 FEW = len(few_tokens.VARIANTS)
 WAITS = {
     "bf16": Counter({1: 1, 0: 1}),
-    "fp8_block": Counter({0: 2 + FEW, 1: FEW}),
-    "fp8_channel": Counter({1: 1 + FEW, 0: 1 + 2 + 2 * FEW}),
+    "fp8_block": Counter({0: 2 + 1 + FEW, 1: 3 + FEW}),
+    "fp8_channel": Counter({1: 1 + 3 + FEW, 0: 1 + 2 + 1 + 2 * FEW}),
     "fp8_mxfp4": swapped_waits(True),
     "fp8_mxfp4_token": swapped_waits(False) + swapped_waits(True),
     "fp8_int4": swapped_waits(True),

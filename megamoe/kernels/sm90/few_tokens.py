@@ -4,8 +4,10 @@ many tokens as there are, and not 64 rows.
 A tile's 256 weight rows are four blocks of 64, as they lie in shared memory: of FC1 gate and up in
 turn, so that a warpgroup, which has two of them, holds the gates of 64 outputs and their ups. An
 accumulator holds the rows of a block by the tile's tokens, as many as there are: a multiple of 16.
-Both warpgroups work on every tile. Every number is computed as in tiles with more tokens
-(`mainloop`, `epilogue`), in the same order, so a token's bits do not depend on how many there are.
+Both warpgroups work on every such tile; with more tokens the time that both spend on epilogues
+would count (H200: 3 % with 48 to 64), so that then they take tiles in turn. Every number is
+computed as there (`mainloop`, `epilogue`), in the same order, so a token's bits do not depend on
+how many there are.
 """
 
 from __future__ import annotations
@@ -31,9 +33,6 @@ from megamoe.kernels.tiles import Pipes
 arch = cute.arch
 
 BLOCKS = 2  # of 64 weight rows, of a warpgroup
-#: K blocks whose products follow each other without a pause. With a scale per output channel there
-#: are no registers for that.
-RUN = {True: 4, False: 1}
 #: Tokens of a tile that there are variants for.
 VARIANTS = range(16, FEW_TOKENS + 1, 16)
 
@@ -92,7 +91,7 @@ def await_stage(pipes, place, stages: Constexpr):
 @cute.jit
 def accumulate(operands, pipes, position, k_blocks, lane, kernel: Constexpr):
     """accumulators = weights @ tokens^T over `k_blocks` K blocks, the first of which is number
-    `position` of the ring. Of a K block at a time: with the next in flight registers were spilled.
+    `position` of the ring.
     """
     stages = kernel.num_stages
     for block in cutlass.range(k_blocks, unroll=1):
@@ -103,16 +102,21 @@ def accumulate(operands, pipes, position, k_blocks, lane, kernel: Constexpr):
         release(pipes.empty, stage, lane, 1)
 
 
-def promote(accumulator, sums, scales, of_block):
-    """accumulator += sums * scale of the token * that of the block. `scales`: shared pointer to the
-    scale of this lane's first token; every 8 tokens it has two more.
-    """
-    for slab in range(cute.size(accumulator) // 4):
-        pair = [as_float(word) * of_block for word in load_shared_v2(scales + 32 * slab)]
+def promote(accumulator, sums, of_tokens, of_block):
+    """accumulator += sums * scale of the token * that of the block."""
+    for slab in range(len(of_tokens)):
+        scales = [scale * of_block for scale in of_tokens[slab]]
         for i in range(4):
             index = 4 * slab + i
-            promoted = sums[index] * pair[i % 2]
+            promoted = sums[index] * scales[i % 2]
             accumulator[index] = accumulator[index] + promoted
+
+
+def load_token_scales(scales, slabs: int) -> list:
+    """Scales of this lane's tokens, two of every 8. `scales`: shared pointer to the first."""
+    return [
+        [as_float(word) for word in load_shared_v2(scales + 32 * slab)] for slab in range(slabs)
+    ]
 
 
 def load_block_scales(weight_scales, weighted: bool, block) -> list:
@@ -133,42 +137,21 @@ def accumulate_scaled(
     `weight_scales`: shared pointer to the scales of this warpgroup's two blocks of the tile's
     weights in the first K block, unless not `weighted`.
     """
-    scales, run = (row_scales, weight_scales, weighted), RUN[weighted]
-    runs = k_blocks // run
-    for number in cutlass.range(runs, unroll=1):
-        accumulate_run(operands, pipes, *scales, position, number * run, run, lane, kernel)
-    if const_expr(run > 1):
-        for block in cutlass.range(runs * run, k_blocks, 1, unroll=1):
-            accumulate_run(operands, pipes, *scales, position, block, 1, lane, kernel)
-
-
-@cute.jit
-def accumulate_run(
-    operands, pipes, row_scales, weight_scales, weighted: Constexpr, position, first,
-    count: Constexpr, lane, kernel: Constexpr,
-):  # fmt: skip
-    """`count` K blocks from number `first` on. While the sums of one block are promoted, the tensor
-    cores work on the other, of the same K block or of the next. Runs are straight code: with
-    products in flight around a loop ptxas serialised them (C7514).
-    """
     stages, scale_bytes = kernel.num_stages, 4 * kernel.block_m
     accumulators, sums = operands.accumulators, operands.sums
-    held = [await_stage(pipes, position + first, stages)]
-    for number in range_constexpr(BLOCKS):
-        issue(operands, sums, number, held[0], True)
-    for step in range_constexpr(count):
-        of_blocks = load_block_scales(weight_scales, weighted, first + step)
-        last = step == count - 1
-        if const_expr(not last):
-            held.append(await_stage(pipes, position + first + step + 1, stages))
+    for block in cutlass.range(k_blocks, unroll=1):
+        stage = await_stage(pipes, position + block, stages)
         for number in range_constexpr(BLOCKS):
-            warpgroup.wait_group(0 if last and number == BLOCKS - 1 else 1)
-            rows = row_scales + held[step] * scale_bytes
-            promote(accumulators[number], sums[number], rows, of_blocks[number])
-            if const_expr(not last):
-                issue(operands, sums, number, held[step + 1], True)
-        arch.sync_warp()  # every lane has read its scales
-        release(pipes.empty, held[step], lane, 1)
+            issue(operands, sums, number, stage, True)
+        rows = row_scales + stage * scale_bytes  # under the tensor cores
+        of_tokens = load_token_scales(rows, cute.size(sums[0]) // 4)
+        of_blocks = load_block_scales(weight_scales, weighted, block)
+        for number in range_constexpr(BLOCKS):
+            warpgroup.wait_group(BLOCKS - 1 - number)
+            if const_expr(number == BLOCKS - 1):
+                arch.sync_warp()  # every lane has read its scales
+                release(pipes.empty, stage, lane, 1)
+            promote(accumulators[number], sums[number], of_tokens, of_blocks[number])
 
 
 @cute.jit

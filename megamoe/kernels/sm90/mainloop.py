@@ -3,8 +3,10 @@
 `accumulate` lets the tensor cores add up over all of K, one WGMMA group in flight: the stage of the
 previous K block is released when the next group has been issued. `accumulate_scaled` has a scale
 per K block: every block starts fresh sums, which are promoted, times their scales, into the float32
-accumulator. There are registers for the sums of half the tile's columns; the tensor cores work for
-the other warpgroup during a promotion.
+accumulator. There are registers for the sums of half the tile's columns. In one part they leave
+shared memory the least to do, and the tensor cores work for the other warpgroup during a promotion;
+in two parts, of which one is promoted while the other is summed, they are faster for a warpgroup
+that computes alone.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ def accumulate_scaled(
     position,
     k_blocks,
     lane,
+    warps,
     kernel: Constexpr,
 ):
     """accumulator = sum over K blocks of scale * (A @ B^T), element by element.
@@ -86,16 +89,18 @@ def accumulate_scaled(
     accumulator = fragments.accumulator
     accumulator.fill(0.0)
     parts = len(fragments.parts)
-    sums = cute.make_rmem_tensor_like(fragments.parts[0])
-    size = cute.size(sums)
+    in_flight = parts // 2
+    sums = [cute.make_rmem_tensor_like(fragments.parts[0]) for _ in range(in_flight)]
+    size = cute.size(sums[0])
     quarter = size * parts // 4
     for block in cutlass.range(k_blocks, unroll=1):
         stage = (position + block) % stages
         arch.mbarrier_wait(pipes.full + stage, ((position + block) // stages) % 2)
         scales = []
-        for part in range_constexpr(parts):
-            issue(fragments, [sums], part, stage, True)
-            if const_expr(part == 0):  # under the tensor cores
+        for step in range_constexpr(parts + in_flight - 1):
+            if const_expr(step < parts):
+                issue(fragments, [sums[step % in_flight]], step, stage, True)
+            if const_expr(step == 0):  # under the tensor cores
                 pointer = row_scales + stage * scale_bytes
                 rows = [as_float(load_shared(pointer)), as_float(load_shared(pointer + 32))]
                 weights = [Float32(1.0)] * 4
@@ -103,12 +108,14 @@ def accumulate_scaled(
                     words = load_shared_v4(weight_scales + block * WEIGHT_SCALE_BYTES)
                     weights = [as_float(word) for word in words]
                 scales = [[row * weight for row in rows] for weight in weights]
-            warpgroup.wait_group(0)
-            if const_expr(part == parts - 1):
-                arch.sync_warp()  # every lane has read its scales
-                release(pipes.empty, stage, lane, 1)
-            for i in range_constexpr(size):
-                index = size * part + i
-                scale = scales[index // quarter][(i // 2) % 2]
-                promoted = sums[i] * scale
-                accumulator[index] = accumulator[index] + promoted
+            part = step - in_flight + 1
+            if const_expr(part >= 0):
+                warpgroup.wait_group(min(step, parts - 1) - part)
+                if const_expr(part == parts - 1):
+                    arch.sync_warp()  # every lane has read its scales
+                    release(pipes.empty, stage, lane, warps)
+                for i in range_constexpr(size):
+                    index = size * part + i
+                    scale = scales[index // quarter][(i // 2) % 2]
+                    promoted = sums[part % in_flight][i] * scale
+                    accumulator[index] = accumulator[index] + promoted

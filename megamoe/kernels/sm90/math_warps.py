@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from megamoe import schedule
 from megamoe.architecture import SM90A
@@ -56,46 +56,61 @@ def fragments_of(kernel, columns: int, smem_a, smem_b, accumulator) -> Fragments
 
 
 @cute.jit
-def multiply_scaled(launch: Launch, fragments, pipes, taken, position, k_blocks, warp, lane):
-    """The product of this warpgroup's share of a tile, with a scale per K block. `warp`: its place
-    among the warps that hold the tile's rows.
+def multiply_scaled(
+    launch: Launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
+):
+    """The product of this warpgroup's share of a tile, with a scale per K block. `alone`: the
+    fragments to take if no other warpgroup computes meanwhile. `warp`: its place among the warps
+    that hold the tile's rows.
     """
     kernel, weighted = launch.shape.kernel, launch.shape.config.recipe.weights.scales_along_k
     weights = pipes.weight_scales + taken % QUEUE_SLOTS * launch.shape.weight_scale_bytes
     rows = pipes.row_scales + (warp * WARP_ROWS + lane // 4) * 4
-    mainloop.accumulate_scaled(
-        fragments, pipes, rows, weights, weighted, position, k_blocks, lane, kernel
-    )
+    warps = share.arrivals
+    if warps > 1:
+        mainloop.accumulate_scaled(
+            alone, pipes, rows, weights, weighted, position, k_blocks, lane, warps, kernel
+        )
+    else:
+        mainloop.accumulate_scaled(
+            fragments, pipes, rows, weights, weighted, position, k_blocks, lane, warps, kernel
+        )
 
 
 @cute.jit
 def multiply(
-    launch: Launch, fragments, pipes, tile, share, taken, position, k_blocks, warp, lane
-):  # fmt: skip
+    launch: Launch, fragments, alone, pipes, tile, share, taken, position, k_blocks, warp, lane
+):
     """The product of this warpgroup's share of a tile; see `multiply_scaled`."""
     recipe, kernel = launch.shape.config.recipe, launch.shape.kernel
-    fragments = fragments._replace(a=fragments.a[None, (None, share.half), None, None])
+    rows_a = (None, (None, share.half), None, None)
+    fragments = fragments._replace(a=fragments.a[rows_a])
+    alone = alone._replace(a=alone.a[rows_a])
     if const_expr(recipe.fc1_promotes):
-        multiply_scaled(launch, fragments, pipes, taken, position, k_blocks, warp, lane)
+        multiply_scaled(
+            launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
+        )
     elif const_expr(not recipe.fc2_promotes):
         mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
     elif tile.phase == schedule.PHASE_FC1:  # one scale per row for all of K
         mainloop.accumulate(fragments, pipes, position, k_blocks, lane, share.arrivals, kernel)
     else:
-        multiply_scaled(launch, fragments, pipes, taken, position, k_blocks, warp, lane)
+        multiply_scaled(
+            launch, fragments, alone, pipes, share, taken, position, k_blocks, warp, lane
+        )
 
 
 @cute.jit
 def multiply_and_store(
-    launch: Launch, fragments, staging, pipes, tile, share, turn, taken, position, k_blocks, warp,
-    lane,
+    launch: Launch, fragments, alone, staging, pipes, tile, share, turn, taken, position, k_blocks,
+    warp, lane,
 ):  # fmt: skip
     """This warpgroup's share of a tile. `turn`: number of the tile among those that one warpgroup
     computes alone. Returns when its product was done.
     """
     shape, recipe, slot = launch.shape, launch.shape.config.recipe, taken % QUEUE_SLOTS
     place = share.half * 4 + warp % 4
-    multiply(launch, fragments, pipes, tile, share, taken, position, k_blocks, place, lane)
+    multiply(launch, fragments, alone, pipes, tile, share, taken, position, k_blocks, place, lane)
     if share.arrivals > 1 and lane == 0:
         number, _ = schedule.turn_barrier(turn, shape.kernel.num_math_warpgroups)
         arch.mbarrier_arrive(pipes.multiplied + number)
@@ -117,6 +132,25 @@ def multiply_and_store(
 
 
 @cute.jit
+def compute_in_turn(
+    launch: Launch, fragments, alone, staging, pipes, tile, share, turn, taken, position, k_blocks,
+    warp, lane,
+):  # fmt: skip
+    """As `multiply_and_store`, or wait until the warpgroup has multiplied whose turn it is."""
+    multiplied = Int64(0)
+    if share.active == 1:
+        multiplied = multiply_and_store(
+            launch, fragments, alone, staging, pipes, tile, share, turn, taken, position, k_blocks,
+            warp, lane,
+        )  # fmt: skip
+    else:
+        # Only now may this warpgroup wait for stages: it has not followed their phases.
+        number, parity = schedule.turn_barrier(turn, launch.shape.kernel.num_math_warpgroups)
+        arch.mbarrier_wait(pipes.multiplied + number, parity)
+    return multiplied
+
+
+@cute.jit
 def math(launch: Launch, smem_a, smem_b, staging, exchange, pipes: Pipes, warp, lane):
     """One math warp, 0..7 of the CTA: 16 rows of every tile that its warpgroup has a share in, or
     of FP8 tiles with few tokens, by `few_tokens`, 16 weight rows of each of its blocks.
@@ -127,7 +161,7 @@ def math(launch: Launch, smem_a, smem_b, staging, exchange, pipes: Pipes, warp, 
     # With scales per K block the sums of one block need registers of their own.
     columns = shape.kernel.block_n // (2 if recipe.promotes else 1)
     fragments = fragments_of(shape.kernel, columns, smem_a, smem_b, accumulator)
-    whole = schedule.Share(1, warp // 4, 1)
+    alone = fragments_of(shape.kernel, columns // 2, smem_a, smem_b, accumulator)
     position = Int32(0)
     taken = Int32(0)
     turn = Int32(0)
@@ -139,29 +173,20 @@ def math(launch: Launch, smem_a, smem_b, staging, exchange, pipes: Pipes, warp, 
             running = Int32(0)
         else:
             k_blocks = k_blocks_of(launch, tile)
+            share = schedule.share_of(tile.rows, warp // 4, turn, SM90A.group_rows, warpgroups)
+            in_turn = launch, fragments, alone, staging, pipes, tile, share, turn
             run = taken, position, k_blocks, warp, lane
-            multiplied, share = begin, whole
+            multiplied = begin
             if const_expr(recipe.promotes):
                 if tile.rows <= FEW_TOKENS:
+                    share = schedule.Share(Int32(1), warp // 4, Int32(1))
                     multiplied = few_tokens.multiply_and_store(
                         launch, smem_a, smem_b, pipes, exchange, tile, *run
                     )
                 else:
-                    multiplied = multiply_and_store(
-                        launch, fragments, staging, pipes, tile, whole, turn, *run
-                    )
+                    multiplied = compute_in_turn(*in_turn, *run)
             else:
-                share = schedule.share_of(tile.rows, warp // 4, turn, SM90A.group_rows, warpgroups)
-                if share.active == 1:
-                    multiplied = multiply_and_store(
-                        launch, fragments, staging, pipes, tile, share, turn, *run
-                    )
-                else:
-                    # Only now may this warpgroup wait for stages: it has not followed their phases.
-                    number, parity = schedule.turn_barrier(turn, warpgroups)
-                    arch.mbarrier_wait(pipes.multiplied + number, parity)
-                if share.arrivals > 1:
-                    turn += 1
+                multiplied = compute_in_turn(*in_turn, *run)
             if share.active == 1:
                 arch.sync_warp()
                 if lane == 0:
@@ -170,6 +195,8 @@ def math(launch: Launch, smem_a, smem_b, staging, exchange, pipes: Pipes, warp, 
                 if share.half * 4 + warp % 4 == 0 and lane == 0:
                     times = [begin, multiplied, sync.trace_clock(launch)]
                     sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
+            if share.arrivals > 1:
+                turn += 1
             position += k_blocks
         release_tile(pipes, taken, lane)
         taken += 1
