@@ -419,9 +419,10 @@ class MegaMoE(ResidentWeights):
             "max_tokens_per_rank": config.max_tokens_per_rank,
             "num_ranks": config.num_ranks,
             "precision": config.precision,
-            "num_shared_experts": config.num_shared_experts,
             "device": str(self.device),
         }
+        if config.num_shared_experts:
+            sizes["num_shared_experts"] = config.num_shared_experts
         return ", ".join(f"{name}={value!r}" for name, value in sizes.items())
 
     # ---------------------------------------------------------------- buffers

@@ -119,8 +119,8 @@ def layer_of_rows(precision: str) -> Layer:
 @pytest.mark.parametrize(
     "precision",
     [
-        *(at_night(p) for p in ("bf16", "fp8_channel", "fp8_mxfp4")),
-        "fp8_block", "fp8_mxfp4_token", "fp8_int4",
+        *(at_night(p) for p in ("bf16", "fp8_channel", "fp8_mxfp4", "fp8_int4")),
+        "fp8_block", "fp8_mxfp4_token",
     ],
 )  # fmt: skip
 def test_every_number_of_tokens_of_a_tile(precision):

@@ -16,7 +16,7 @@ from perf.running.checks import check_here
 from perf.running.layer import layer_of
 from perf.running.plan import plan_of
 from perf.workload.parts import ABLATION_KERNELS, MEGAMOE, PART_NAMES, PARTS, STAGING, part_name
-from tests.nights import built
+from tests.nights import at_night
 from tests.unit.perf_helpers import measured
 
 RANKS = 2
@@ -74,7 +74,7 @@ def test_a_process_makes_its_parts_in_its_group(made, monkeypatch):
     assert given == [({"only": part}, "job") for part in PARTS]
 
 
-@pytest.mark.parametrize("precision", built())
+@pytest.mark.parametrize("precision", ["bf16", at_night("fp8_block"), at_night("fp8_mxfp4")])
 def test_pool_and_slots_hold_normal_numbers(precision, one_thread):
     moe = layer_of(plan_for("--precision", precision))
     fill_pool(moe)

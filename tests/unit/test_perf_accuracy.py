@@ -175,9 +175,7 @@ def test_integers_are_compared_with_e4m3_that_has_their_scales(one_thread, tmp_p
     assert "form=blocked" in stored[1]["config"] and 0.9 < float(stored[0]["ratio"]) < 1.1
 
 
-@pytest.mark.parametrize(
-    "recipes", ["fp8_block,fp8_channel", at_night("fp8_block,fp8_channel,fp8_mxfp4")]
-)
+@pytest.mark.parametrize("recipes", ["fp8_block", at_night("fp8_block,fp8_channel,fp8_mxfp4")])
 def test_rows_say_what_was_compared_where(recipes, one_thread, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     argv = [*FEW, "--precision", recipes, "--csv", str(path)]
@@ -192,7 +190,7 @@ def test_rows_say_what_was_compared_where(recipes, one_thread, tmp_path, capsys)
     configs = [row["config"] for row in rows if row["impl"] == "torch_fp8"]
     assert configs[0] == configs[1] == "form=blocked scales=1x128 products=float32"
     assert {*configs[4:]} <= {configs[0]}
-    assert configs[2] == configs[3] == "form=grouped scales=row products=float32"
+    assert {*configs[2:4]} <= {"form=grouped scales=row products=float32"}
     title, *lines = [line for line in capsys.readouterr().out.splitlines() if "  " in line][:5]
     assert {len(line) for line in lines} == {len(title)}
     # Another header is refused before anything runs.

@@ -35,6 +35,7 @@ from perf.tracing.timeline import (
     slices_of,
 )
 from perf.workload.cases import MODELS, Case, make_inputs
+from tests.nights import at_night
 from tests.unit.perf_helpers import error_line, pretend_gpu
 from workspace import Workspace
 
@@ -108,7 +109,7 @@ def stream_of(shape: LaunchShape, counts_e: list[int], num_ctas: int) -> list[tu
     return tiles
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_block"])
+@pytest.mark.parametrize("precision", ["bf16", at_night("fp8_block")])
 def test_the_command_on_a_cpu(precision, tmp_path, capsys, one_thread):
     path = tmp_path / "trace.json"
     assert main([*SMALL, "--precision", precision, "--out", str(path)]) == 0
