@@ -74,7 +74,7 @@ except InvalidExpertError as error:
         "dispatch.py", "        arch.sync_warp()  # a vote orders no accesses: all have read "
         "before places are taken\n", "", "launches()", r"Races: shared \d+ .received"),
     "a stage given back while lanes read its scales": Bug(
-        "sm90/mainloop.py", "                    arch.sync_warp()  # every lane has read its "
+        "sm90/few_tokens.py", "                arch.sync_warp()  # every lane has read its "
         "scales\n", "", 'launches(precision="fp8_block")', r"Races: shared \d+ .row_scales"),
     "a flag that is polled and stored plainly": Bug(
         "ptx.py", "st.volatile.shared.b32", "st.shared.b32", "launches(tokens=64)",
