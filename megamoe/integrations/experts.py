@@ -13,7 +13,7 @@ Letters: T tokens, K top-k, E experts, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,24 +327,24 @@ def parts_of(tokens: int, options: Options) -> list[slice]:
 
 #: Options by name of an implementation.
 OPTIONS: dict[str, Options] = {}
+#: By the `id` of a module, while it lives.
 _fused: dict[int, FusedExperts] = {}
-_numbers = itertools.count()
 
 
 def fused_of(module: torch.nn.Module) -> FusedExperts | None:
     """What was enrolled for a module, if it was."""
-    found = _fused.get(getattr(module, "_megamoe_number", -1))
-    return found if found is not None and found.module() is module else None
+    return _fused.get(id(module))
 
 
 @torch.compiler.assume_constant_result
-def enrol(module: torch.nn.Module) -> bool:
-    """Give the module a number for `_fused`, unless it has one of its own: a copy has that of its
-    original. A plain integer, which copies and pickles, and which tracers guard.
+def enrol(number: int) -> bool:
+    """Make the `FusedExperts` of the module with this `id`, unless there is one.
+
+    Tracers know an `id` and guard it; a module, which they would have to call a constant, not all
+    of them take (torch 2.11). Who calls holds the module.
     """
-    if fused_of(module) is None:
-        number = next(_numbers)
-        module._megamoe_number = number  # type: ignore[assignment]
+    if number not in _fused:
+        module = ctypes.cast(number, ctypes.py_object).value
         _fused[number] = FusedExperts(module)
         end = weakref.finalize(module, _fused.pop, number, None)
         end.atexit = False  # the process ends, and CUDA with it
@@ -372,8 +372,8 @@ def forward(name: str, module: torch.nn.Module, x: Tensor, idx: Tensor, weights:
     w13, w2 = (getattr(module, weight, None) for weight in WEIGHTS)
     if w13 is None or w2 is None:
         raise ValueError(_without_weights(module))
-    enrol(module)
-    number: Any = module._megamoe_number
+    number = id(module)
+    enrol(number)
     with torch.no_grad():
         if custom_op.is_traced():
             y = torch.ops.megamoe.experts(x, idx, weights, w13, w2, name, number)

@@ -172,8 +172,8 @@ def test_the_sizes_of_a_large_model(large, batch, length):
     )
     print(usual_difference(grouped, own), usual_difference(found, own))
     assert usual_difference(found, own) < 0.05
-    coarse = logits(large, "megamoe_30b_mxfp4", ids)
-    assert 0.05 < usual_difference(coarse, own) < 1.0  # of 4 bits: 0.2 in a layer
+    coarse = logits(large, "megamoe_30b_mxfp4", ids)  # of 4 bits: 0.2 in a layer
+    assert 2 * usual_difference(found, own) < usual_difference(coarse, own) < 1.0
     for moe in integration.layers_of(large):
         moe.synchronize()
     integration.release(large)
