@@ -12,6 +12,8 @@ import pytest
 from perf.against.ceilings import CeilingRow
 from perf.against.peers import PeerRow
 from perf.commands.accuracy import AccuracyRow
+from perf.commands.engine import EngineRow
+from perf.commands.router import RouterRow
 from perf.recording import environment as environments
 from perf.recording.columns import COLUMNS, IDENTIFIES, POSITIVE, DuelRow, Row, column
 from perf.recording.environment import environment, source_version
@@ -307,7 +309,7 @@ def test_files_from_before_a_column_was_added_load_as_they_are(tmp_path):
 def test_every_published_file_is_of_some_kind():
     kinds = {
         "ceilings": CeilingRow, "peers": PeerRow, "phases": PhaseRow, "accuracy": AccuracyRow,
-        "duel": DuelRow,
+        "duel": DuelRow, "engine": EngineRow, "router": RouterRow,
     }  # fmt: skip
     files = sorted((environments.REPOSITORY / "perf" / "results").glob("*.csv"))
     assert len(files) > 10
