@@ -13,6 +13,7 @@ from cutlass import Int32, Int64, const_expr, range_constexpr
 
 from megamoe import schedule
 from megamoe.budget import QUEUE_SLOTS, QUEUE_WORDS, WEIGHT_SCALE_BYTES
+from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import bulk_load
 
@@ -72,6 +73,19 @@ def release_tile(pipes: Pipes, taken, lane):
     arch.sync_warp()
     if lane == 0:
         arch.mbarrier_arrive(pipes.queue_empty + taken % QUEUE_SLOTS)
+
+
+@cute.jit
+def report_stored(launch: Launch, pipes: Pipes, tile, taken, arrivals, place, times, lane):
+    """This math warp has stored its part of tile number `taken`; it arrives for so many warps.
+    `times`: of the warp with `place` 0, when it took the tile and when its product was done.
+    """
+    arch.sync_warp()
+    if lane == 0:
+        arch.mbarrier_arrive(pipes.stored + taken % QUEUE_SLOTS, arrive_count=arrivals)
+    if place == 0 and lane == 0:
+        ends = [*times, sync.trace_clock(launch)]
+        sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, ends)
 
 
 @cute.jit

@@ -26,7 +26,7 @@ from megamoe.budget import FEW_TOKENS, QUEUE_SLOTS, WEIGHT_SCALE_BYTES
 from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import as_float, load_shared_v2
-from megamoe.kernels.sm90.mainloop import release
+from megamoe.kernels.sm90.mainloop import issue, release
 from megamoe.kernels.sm90.swapped_epilogue import Exchange, store
 from megamoe.kernels.tiles import Pipes
 
@@ -37,14 +37,20 @@ BLOCKS = 2  # of 64 weight rows, of a warpgroup
 VARIANTS = range(16, FEW_TOKENS + 1, 16)
 
 
-class Operands(NamedTuple):
-    """Of one warpgroup: descriptors of its blocks of weights and of the tile's tokens in all
-    stages, sums of a K block and accumulators, by block.
+class Factors(NamedTuple):
+    """What `mainloop.issue` multiplies: descriptors of a block of weights, and of the tile's tokens
+    as the only part, in all stages.
     """
 
     mma: cute.TiledMma
-    a: list
-    b: cute.Tensor
+    a: cute.Tensor
+    b: list
+
+
+class Operands(NamedTuple):
+    """Of one warpgroup, by block: factors, sums of a K block, accumulators."""
+
+    blocks: list
     sums: list
     accumulators: list
 
@@ -59,25 +65,13 @@ def operands_of(smem_tokens, smem_weights, tokens: int, group) -> Operands:
     shape = part.partition_shape_C((SM90A.group_rows, tokens))
     rows = cute.logical_divide(mma.make_fragment_A(part.partition_A(smem_weights)), (None, 1))
     columns = cute.logical_divide(mma.make_fragment_B(part.partition_B(smem_tokens)), (None, 1))
+    tokens_b = [columns[None, (None, 0), None, None]]
+    blocks = [rows[None, (None, BLOCKS * group + n), None, None] for n in range(BLOCKS)]
     return Operands(
-        mma,
-        [rows[None, (None, BLOCKS * group + n), None, None] for n in range(BLOCKS)],
-        columns[None, (None, 0), None, None],
+        [Factors(mma, block, tokens_b) for block in blocks],
         [cute.make_rmem_tensor(shape, Float32) for _ in range(BLOCKS)],
         [cute.make_rmem_tensor(shape, Float32) for _ in range(BLOCKS)],
     )
-
-
-@cute.jit
-def issue(operands, outputs, number: Constexpr, stage, fresh: Constexpr):
-    """A block of weights @ tokens of one K block, into or onto its output, as one WGMMA group."""
-    a, b, out = operands.a[number], operands.b, outputs[number]
-    atom = cute.make_mma_atom(operands.mma.op)
-    warpgroup.fence()
-    for k in range_constexpr(cute.size(a, mode=[2])):
-        atom.set(warpgroup.Field.ACCUMULATE, not (fresh and k == 0))
-        cute.gemm(atom, out, a[None, None, k, stage], b[None, None, k, stage], out)
-    warpgroup.commit_group()
 
 
 @cute.jit
@@ -97,7 +91,7 @@ def accumulate(operands, pipes, position, k_blocks, lane, kernel: Constexpr):
     for block in cutlass.range(k_blocks, unroll=1):
         stage = await_stage(pipes, position + block, stages)
         for number in range_constexpr(BLOCKS):
-            issue(operands, operands.accumulators, number, stage, False)
+            issue(operands.blocks[number], [operands.accumulators[number]], 0, stage, False)
         warpgroup.wait_group(0)
         release(pipes.empty, stage, lane, 1)
 
@@ -142,7 +136,7 @@ def accumulate_scaled(
     for block in cutlass.range(k_blocks, unroll=1):
         stage = await_stage(pipes, position + block, stages)
         for number in range_constexpr(BLOCKS):
-            issue(operands, sums, number, stage, True)
+            issue(operands.blocks[number], [sums[number]], 0, stage, True)
         rows = row_scales + stage * scale_bytes  # under the tensor cores
         of_tokens = load_token_scales(rows, cute.size(sums[0]) // 4)
         of_blocks = load_block_scales(weight_scales, weighted, block)

@@ -15,7 +15,7 @@ from megamoe.kernels import sync
 from megamoe.kernels.launch import Launch
 from megamoe.kernels.ptx import opaque
 from megamoe.kernels.sm90 import epilogue, few_tokens, mainloop, operands
-from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, take_tile
+from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, report_stored, take_tile
 from megamoe.precision import WHOLE_ROW
 
 arch = cute.arch
@@ -188,13 +188,8 @@ def math(launch: Launch, smem_a, smem_b, staging, exchange, pipes: Pipes, warp, 
             else:
                 multiplied = compute_in_turn(*in_turn, *run)
             if share.active == 1:
-                arch.sync_warp()
-                if lane == 0:
-                    slot = taken % QUEUE_SLOTS
-                    arch.mbarrier_arrive(pipes.stored + slot, arrive_count=share.arrivals)
-                if share.half * 4 + warp % 4 == 0 and lane == 0:
-                    times = [begin, multiplied, sync.trace_clock(launch)]
-                    sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
+                place, times = share.half * 4 + warp % 4, [begin, multiplied]
+                report_stored(launch, pipes, tile, taken, share.arrivals, place, times, lane)
             if share.arrivals > 1:
                 turn += 1
             position += k_blocks

@@ -21,7 +21,6 @@ from cutlass.cute.nvgpu import warpgroup
 
 from megamoe import schedule
 from megamoe.architecture import SM90A
-from megamoe.budget import QUEUE_SLOTS
 from megamoe.config import GEMMS
 from megamoe.fourbit_layout import CHUNK_BYTES, CHUNK_COLUMNS
 from megamoe.kernels import sync
@@ -30,7 +29,7 @@ from megamoe.kernels.ptx import as_float, load_shared_v2
 from megamoe.kernels.sm90.dequantize import decoder_of, expand, load_codes
 from megamoe.kernels.sm90.mainloop import release
 from megamoe.kernels.sm90.swapped_epilogue import store
-from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, take_tile
+from megamoe.kernels.tiles import Pipes, k_blocks_of, release_tile, report_stored, take_tile
 from megamoe.launch_shape import LaunchShape
 
 arch = cute.arch
@@ -291,12 +290,7 @@ def math(launch: Launch, smem_tokens, smem_weights, smem, pipes: Pipes, warp, la
                         launch, smem_tokens, tokens, pipes, smem, tile, taken, position,
                         k_blocks, chunks, warp, lane,
                     )  # fmt: skip
-            arch.sync_warp()
-            if lane == 0:
-                arch.mbarrier_arrive(pipes.stored + taken % QUEUE_SLOTS)
-            if warp == 0 and lane == 0:
-                times = [begin, multiplied, sync.trace_clock(launch)]
-                sync.record_tile(launch, taken, tile.phase, tile.pool, tile.column, times)
+            report_stored(launch, pipes, tile, taken, 1, warp, [begin, multiplied], lane)
             position += k_blocks
         release_tile(pipes, taken, lane)
         taken += 1

@@ -115,19 +115,25 @@ def outputs_of(accumulators, packed: bool) -> list:
     for blocks in zip(*(parts_of(accumulators, block) for block in range(2)), strict=True):
         for q in range(2):
             of_blocks = [[(part, index + 2 * r + q) for r in range(2)] for part, index in blocks]
-            found.append([list(pair) for pair in zip(*of_blocks, strict=True)])
-            if not packed:
-                found[-1] = of_blocks
+            found.append([*zip(*of_blocks, strict=True)] if packed else of_blocks)
     return found
+
+
+def role_of(block: int, r: int, packed: bool) -> tuple[int, int]:
+    """(1 for an up value or 0 for a gate, which of a lane's two outputs it belongs to) of element r
+    of a block.
+    """
+    return (r, block) if packed else (block, r)
 
 
 @cute.jit
 def bound(accumulators, packed: Constexpr, function: Constexpr, limit):
     """The activation's bounds."""
-    for places in outputs_of(accumulators, packed):
-        for is_up in range_constexpr(2):
-            for part, index in places[is_up]:
-                part[index] = function(part[index], is_up == 1, limit)
+    for block in range_constexpr(len(accumulators)):
+        for part, index in parts_of(accumulators, block):
+            for i in range_constexpr(4):
+                is_up, _ = role_of(block, i // 2, packed)
+                part[index + i] = function(part[index + i], is_up == 1, limit)
 
 
 def traded(values, odd):
@@ -169,11 +175,13 @@ def scale_and_activate(launch: Launch, accumulators, factors, warp, g):
     activation, weights = ACTIVATIONS[SWIGLU.name], launch.shape.config.recipe.weights
     if const_expr(weights.row_factors):
         values = row_factors(launch, factors, warp, g)
-        for places in outputs_of(accumulators, weights.packed):
-            for kind in range_constexpr(2):
-                for n in range_constexpr(2):
-                    part, index = places[kind][n]
-                    part[index] = part[index] * values[kind][n]
+        for block in range_constexpr(len(accumulators)):
+            for part, index in parts_of(accumulators, block):
+                for q in range_constexpr(2):
+                    for r in range_constexpr(2):
+                        is_up, output = role_of(block, r, weights.packed)
+                        element = index + 2 * r + q
+                        part[element] = part[element] * values[is_up][output]
     if launch.clamp < NO_LIMIT:  # a branch around the work: most layers have none
         bound(accumulators, weights.packed, activation.bound, launch.clamp)
     for places in outputs_of(accumulators, weights.packed):
@@ -308,16 +316,17 @@ def store_fc2(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
     kernel, weights = launch.shape.kernel, launch.shape.config.recipe.weights
     g = lane // 4
     targets = targets_of(launch, tokens, metadata, tile, lane)
-    # Of the 32 outputs of a warp, those of a block: where they begin and how far apart blocks are.
-    row, block_step = warp * 32, 16
+    # The first output of a warp, and where its four groups of eight begin from there on.
+    row, groups = warp * 32, (0, 8, 16, 24)
     if const_expr(not weights.packed):
-        row, block_step = warp // 4 * 128 + warp % 4 * 16, 64
+        row, groups = warp // 4 * 128 + warp % 4 * 16, (0, 8, 64, 72)
     if tile.column * kernel.block_n + row < launch.shape.config.hidden_size:
         staging = smem.staging + warp * PASS_BYTES
         of_rows = [None] * 4
         if const_expr(weights.row_factors):
-            rows = [row + block * block_step + 8 * half + g for block in (0, 1) for half in (0, 1)]
-            of_rows = [as_float(load_shared(smem.row_factors + 4 * number)) for number in rows]
+            of_rows = [
+                as_float(load_shared(smem.row_factors + 4 * (row + first + g))) for first in groups
+            ]
         blocks = [parts_of(accumulators, block) for block in range(2)]
         group = group_of(tokens)
         for start in range_constexpr(0, tokens, group):
@@ -345,6 +354,8 @@ def store_fc2(launch: Launch, accumulators, tokens: Constexpr, smem, metadata, t
                 ]
                 target = (Int64(high) << 32) | (Int64(low) & Int64(0xFFFFFFFF))
                 if target != 0:
-                    output = row + column // 2 * block_step + column % 2 * 8
-                    store_global_v4(target + 2 * output, words)
+                    offset = warp * FC2_BYTES + column * 16
+                    if const_expr(not weights.packed):
+                        offset = 2 * (row + column // 2 * groups[2] + column % 2 * groups[1])
+                    store_global_v4(target + offset, words)
             arch.sync_warp()
