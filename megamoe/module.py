@@ -393,8 +393,8 @@ class MegaMoE(ResidentWeights):
     def _running(self) -> Backend:
         """The backend; ValueError if the layer was closed or is on "meta"."""
         self._check_open()
-        if self.backend is None:
-            raise ValueError("the layer is on device 'meta': call to_empty(device='cuda') first")
+        self._check_settled()
+        assert self.backend is not None, "a layer that is open and on a device"
         return self.backend
 
     def _check_open(self) -> None:

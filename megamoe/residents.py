@@ -73,6 +73,11 @@ class ResidentWeights(torch.nn.Module):
     def _check_open(self) -> None:
         """Raise ValueError if the layer was closed."""
 
+    def _check_settled(self) -> None:
+        """Raise ValueError if the layer is on "meta"."""
+        if self.device.type == "meta":
+            raise ValueError("the layer is on device 'meta': call to_empty(device='cuda') first")
+
     # ---------------------------------------------------------------- for users
     def load_weights(
         self,
@@ -133,8 +138,7 @@ class ResidentWeights(torch.nn.Module):
         Raises ValueError for a layer that was closed or is on "meta".
         """
         self._check_open()
-        if self.device.type == "meta":
-            raise ValueError("the layer is on device 'meta': call to_empty(device='cuda') first")
+        self._check_settled()
         there = self._held() if self._holds_any() else None
         if there is not None:
             self._check_weights(there, replace=False)
